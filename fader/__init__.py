@@ -1,0 +1,1 @@
+"""Mathematics of attribute sliders: networks, losses, methods. Torch and the standard library only."""

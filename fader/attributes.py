@@ -1,0 +1,324 @@
+"""Attributes: names to columns, labels to decoder code, logits layout, flips and sliders. Nothing else does these.
+
+A **label** is what the data stores: 0 … k-1 for a binary or k-way attribute, a number in [0, 1] for a continuous one,
+-1 for unknown. A **code** is what a decoder reads: k columns an attribute (2 for binary and continuous), one-hot for a
+known label, as in the official code. A **slider** is what a person moves: -1 = absent, 1 = present, beyond =
+exaggerated. With a = (slider + 1) / 2 a binary attribute's code is (1 - a, a), so a slider at -1 or 1 is exactly the
+code of the label 0 or 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fader.draws import Draws
+
+Kind = Literal["binary", "k-way", "continuous"]
+Head = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute. `categories` names the k values of a k-way attribute, in label order; empty otherwise."""
+
+    name: str
+    kind: Kind = "binary"
+    categories: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "categories", tuple(self.categories))
+        if self.kind not in ("binary", "k-way", "continuous"):
+            raise ValueError(f"attribute {self.name}: kind {self.kind!r} is none of binary, k-way, continuous")
+        if (self.kind == "k-way") != bool(self.categories):
+            raise ValueError(f"attribute {self.name}: categories are given for k-way attributes, and only for them")
+        if self.kind == "k-way" and len(set(self.categories)) < 2:
+            raise ValueError(f"attribute {self.name}: a k-way attribute needs at least two distinct categories")
+
+    @property
+    def k(self) -> int:
+        """Columns of the attribute in a code."""
+        return len(self.categories) if self.kind == "k-way" else 2
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The labels a swap can ask for: every category; the two ends of a binary or continuous attribute."""
+        return tuple(range(self.k))
+
+    def value_name(self, value: int) -> str:
+        """How tables call a value: the category, or 0 / 1."""
+        return self.categories[value] if self.categories else str(value)
+
+    def logits_width(self, head: Head) -> int:
+        """Scores a classifier gives: k under softmax; one a binary attribute under sigmoid; one, regressed, if continuous."""
+        if self.kind == "continuous" or (self.kind == "binary" and head == "sigmoid"):
+            return 1
+        return self.k
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "kind": self.kind, "categories": list(self.categories)}
+
+
+class Attributes(Sequence[Attribute]):
+    """An ordered list of attributes; column j of a label tensor belongs to the j-th of them."""
+
+    def __init__(self, attributes: Sequence[Attribute]) -> None:
+        self._attributes = tuple(attributes)
+        names = [attribute.name for attribute in self._attributes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"attribute {twice[0]!r} is named twice")
+        self.names: tuple[str, ...] = tuple(names)
+
+    def __len__(self) -> int:
+        return len(self._attributes)
+
+    def __getitem__(self, item):  # type: ignore[override]
+        return self._attributes[item]
+
+    def __iter__(self) -> Iterator[Attribute]:
+        return iter(self._attributes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attributes) and self._attributes == other._attributes
+
+    def __hash__(self) -> int:
+        return hash(self._attributes)
+
+    def __repr__(self) -> str:
+        return f"Attributes({', '.join(self.names)})"
+
+    def to_list(self) -> list[dict[str, Any]]:
+        return [attribute.to_dict() for attribute in self]
+
+    @staticmethod
+    def from_list(entries: Sequence[dict[str, Any]]) -> Attributes:
+        return Attributes([Attribute(e["name"], e["kind"], tuple(e.get("categories", ()))) for e in entries])
+
+    def index(self, name: str) -> int:  # type: ignore[override]
+        """Column of an attribute.
+
+        Raises:
+            ValueError: no such attribute; the message offers the nearest name.
+        """
+        if name in self.names:
+            return self.names.index(name)
+        near = difflib.get_close_matches(name, self.names, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(self.names)}"
+        raise ValueError(f"unknown attribute {name!r}; {hint}")
+
+    def select(self, names: Sequence[str]) -> Attributes:
+        """The named attributes, in the order named.
+
+        Raises:
+            ValueError: a name is unknown or stands twice.
+        """
+        return Attributes([self._attributes[self.index(name)] for name in names])
+
+    # --- labels to code ---------------------------------------------------------------------------------------------
+
+    @property
+    def code_width(self) -> int:
+        return sum(attribute.k for attribute in self)
+
+    def code_slices(self) -> list[slice]:
+        """Where each attribute's columns stand in a code."""
+        return _slices([attribute.k for attribute in self])
+
+    def code(self, labels: Tensor) -> Tensor:
+        """Labels [N, A] to decoder code [N, code_width] float32.
+
+        One-hot for a known category, (1 - v, v) for a continuous value, 1/k in every column for an unknown label.
+
+        Raises:
+            ValueError: the number of columns is wrong.
+        """
+        self._check(labels)
+        columns = []
+        for j, attribute in enumerate(self):
+            label = labels[:, j]
+            if attribute.kind == "continuous":
+                columns.append(torch.stack([1 - label, label], 1).float())
+            else:
+                categories = torch.arange(attribute.k, device=labels.device)
+                columns.append((label[:, None] == categories).float())
+            columns[-1] = torch.where((label < 0)[:, None], 1.0 / attribute.k, columns[-1])
+        return torch.cat(columns, 1) if columns else labels.new_zeros(len(labels), 0)
+
+    def with_slider(self, code: Tensor, name: str, slider: float | Tensor, category: int | None = None) -> Tensor:
+        """A copy of `code` with one attribute's slider moved.
+
+        Args:
+            code: [N, code_width].
+            slider: a number or [N]: -1 = absent, 1 = present, beyond = exaggerated.
+            category: which value of a k-way attribute the slider belongs to. At 1 the code is exactly that category, at
+                -1 the category is absent and the others share the weight evenly.
+
+        Raises:
+            ValueError: unknown attribute; a k-way attribute without category, or a category it does not have.
+        """
+        j = self.index(name)
+        attribute = self[j]
+        if attribute.kind == "k-way":
+            if category is None or not 0 <= category < attribute.k:
+                raise ValueError(
+                    f"{name} has {attribute.k} values; say which one slides, as {name}.{attribute.categories[0]}=1"
+                )
+        else:
+            category = 1
+        strength = (torch.as_tensor(slider, dtype=code.dtype, device=code.device).expand(len(code)) + 1) / 2
+        block = ((1 - strength) / (attribute.k - 1))[:, None].repeat(1, attribute.k)
+        block[:, category] = strength
+        code = code.clone()
+        code[:, self.code_slices()[j]] = block
+        return code
+
+    def resolve(self, spec: str) -> tuple[str, int | None]:
+        """`Name` or `Name.category` (its name or number) to (name, category).
+
+        Raises:
+            ValueError: unknown attribute or category.
+        """
+        if spec in self.names:
+            return spec, None
+        name, dot, value = spec.rpartition(".")
+        if not dot:
+            self.index(spec)
+        attribute = self[self.index(name)]
+        if attribute.kind != "k-way":
+            raise ValueError(f"{name} is {attribute.kind}; write {name}=1, without .{value}")
+        if value in attribute.categories:
+            return name, attribute.categories.index(value)
+        if value.isdigit() and int(value) < attribute.k:
+            return name, int(value)
+        raise ValueError(f"{name} has no value {value!r}; it has {', '.join(attribute.categories)}")
+
+    # --- logits -----------------------------------------------------------------------------------------------------
+
+    def logits_width(self, head: Head) -> int:
+        return sum(attribute.logits_width(head) for attribute in self)
+
+    def blocks(self, logits: Tensor, head: Head) -> list[Tensor]:
+        """[N, logits_width] to one [N, width] block an attribute.
+
+        Raises:
+            ValueError: the width is wrong.
+        """
+        widths = [attribute.logits_width(head) for attribute in self]
+        if logits.ndim != 2 or logits.shape[1] != sum(widths):
+            raise ValueError(f"logits are {tuple(logits.shape)}; {self!r} with a {head} head needs [N, {sum(widths)}]")
+        return [logits[:, s] for s in _slices(widths)]
+
+    def losses(self, logits: Tensor, labels: Tensor, known: Tensor, head: Head = "softmax") -> Tensor:
+        """Cross-entropy of each attribute, [A], in nats (mean squared error for a continuous one).
+
+        The reduction is a sum over the known records divided by `known`; see `Batch.known`.
+
+        Args:
+            logits: [N, logits_width(head)].
+            labels: [N, A]; -1 = unknown, left out.
+            known: [A] divisors.
+
+        Raises:
+            ValueError: shapes disagree, or a label is none of -1, 0 … k-1.
+        """
+        self._check(labels)
+        if len(logits) != len(labels):
+            raise ValueError(f"{len(logits)} rows of logits for {len(labels)} labels")
+        out = []
+        for j, (attribute, block) in enumerate(zip(self, self.blocks(logits, head))):
+            label, mask = labels[:, j], labels[:, j] >= 0
+            block = block if block.dtype == torch.float64 else block.float()
+            if attribute.kind == "continuous":
+                each = (torch.sigmoid(block[:, 0]) - label).square()
+            elif block.shape[1] == 1:
+                each = F.binary_cross_entropy_with_logits(block[:, 0], label.clamp(min=0).to(block.dtype), reduction="none")
+            else:
+                each = F.cross_entropy(block, label.clamp(min=0).long(), reduction="none")
+            out.append(torch.where(mask, each, 0.0).sum() / known[j].clamp(min=1e-6))
+        return torch.stack(out) if out else logits.new_zeros(0)
+
+    def probabilities(self, logits: Tensor, head: Head = "softmax") -> list[Tensor]:
+        """One [N, k] block an attribute: the probability of each value; for a continuous one (1 - v, v)."""
+        out = []
+        for block in self.blocks(logits.float(), head):
+            if block.shape[1] == 1:
+                present = torch.sigmoid(block[:, 0])
+                out.append(torch.stack([1 - present, present], 1))
+            else:
+                out.append(torch.softmax(block, 1))
+        return out
+
+    def preds(self, logits: Tensor, head: Head = "softmax") -> Tensor:
+        """[N, A] float labels: the most probable value; the number itself for a continuous attribute."""
+        columns = []
+        for attribute, p in zip(self, self.probabilities(logits, head)):
+            columns.append(p[:, 1] if attribute.kind == "continuous" else p.argmax(1).float())
+        return torch.stack(columns, 1)
+
+    # --- other labels -----------------------------------------------------------------------------------------------
+
+    def flipped(self, labels: Tensor, draws: Draws) -> Tensor:
+        """The wrong labels the encoder aims for: 1 - y if binary or continuous, a random other category if k-way.
+
+        Unknown labels stay unknown. Source: Lample et al. 2017, arXiv:1706.00409; the k-way rule as its authors
+        answered in facebookresearch/FaderNetworks issue 11.
+        """
+        self._check(labels)
+        columns = []
+        for j, attribute in enumerate(self):
+            label = labels[:, j]
+            if attribute.kind == "k-way":
+                other = (label + 1 + draws.integers(f"flip.{attribute.name}", attribute.k - 1)) % attribute.k
+            else:
+                other = 1 - label
+            columns.append(torch.where(label < 0, label, other))
+        return torch.stack(columns, 1)
+
+    def resampled(self, draws: Draws) -> Tensor:
+        """[N, A] labels drawn uniformly over each attribute's values ([0, 1] for a continuous one)."""
+        columns = []
+        for attribute in self:
+            name = f"resample.{attribute.name}"
+            if attribute.kind == "continuous":
+                columns.append(draws.uniform(name))
+            else:
+                columns.append(draws.integers(name, attribute.k).float())
+        return torch.stack(columns, 1)
+
+    def swapped(self, labels: Tensor, name: str, value: int) -> Tensor:
+        """A copy of the labels [N, A] with one attribute set to `value` in every row."""
+        labels = labels.clone()
+        labels[:, self.index(name)] = value
+        return labels
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raises ValueError when a label is none of its attribute's values and not -1 (not called on the training step)."""
+        self._check(labels)
+        for j, attribute in enumerate(self):
+            label = labels[:, j]
+            if attribute.kind == "continuous":
+                wrong = ((label < 0) & (label != -1)) | (label > 1)
+            else:
+                wrong = (label != label.round()) | (label < -1) | (label >= attribute.k)
+            if wrong.any():
+                raise ValueError(f"{attribute.name} has the label {label[wrong][0].item():g}; it is {attribute.kind}, k={attribute.k}")
+
+    def _check(self, labels: Tensor) -> None:
+        if labels.ndim != 2 or labels.shape[1] != len(self):
+            raise ValueError(f"labels are {tuple(labels.shape)}; {self!r} needs [N, {len(self)}]")
+
+
+def _slices(widths: Sequence[int]) -> list[slice]:
+    slices, start = [], 0
+    for width in widths:
+        slices.append(slice(start, start + width))
+        start += width
+    return slices

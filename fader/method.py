@@ -1,0 +1,232 @@
+"""The one interface between mathematics and machinery: a method is stages of phases.
+
+A method owns networks and says, as data, which of them each phase trains, with which loss, on batches from where. The
+engine freezes the others, wraps the whole loss for its back end, and steps. Nothing here knows of ranks, files or time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fader.attributes import Attributes
+from fader.draws import Draws
+
+Networks = Mapping[str, nn.Module]
+ReduceSum = Callable[[Tensor], Tensor]
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """The sum over all ranks when there is one."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch.
+
+    Args:
+        images: [N, C, H, W] float in [-1, 1]; None for a phase whose source is "labels".
+        attributes: [N, A] float labels as stored: 0 … k-1 for binary and k-way, [0, 1] for continuous, -1 unknown.
+        index: [N] int64 row of each record in its split.
+        draws: the batch's random numbers, keyed by record.
+        size: records of the global batch divided by the number of ranks. A sum over this rank's records divided by
+            `size` becomes, averaged over ranks, the mean over the global batch, also when shares are uneven.
+        known: [A] the same for each attribute, counting only the records whose label is known.
+    """
+
+    images: Tensor | None
+    attributes: Tensor
+    index: Tensor
+    draws: Draws
+    size: float
+    known: Tensor
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the global batch of [N] values, as this rank's part of an average over ranks."""
+        return values.sum() / self.size
+
+    @staticmethod
+    def alone(images: Tensor | None, attributes: Tensor, seed: int = 0, stream: str = "alone", draw: int = 0) -> Batch:
+        """A batch that is the whole global batch, its records numbered from 0: for tests, tools and one-off use."""
+        index = torch.arange(len(attributes), device=attributes.device)
+        known = (attributes >= 0).sum(0).to(torch.float32)
+        return Batch(images, attributes, index, Draws(seed, stream, draw, index), float(len(attributes)), known)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """value: the scalar to minimise. report: detached scalars to log, each a part of the mean over the global batch."""
+
+    value: Tensor
+    report: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Images seen by all ranks: the clock of every schedule.
+
+    images: since the run began. stage_images: since the stage began. updates: steps since the run began.
+    stage: which of the method's stages this is.
+    """
+
+    images: int = 0
+    stage_images: int = 0
+    updates: int = 0
+    stage: int = 0
+
+    def after(self, images: int) -> Clock:
+        return Clock(self.images + images, self.stage_images + images, self.updates + 1, self.stage)
+
+    def next_stage(self) -> Clock:
+        return Clock(self.images, 0, self.updates, self.stage + 1)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a loss may know of the world. reduce_sum: differentiable sum over all ranks, the identity on one."""
+
+    clock: Clock = Clock()
+    reduce_sum: ReduceSum = identity
+
+
+LossFunction = Callable[[Networks, Batch, Context], Loss]
+Source = Literal["images", "labels"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One update of one trained group.
+
+    Args:
+        trains: names of the networks trained: a key of the method's `optimizers()`; empty for a phase that only
+            refreshes statistics (its loss runs without gradients, the networks it names in `refreshes` in train mode).
+        loss: what to minimise.
+        source: "images" reads images and labels; "labels" reads labels only (no image is decoded); None reads nothing
+            and receives a batch of zero records of labels with `size` records of draws.
+        others: the mode in which the networks that are not trained stand.
+        repeat: updates of this phase in each step.
+        stream: which sequence of batches it reads; by default its own. Phases that name the same stream share batches.
+        refreshes: networks that stand in train mode although nothing trains them.
+        name: what reports and streams call it; by default the trained networks joined by "+".
+    """
+
+    trains: tuple[str, ...]
+    loss: LossFunction
+    source: Source | None = "images"
+    others: Literal["eval", "train"] = "eval"
+    repeat: int = 1
+    stream: str = ""
+    refreshes: tuple[str, ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", "+".join(self.trains or self.refreshes))
+        if not self.stream:
+            object.__setattr__(self, "stream", self.name)
+        if self.repeat < 1:
+            raise ValueError(f"phase {self.name}: repeat is {self.repeat}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Phases repeated, in order, for a number of images."""
+
+    name: str
+    phases: tuple[Phase, ...]
+    images: int
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Settings of one trained group: the update rule, its clip norm (0 = none) and its EMA decay per image (0 = none).
+
+    ema_half_life: images after which an old weight counts half in the exponential moving average; 0 keeps none.
+    """
+
+    kind: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 0.0
+    clip_norm: float = 5.0
+    ema_half_life: int = 0
+
+
+class Method:
+    """Base of every method. Subclasses set `name` and `Settings`, build `networks`, and implement the two functions.
+
+    Args:
+        settings: an instance of the subclass's `Settings` dataclass.
+        attributes: what the decoder is conditioned on, in the order of the batch's columns.
+        image_size: pixels a side, a power of two.
+        channels: 3 for colour, 1 for grey.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type]
+
+    def __init__(self, settings: Any, attributes: Attributes, image_size: int, channels: int = 3) -> None:
+        if not isinstance(settings, self.Settings):
+            raise TypeError(f"{self.name} takes {self.Settings.__name__}, got {type(settings).__name__}")
+        self.settings = settings
+        self.attributes = attributes
+        self.image_size = image_size
+        self.channels = channels
+        self.networks: dict[str, nn.Module] = {}
+
+    def stages(self) -> tuple[Stage, ...]:
+        raise NotImplementedError
+
+    def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
+        """One entry a trained group. No network may stand in two groups."""
+        raise NotImplementedError
+
+    def settings_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.settings)
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Class decorator: makes a method known by its `name`."""
+    if METHODS.get(method.name, method) is not method:
+        raise ValueError(f"two methods are called {method.name!r}")
+    METHODS[method.name] = method
+    return method
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """encode(images [N,C,H,W], labels [N,A]) -> a code that only the same method's decode reads."""
+
+    def encode(self, images: Tensor, labels: Tensor) -> Any: ...
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """decode(what encode gave, code [N, attributes.code_width]) -> images [N,C,H,W] in [-1, 1]."""
+
+    def decode(self, latent: Any, code: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """sample(noise [N, noise_width], code [N, attributes.code_width]) -> images [N,C,H,W] in [-1, 1]."""
+
+    noise_width: int
+
+    def sample(self, noise: Tensor, code: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """judge(images [N,C,H,W]) -> logits [N, attributes.logits_width(head)], blocks in attribute order."""
+
+    def judge(self, images: Tensor) -> Tensor: ...

@@ -1,0 +1,45 @@
+"""`fader`: one command line over the thin modules beside this file, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from launch.command import main as run
+
+COMMANDS = {
+    "demo": "draw faces, shard, train a judge and a Fader network, evaluate, register: the whole way in minutes",
+    "prepare": "an attribute-labelled image set to WebDataset tars with a manifest",
+    "verify": "read a shard set back and hold it against its manifest",
+    "train": "train what a config says; --resume RUN goes on",
+    "evaluate": "does it slide? tables over a split",
+    "register": "export a run and register it as a version in MLflow",
+    "edit": "move the sliders on photos",
+    "sync": "send what tracking could not deliver",
+}
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  fader {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return f"Attribute sliders, from image bytes to a served model.\n\n{rows}\n\n`fader COMMAND --help` says more."
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        typer.echo(_help())
+        sys.exit(0)
+    name = arguments[0]
+    if name not in COMMANDS:
+        typer.echo(f"error: there is no command {name!r}\n\n{_help()}", err=True)
+        sys.exit(2)
+    sys.argv = [f"fader {name}", *arguments[1:]]
+    module = importlib.import_module(f"launch.{name}")
+    run(getattr(module, "app", None) or getattr(module, name), prog=f"fader {name}")
+
+
+if __name__ == "__main__":
+    main()

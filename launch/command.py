@@ -1,0 +1,54 @@
+"""How every command ends: one clear line and exit code 2 for what a user can mend, 130 for Ctrl-C, a traceback for a bug."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+import typer
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> None:
+    """Run a typer app, or one function as a command, and exit with its code."""
+    logging.basicConfig(level=os.environ.get("FADER_LOG_LEVEL", "INFO").upper(), format="%(message)s", stream=sys.stderr)
+    for chatty in ("mlflow", "alembic", "accelerate", "deepspeed", "DeepSpeed", "urllib3", "matplotlib", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    app = command if isinstance(command, typer.Typer) else _single(command)
+    try:
+        code = app(standalone_mode=False, prog_name=prog)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = EXIT_USER_ERROR
+    except (ValueError, OSError) as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        if os.environ.get("FADER_TRACEBACK"):
+            raise
+        code = EXIT_USER_ERROR
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def describe(error: BaseException) -> str:
+    """One line: a user's mistake as it was worded, an OSError with the file it speaks of."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{place}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _single(function: Callable[..., Any]) -> typer.Typer:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    return app

@@ -1,0 +1,265 @@
+"""One YAML file is one experiment: typed, frozen, strict, with one `base:` and key=value overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+import fader.methods  # noqa: F401  fills METHODS
+from fader.attributes import Attributes
+from fader.method import METHODS, Method
+from pipeline.images import CROPS, Preprocessing
+
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataConfig(BaseModel):
+    """Which records, as which pixels, through which loader."""
+
+    model_config = STRICT
+
+    path: str = Field(description="folder of a shard set, as `fader prepare` wrote it")
+    attributes: tuple[str, ...] = Field(description="names in the order of the code; ['*'] takes all of the set")
+    image_size: int = Field(64, ge=8, description="pixels a side")
+    crop: str = Field("celeba", description="the crop rule of pipeline.images")
+    loader: Literal["dali", "pillow"] = "dali"
+    cache: bool = Field(True, description="decode the split once and keep it in memory as uint8")
+    flip: bool = Field(True, description="mirror half of the training records left to right, a coin a record and draw")
+    threads: int = Field(2, ge=1, description="decoding threads a rank")
+    prefetch: int = Field(3, ge=1, description="batches made ahead")
+    window: int | None = Field(None, ge=1, description="shards shuffled together; none = the whole split")
+    replacement: bool = Field(False, description="draw records independently instead of once an epoch")
+
+    @pydantic.field_validator("attributes")
+    @classmethod
+    def _some(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("needs at least one attribute")
+        if len(set(names)) < len(names):
+            raise ValueError("an attribute is named twice")
+        return names
+
+    @pydantic.field_validator("crop")
+    @classmethod
+    def _known_crop(cls, crop: str) -> str:
+        if crop not in CROPS:
+            raise ValueError(f"is none of {', '.join(sorted(CROPS))}")
+        return crop
+
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(image_size=self.image_size, crop=self.crop)
+
+
+class RunConfig(BaseModel):
+    """Where the run lives and what it does at intervals, all counted in images seen (0 = never)."""
+
+    model_config = STRICT
+
+    folder: str = Field("", description="the run's folder; runs/NAME when empty")
+    log_images: int = Field(3_200, ge=0)
+    checkpoint_images: int = Field(64_000, ge=0)
+    picture_images: int = Field(64_000, ge=0)
+    evaluate_images: int = Field(0, ge=0, description="validation by the judge every so many images")
+    evaluate_records: int = Field(1_000, ge=1, description="records of the validation split that it reads")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class TrackingConfig(BaseModel):
+    model_config = STRICT
+
+    enabled: bool = True
+    experiment: str = Field("fader", description="the MLflow experiment")
+
+
+class Experiment(BaseModel):
+    """A whole experiment. `method` is the settings dataclass of METHODS[method.name]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
+
+    name: str
+    method_name: str
+    method: Any
+    data: DataConfig
+    batch_size: int = Field(32, ge=1, description="records of one step over all ranks")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    judge: str | None = Field(None, description="run, export or models:/ address that evaluates this run")
+    run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.folder or f"runs/{self.name}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved tree, as a config file would hold it."""
+        tree = self.model_dump(mode="json", exclude={"method", "method_name"})
+        method = {"name": self.method_name, **json.loads(json.dumps(dataclasses.asdict(self.method)))}
+        return {"name": tree.pop("name"), "method": method, **tree}
+
+    def dump(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def digest(self) -> str:
+        """Of what decides the result: the resolved tree without names, places and tracking."""
+        tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "run", "tracking")}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 says text) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment.
+
+    Args:
+        path: a YAML file; its `base:` names another, relative to it, whose keys it overrides.
+        overrides: `key.path=value` with the value in YAML.
+
+    Raises:
+        ValueError: unreadable file, unknown key (the nearest known one is offered), wrong type, unknown method.
+    """
+    path = Path(path)
+    tree = _read(path, ())
+    for override in overrides:
+        tree = _override(tree, override)
+    return build(tree, str(path))
+
+
+def build(tree: Mapping[str, Any], source: str) -> Experiment:
+    """An experiment from a plain tree; `source` is named in errors."""
+    tree = dict(tree)
+    if not isinstance(tree.get("method"), Mapping) or "name" not in tree["method"]:
+        raise ValueError(f"{source}: needs method: {{name: …}}, one of {', '.join(sorted(METHODS))}")
+    settings = dict(tree.pop("method"))
+    name = settings.pop("name")
+    if name not in METHODS:
+        raise ValueError(f"{source}: unknown method {name!r}{_nearest(name, METHODS)}")
+    strict = _settings_type(METHODS[name].Settings)
+    _check_keys(settings, set(strict.__dataclass_fields__), "method.", source)
+    _check_tree(tree, Experiment, "", source)
+    try:
+        method = pydantic.TypeAdapter(strict).validate_json(json.dumps(settings))
+        method = METHODS[name].Settings(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+    except pydantic.ValidationError as error:
+        raise ValueError(_describe(error, source, "method.")) from None
+    except TypeError as error:
+        raise ValueError(f"{source}: method: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: method: {error}") from None
+    try:
+        shell = Experiment.model_validate_json(json.dumps({**tree, "method_name": name, "method": None}))
+    except pydantic.ValidationError as error:
+        raise ValueError(_describe(error, source, "")) from None
+    return shell.model_copy(update={"method": method})
+
+
+def build_method(experiment: Experiment, available: Attributes) -> Method:
+    """The experiment's method over the attributes it names, out of those a shard set has.
+
+    Raises:
+        ValueError: an attribute the set does not have; settings that do not fit the image size.
+    """
+    names = available.names if experiment.data.attributes == ("*",) else experiment.data.attributes
+    kind = METHODS[experiment.method_name]
+    return kind(experiment.method, available.select(names), experiment.data.image_size)
+
+
+@lru_cache
+def _settings_type(settings: type) -> Any:
+    """The method's plain dataclass, read as strictly as the rest."""
+    return pydantic.dataclasses.dataclass(settings, config=ConfigDict(extra="forbid", strict=True))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: its base leads back to itself")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such config file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; name a config file in it") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds {type(tree).__name__}, not keys with values")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r} is not an override; write key.path=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: {' '.join(str(error).split())}") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return _merge(tree, value)
+
+
+def _check_tree(tree: Mapping[str, Any], model: type[BaseModel], prefix: str, source: str) -> None:
+    known = {name for name in model.model_fields if name != "method_name"}
+    _check_keys(tree, known, prefix, source)
+    for name, field in model.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel) and isinstance(tree.get(name), Mapping):
+            _check_tree(tree[name], nested, f"{prefix}{name}.", source)
+
+
+def _check_keys(tree: Mapping[str, Any], known: set[str], prefix: str, source: str) -> None:
+    for key in tree:
+        if key not in known:
+            raise ValueError(f"{source}: unknown key {prefix}{key}{_nearest(str(key), known, prefix)}")
+
+
+def _nearest(name: str, known: Any, prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; there are: {', '.join(sorted(known))}"
+
+
+def _describe(error: pydantic.ValidationError, source: str, prefix: str) -> str:
+    first = error.errors()[0]
+    place = prefix + ".".join(str(part) for part in first["loc"])
+    what = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "missing" else f" (found {first['input']!r})"
+    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    return f"{source}: {place}: {what}{found}{more}"
