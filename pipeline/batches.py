@@ -1,0 +1,219 @@
+"""The plan: which records make batch k of a stream, and how records become a Batch. The Loader protocol.
+
+A plan is a pure function of (seed, salt, stream, draw, size), so nothing about a loader has to be restored: a resumed
+run asks for draw k and gets what the unbroken run got, on any number of ranks. Ranks cut the global batch afterwards.
+
+Flip and normalisation stand here, once, after every decoder, so that decoders differ in nothing but decoding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fader.draws import Draws, key_of
+from fader.method import Batch
+from pipeline.images import flip, to_float
+
+Rows = TypeVar("Rows", np.ndarray, Tensor)
+
+_EPOCHS_KEPT = 8  # a few streams at a time, two epochs each when a batch spans their border
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One global batch to be made.
+
+    Args:
+        stream: the sequence of batches it belongs to.
+        draw: which batch of the stream it is; with the stream it keys the batch's random numbers.
+        rows: [B] int64 rows of the split, in order: the whole global batch, not one rank's share.
+        images: decode images; False for a phase that reads labels only.
+        flip: mirror each record left-right with probability one half.
+    """
+
+    stream: str
+    draw: int
+    rows: np.ndarray
+    images: bool = True
+    flip: bool = False
+
+
+class Plan:
+    """Which rows of a split make draw k of a stream.
+
+    A stream is an endless line of epochs; draw k with batch size B takes positions k·B … (k+1)·B - 1 of it. Without
+    replacement each epoch is a permutation, so every record is read exactly once an epoch whatever B is; with
+    replacement each position is an independent uniform row.
+
+    Numbers come from Philox raw words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose stream
+    numpy promises to keep over its versions; `Generator.permutation` carries no such promise.
+
+    Args:
+        size: records in the split.
+        seed, salt: of the run; other values give other, independent orders.
+        window: shards read together. None: a full shuffle. Otherwise shards are permuted and taken `window` at a time,
+            and records are permuted inside each window. A window over all shards is a full shuffle.
+        shard_of: [size] shard number of each row; needed with a window.
+        replacement: draw rows independently instead of by permutations.
+
+    Raises:
+        ValueError: size below 1, a window below 1, without `shard_of`, or with replacement.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        salt: int = 0,
+        window: int | None = None,
+        shard_of: np.ndarray | None = None,
+        replacement: bool = False,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"a plan over {size} records is empty; give it a split that has some")
+        self.size, self.seed, self.salt, self.replacement = int(size), seed, salt, replacement
+        self._shards: list[np.ndarray] = []
+        self._window = 0
+        if window is not None:
+            if window < 1:
+                raise ValueError(f"window is {window} shards; it must be at least 1, or none for a full shuffle")
+            if replacement:
+                raise ValueError("a window orders a pass over the shards; sampling with replacement has none: drop one")
+            if shard_of is None or len(shard_of) != size:
+                found = "no shard numbers" if shard_of is None else f"{len(shard_of)} shard numbers"
+                raise ValueError(f"a window needs the shard of each of {size} records, got {found}")
+            _, counts = np.unique(shard_of, return_counts=True)
+            if window < len(counts):
+                order = np.argsort(shard_of, kind="stable")
+                self._shards = np.split(order, np.cumsum(counts)[:-1])
+                self._window = window
+        self._epochs: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()  # loaders may ask from a thread of their own
+
+    def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
+        """[batch_size] int64: the global batch of this draw, in order.
+
+        Raises:
+            ValueError: batch_size below 1 or draw below 0.
+        """
+        if batch_size < 1 or draw < 0:
+            raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
+        start, stop = draw * batch_size, (draw + 1) * batch_size
+        out = np.empty(batch_size, np.int64)
+        for epoch in range(start // self.size, (stop - 1) // self.size + 1):
+            first = epoch * self.size
+            low, high = max(start, first), min(stop, first + self.size)
+            out[low - start : high - start] = self._epoch(stream, epoch)[low - first : high - first]
+        return out
+
+    def _epoch(self, stream: str, epoch: int) -> np.ndarray:
+        """[size] int64: the rows at positions epoch·size … (epoch+1)·size - 1 of the stream."""
+        with self._lock:
+            key = (stream, epoch)
+            if key not in self._epochs:
+                self._epochs[key] = self._order(stream, epoch)
+                while len(self._epochs) > _EPOCHS_KEPT:
+                    self._epochs.popitem(last=False)
+            self._epochs.move_to_end(key)
+            return self._epochs[key]
+
+    def _order(self, stream: str, epoch: int) -> np.ndarray:
+        key = key_of("plan", self.seed, self.salt, stream, epoch) & 0xFFFFFFFFFFFFFFFF
+        words = np.random.Philox(np.random.SeedSequence(key)).random_raw
+        if self.replacement:
+            return (words(self.size) % np.uint64(self.size)).astype(np.int64)  # bias below size / 2^64
+        if not self._window:
+            return _permutation(words, self.size)
+        shards = _permutation(words, len(self._shards))
+        windows = [shards[i : i + self._window] for i in range(0, len(shards), self._window)]
+        parts = []
+        for window in windows:
+            rows = np.concatenate([self._shards[shard] for shard in window])
+            parts.append(rows[_permutation(words, len(rows))])
+        return np.concatenate(parts)
+
+
+def _permutation(words, size: int) -> np.ndarray:
+    """[size] int64: the order of `size` random 64-bit words; two are equal with probability below size² / 2^65."""
+    return np.argsort(words(size), kind="stable")
+
+
+def share(rows: Rows, rank: int, world_size: int) -> Rows:
+    """This rank's contiguous part of a global batch: the parts in rank order are the whole, sizes differ by at most one.
+
+    Raises:
+        ValueError: rank is not one of world_size.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}; ranks run from 0 to world_size - 1")
+    return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+
+
+def largest_share(batch_size: int, world_size: int) -> int:
+    """Records of the largest share of a global batch."""
+    return -(-batch_size // world_size)
+
+
+def sequential(size: int, batch_size: int, stream: str = "eval") -> Iterator[Request]:
+    """Each row once, in order, never flipped; the last batch holds what is left."""
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; it must be at least 1")
+    for draw, start in enumerate(range(0, size, batch_size)):
+        yield Request(stream, draw, np.arange(start, min(start + batch_size, size), dtype=np.int64))
+
+
+class Loader(Protocol):
+    """Makes the batches a plan asks for."""
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """This rank's share of each request, in order.
+
+        A loader may work ahead: it may read several requests more than it has given batches. Closing the iterator ends
+        all work and all threads begun for it.
+
+        Raises:
+            ValueError: a record does not decode; the message names its key and shard.
+        """
+        ...
+
+
+def finish(
+    request: Request,
+    pixels: Tensor | None,
+    labels: Tensor,
+    rows: Tensor,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> Batch:
+    """One rank's Batch of decoded pixels and labels: draws, flip, normalisation. The same for every decoder.
+
+    Args:
+        request: what was asked.
+        pixels: [N, S, S, 3] uint8, this rank's share; None when the request has no images.
+        labels: [n, A] float, of the whole split.
+        rows: [B] int64, `request.rows` on the device of `labels`.
+        seed: of the run, with its salt.
+
+    Returns:
+        The batch, on the device of `labels`.
+    """
+    index = share(rows, rank, world_size)
+    draws = Draws(seed, request.stream, request.draw, index)
+    attributes = labels.index_select(0, rows)
+    known = (attributes >= 0).sum(0).to(torch.float32) / world_size
+    images = None
+    if pixels is not None:
+        planes = pixels.permute(0, 3, 1, 2)
+        images = to_float(flip(planes, draws.uniform("flip") < 0.5) if request.flip else planes)
+    size = len(request.rows) / world_size
+    return Batch(images, share(attributes, rank, world_size), index, draws, size, known)
