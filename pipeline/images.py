@@ -1,0 +1,212 @@
+"""Image bytes to uint8 squares to [-1, 1] and back: decoding, crop and resize rules, flips, grids, PNG bytes.
+
+The rules are those of the official code: CelebA's 178x218 pictures lose 20 rows above and below, the 178 square is
+resized and rounded to uint8, and only then mapped to [-1, 1]. There is one kernel each way, the same in every decoder:
+Lanczos when the picture grows, an antialiased triangle when it shrinks.
+
+Source: facebookresearch/FaderNetworks data/preprocess.py (the crop); the kernels are ours, see `kernel`.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:  # only tensor methods are used, so that processes which just read bytes need not load torch
+    from torch import Tensor
+
+CELEBA_SIZE = (178, 218)
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, above which a picture is taken for a decompression bomb (256 MiB of RGB)."""
+READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_ORIENTATION = 0x0112
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
+           Image.DecompressionBombError)
+
+
+def _celeba_boxes(width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    wrong = (width != CELEBA_SIZE[0]) | (height != CELEBA_SIZE[1])
+    if wrong.any():
+        found = f"{width[wrong][0]}x{height[wrong][0]}"
+        raise ValueError(f"crop 'celeba' needs 178x218 pictures, found {found}; set crop: center for other pictures")
+    one = np.ones_like(width)
+    return np.stack([0 * one, 20 * one, 178 * one, 198 * one], 1)
+
+
+def _center_boxes(width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    side = np.minimum(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.stack([left, top, left + side, top + side], 1)
+
+
+CROPS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"celeba": _celeba_boxes, "center": _center_boxes}
+"""Crop rules by name: (widths [N], heights [N]) to square boxes [N, 4] (left, top, right, bottom)."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a decoded picture becomes a network's input. Two models with equal values read pictures alike.
+
+    Args:
+        image_size: pixels a side of the result.
+        crop: a name in CROPS: "celeba" (rows 20:-20 of 178x218) or "center" (the largest centred square).
+        channels: 3 for colour, 1 for grey.
+
+    Raises:
+        ValueError: a value is not possible.
+    """
+
+    image_size: int
+    crop: str = "celeba"
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; it must be at least 1 pixel")
+        if self.crop not in CROPS:
+            raise ValueError(f"unknown crop {self.crop!r}; there are: {', '.join(CROPS)}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels is {self.channels}; pictures have 3 (colour) or 1 (grey)")
+
+    def boxes(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        """What is cut out of pictures of these sizes: [N, 4] int64, (left, top, right, bottom), always square.
+
+        Raises:
+            ValueError: the crop rule does not take a size; the message names it.
+        """
+        return CROPS[self.crop](np.asarray(widths, np.int64), np.asarray(heights, np.int64))
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """`boxes` for one picture."""
+        left, top, right, bottom = self.boxes(np.array([width]), np.array([height]))[0].tolist()
+        return left, top, right, bottom
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(entries: dict[str, Any]) -> Preprocessing:
+        return Preprocessing(**entries)
+
+
+def kernel(side: int, image_size: int) -> Literal["lanczos", "triangular", "none"]:
+    """The one resize kernel for a square of `side` pixels that becomes `image_size`.
+
+    Pillow calls the antialiased triangle BILINEAR; DALI calls it triangular with antialias on. Neither the area filter
+    of OpenCV, which the official code used to shrink, nor its Lanczos of 8 taps exists in both.
+    """
+    if side == image_size:
+        return "none"
+    return "lanczos" if side < image_size else "triangular"
+
+
+_PILLOW_KERNELS = {"lanczos": Image.Resampling.LANCZOS, "triangular": Image.Resampling.BILINEAR}
+
+
+def _open(data: bytes | memoryview | np.ndarray) -> Image.Image:
+    """The picture with only its header read."""
+    image = Image.open(io.BytesIO(data), formats=READABLE)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it declares {image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
+    return image
+
+
+def _unreadable(data: bytes | memoryview | np.ndarray, error: Exception) -> ValueError:
+    reason = "its bytes are no known picture format" if isinstance(error, UnidentifiedImageError) else error
+    return ValueError(f"not a readable picture ({len(data):,} bytes): {reason}")
+
+
+def decode(data: bytes | memoryview | np.ndarray) -> Image.Image:
+    """Decode a picture wholly, turn it upright as its EXIF says, and make it RGB.
+
+    Raises:
+        ValueError: the bytes are not a picture of a known format, are damaged or cut short, or declare more pixels than
+            MAX_PIXELS.
+    """
+    try:
+        image = _open(data)
+        image.load()
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except _DAMAGE as error:
+        raise _unreadable(data, error) from error
+
+
+def check(data: bytes) -> tuple[int, int, str]:
+    """Prove that a picture can be decoded; its width and height (upright) and its format as Pillow calls it.
+
+    A JPEG is decoded at an eighth of its size: every coefficient is still read from the bit stream, which is the only
+    part that can fail; the inverse transform and the colours, which cannot, are spared.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    try:
+        image = _open(data)
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) >= 5:
+            width, height = height, width
+        image.draft("L", (1, 1))
+        image.load()
+        return width, height, image.format
+    except _DAMAGE as error:
+        raise _unreadable(data, error) from error
+
+
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Crop, then resize with one kernel, rounded to uint8: [image_size, image_size, channels].
+
+    Raises:
+        ValueError: the crop rule does not take the picture's size.
+    """
+    box = preprocessing.box(*image.size)
+    size = preprocessing.image_size
+    image = image.crop(box)
+    name = kernel(box[2] - box[0], size)
+    if name != "none":
+        image = image.resize((size, size), _PILLOW_KERNELS[name])
+    array = np.asarray(image.convert("RGB" if preprocessing.channels == 3 else "L"))
+    return array.reshape(size, size, preprocessing.channels)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [N, S, S, C] (as decoders give it) or [N, C, S, S] to float32 [N, C, S, S] in [-1, 1]: x / 127.5 - 1."""
+    if images.ndim != 4:
+        raise ValueError(f"pictures are {tuple(images.shape)}; [N, S, S, C] or [N, C, S, S] is needed")
+    if images.shape[1] == images.shape[2] and images.shape[3] in (1, 3):
+        images = images.permute(0, 3, 1, 2)
+    return images.float().div(127.5).sub(1).contiguous()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [N, C, S, S] in [-1, 1] (clamped) to uint8 [N, S, S, C], rounded; undoes `to_float` exactly."""
+    return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+def flip(images: Tensor, mask: Tensor) -> Tensor:
+    """images [N, C, S, S], mirrored left to right where mask [N] bool is true."""
+    return images.flip(-1).where(mask.view(-1, 1, 1, 1), images)
+
+
+def grid(images: Tensor, gap: int = 2) -> np.ndarray:
+    """Pictures [R, C, 3 or 1, S, S] float in [-1, 1] as one uint8 picture [height, width, 3], white between them."""
+    rows, columns, channels, size, _ = images.shape
+    cells = to_uint8(images.reshape(-1, channels, size, size)).cpu().numpy().reshape(rows, columns, size, size, channels)
+    step = size + gap
+    out = np.full((rows * step + gap, columns * step + gap, 3), 255, np.uint8)
+    for r in range(rows):
+        for c in range(columns):
+            out[gap + r * step : (r + 1) * step, gap + c * step : (c + 1) * step] = cells[r, c]
+    return out
+
+
+def png_bytes(array: np.ndarray) -> bytes:
+    """A uint8 picture [H, W, 3] or [H, W] as PNG."""
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, "PNG")
+    return out.getvalue()
