@@ -1,0 +1,108 @@
+"""The two building blocks of every network here: one that halves the sides of its input, one that doubles them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fader.normalization import Norm, norm
+
+Deconv = Literal["convtranspose", "upsampling", "pixelshuffle"]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32 of a half-precision tensor; float32 and float64 as they are. Losses are taken of wide tensors."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def halvings(image_size: int) -> int:
+    """How often a square image halves until it is one pixel: log2 of its side.
+
+    Raises:
+        ValueError: the side is no power of two.
+    """
+    count = image_size.bit_length() - 1
+    if image_size < 2 or image_size != 1 << count:
+        raise ValueError(f"image_size is {image_size}; it must be a power of two, such as 64, 128 or 256")
+    return count
+
+
+def doubling(first: int, most: int, count: int) -> list[int]:
+    """Channels that double from `first` up to `most`: (16, 512, 7) gives 16 32 64 128 256 512 512.
+
+    Raises:
+        ValueError: a number is not positive, or `first` is above `most`.
+    """
+    if not 1 <= first <= most or count < 1:
+        raise ValueError(f"{count} layers of {first} up to {most} channels do not exist")
+    return [min(first << i, most) for i in range(count)]
+
+
+def with_code(features: Tensor, code: Tensor, skip: Tensor | None = None) -> Tensor:
+    """[N, C, H, W] features, [N, K] code spread over constant planes, and a skip, joined along the channels."""
+    planes = code.to(features.dtype)[:, :, None, None].expand(-1, -1, *features.shape[2:])
+    return torch.cat([features, planes] if skip is None else [features, planes, skip.to(features.dtype)], 1)
+
+
+class Down(nn.Module):
+    """Convolution 4×4 (stride 2, padding 1, with bias), norm, LeakyReLU(0.2), dropout: [N, C, H, W] to [N, O, H/2, W/2].
+
+    Args:
+        norm_kind: None leaves the norm out, as the first layer of a network does.
+        dropout: probability of zeroing an element (not a whole channel).
+        stride: 1 keeps the sides (less one) instead of halving them.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, norm_kind: Norm | None, dropout: float = 0.0, stride: int = 2
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 4, stride, 1)
+        self.norm = nn.Identity() if norm_kind is None else norm(norm_kind, out_channels)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(F.leaky_relu(self.norm(self.conv(x)), 0.2, inplace=True))
+
+
+class Up(nn.Module):
+    """Doubles the sides, then norm, dropout and ReLU; or, as the last layer, tanh alone: [N, C, H, W] to [N, O, 2H, 2W].
+
+    Args:
+        deconv: "convtranspose" is a transposed convolution 4×4 (stride 2, padding 1); "upsampling" repeats each pixel
+            and convolves 3×3; "pixelshuffle" convolves 3×3 to 4·O channels and rearranges them. None has a bias.
+        norm_kind: None makes this the last layer.
+        dropout: probability of zeroing an element, before the ReLU.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, deconv: Deconv, norm_kind: Norm | None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.last = norm_kind is None
+        self.deconv = deconvolution(deconv, in_channels, out_channels)
+        self.norm = nn.Identity() if norm_kind is None else norm(norm_kind, out_channels)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 and not self.last else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deconv(x)
+        # tanh in float32 also under autocast: half precision would leave 256 grey levels only half of themselves.
+        return torch.tanh(wide(x)) if self.last else F.relu(self.dropout(self.norm(x)), inplace=True)
+
+
+def deconvolution(kind: Deconv, in_channels: int, out_channels: int) -> nn.Module:
+    """The layer that doubles the sides; see `Up`.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind == "convtranspose":
+        return nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1, bias=False)
+    if kind == "upsampling":
+        return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(in_channels, out_channels, 3, 1, 1, bias=False))
+    if kind == "pixelshuffle":
+        return nn.Sequential(nn.Conv2d(in_channels, 4 * out_channels, 3, 1, 1, bias=False), nn.PixelShuffle(2))
+    raise ValueError(f"deconv {kind!r} is none of {', '.join(get_args(Deconv))}")

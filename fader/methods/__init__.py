@@ -1,0 +1,9 @@
+"""Every method, one file each. Importing this package fills `fader.method.METHODS`."""
+
+from __future__ import annotations
+
+from fader.method import METHODS
+from fader.methods.fader import Fader, FaderSettings
+from fader.methods.judge import Judge, JudgeSettings
+
+__all__ = ["METHODS", "Fader", "FaderSettings", "Judge", "JudgeSettings"]
