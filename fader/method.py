@@ -145,14 +145,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Settings of one trained group: the update rule, its clip norm (0 = none) and its EMA decay per image (0 = none).
+    """Settings of one trained group.
 
+    betas are Adam's, momentum is SGD's. clip_norm: largest L2 norm of all its gradients together, 0 = none.
     ema_half_life: images after which an old weight counts half in the exponential moving average; 0 keeps none.
     """
 
     kind: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 2e-4
     betas: tuple[float, float] = (0.5, 0.999)
+    momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 5.0
     ema_half_life: int = 0
