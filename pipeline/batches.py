@@ -12,15 +12,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fader.attributes import Attributes
 from fader.draws import Draws, key_of
 from fader.method import Batch
-from pipeline.images import flip, to_float
+from pipeline.images import Preprocessing, flip, to_float
+
+if TYPE_CHECKING:
+    from pipeline.shards import Split
 
 Rows = TypeVar("Rows", np.ndarray, Tensor)
 
@@ -170,21 +174,6 @@ def sequential(size: int, batch_size: int, stream: str = "eval") -> Iterator[Req
         yield Request(stream, draw, np.arange(start, min(start + batch_size, size), dtype=np.int64))
 
 
-class Loader(Protocol):
-    """Makes the batches a plan asks for."""
-
-    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """This rank's share of each request, in order.
-
-        A loader may work ahead: it may read several requests more than it has given batches. Closing the iterator ends
-        all work and all threads begun for it.
-
-        Raises:
-            ValueError: a record does not decode; the message names its key and shard.
-        """
-        ...
-
-
 def finish(
     request: Request,
     pixels: Tensor | None,
@@ -199,7 +188,7 @@ def finish(
 
     Args:
         request: what was asked.
-        pixels: [N, S, S, 3] uint8, this rank's share; None when the request has no images.
+        pixels: [N, S, S, C] uint8, this rank's share; None when the request has no images.
         labels: [n, A] float, of the whole split.
         rows: [B] int64, `request.rows` on the device of `labels`.
         seed: of the run, with its salt.
@@ -217,3 +206,77 @@ def finish(
         images = to_float(flip(planes, draws.uniform("flip") < 0.5) if request.flip else planes)
     size = len(request.rows) / world_size
     return Batch(images, share(attributes, rank, world_size), index, draws, size, known)
+
+
+class Loader(Protocol):
+    """Makes the batches a plan asks for."""
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """This rank's share of each request, in order.
+
+        A loader may work ahead: it may read several requests more than it has given batches. Closing the iterator ends
+        all work and all threads begun for it.
+
+        Raises:
+            ValueError: a record does not decode; the message names its key and shard.
+        """
+        ...
+
+
+class SplitLoader:
+    """What the loaders of one split share: labels on the device, this rank's rows, naming a bad record.
+
+    Args:
+        split: what to read.
+        attributes: the columns of `Batch.attributes`, in order.
+        preprocessing: crop, size and channels.
+        seed: of the run, with its salt; keys the draws.
+        rank, world_size: which share of each global batch to make.
+        device: where batches stand.
+        threads: decoding threads.
+        prefetch: batches made ahead of the one being used.
+
+    Raises:
+        ValueError: the split lacks an attribute, the crop does not take a picture's size, threads or prefetch is below 1.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        attributes: Attributes,
+        preprocessing: Preprocessing,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device = torch.device("cpu"),
+        threads: int = 2,
+        prefetch: int = 3,
+    ) -> None:
+        if threads < 1 or prefetch < 1:
+            raise ValueError(f"{threads} threads and {prefetch} batches ahead; a loader needs at least 1 of each")
+        share(split.shard, rank, world_size)
+        self.split, self.attributes, self.preprocessing = split, attributes, preprocessing
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.device, self.threads, self.prefetch = torch.device(device), threads, prefetch
+        self.boxes = preprocessing.boxes(split.width, split.height)
+        self.labels = torch.from_numpy(split.columns(attributes)).to(self.device)
+
+    def rows(self, request: Request) -> Tensor:
+        """The request's rows [B] on the device, without waiting for what the device is doing."""
+        rows = torch.from_numpy(request.rows)
+        return rows if self.device.type == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
+
+    def finish(self, request: Request, rows: Tensor, pixels: Tensor | None) -> Batch:
+        """See `finish`; rows [B] and pixels [N, S, S, C] are on the device."""
+        return finish(
+            request, pixels, self.labels, rows, seed=self.seed, rank=self.rank, world_size=self.world_size
+        )
+
+    def unreadable(self, row: int, error: Exception) -> ValueError:
+        """What to raise for a record that does not decode."""
+        shard = self.split.shards[self.split.shard[row]]
+        return ValueError(
+            f"{self.split.keys[row]} in {shard} does not decode: {error}; "
+            f"run 'fader verify {shard.parent}' to see what else is damaged, then 'fader prepare' again"
+        )
