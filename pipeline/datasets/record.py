@@ -1,0 +1,108 @@
+"""What a data set is to the rest of the pipeline: a light index of records, and a way to read one record's bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:  # processes that pack shards import this file and need no torch
+    from fader.attributes import Attributes
+
+SPLITS = ("train", "valid", "test")
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
+
+
+class Record(NamedTuple):
+    """One record of the index.
+
+    key: its name, the stem of its members in a tar. split: train, valid or test. location: what `Dataset.read` turns
+    into bytes. labels: [A], in the order of the set's attributes. place: where it is declared, for error messages.
+    """
+
+    key: str
+    split: str
+    location: str
+    labels: np.ndarray
+    place: str
+
+
+class LeftOut(NamedTuple):
+    """A record that is not in the set although it was declared. key: None when the fault belongs to no record."""
+
+    key: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The light index of a set. Images are not in it.
+
+    Args:
+        name: of the set; a name in DATASETS.
+        source: what dataset.json says of the origin. No path and no time: equal data must give equal files.
+        attribute_list: as `Attributes.to_list()` gives it.
+        keys, splits, locations: one string a record.
+        labels: [N, A] float32 as `fader.attributes` defines labels, -1 unknown.
+        places: where each record is declared ("list_attr_celeba.txt line 17").
+        read: location to image bytes; raises OSError or ValueError. It is sent to other processes, so it pickles.
+        left_out: what the reader of the index already left out (only when told to skip what is bad).
+    """
+
+    name: str
+    source: dict[str, Any]
+    attribute_list: list[dict[str, Any]]
+    keys: list[str]
+    splits: list[str]
+    locations: list[str]
+    labels: np.ndarray
+    places: list[str]
+    read: Callable[[str], bytes]
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        shape = (len(self.keys), len(self.attribute_list))
+        if self.labels.shape != shape:
+            raise ValueError(f"labels are {self.labels.shape}; {shape[0]} records with {shape[1]} attributes need {shape}")
+        first: dict[str, int] = {}
+        for row, (key, split) in enumerate(zip(self.keys, self.splits, strict=True)):
+            if split not in SPLITS:
+                raise ValueError(f"{self.places[row]}: split {split!r} is none of {', '.join(SPLITS)}")
+            reason = key_fault(key) or (f"stands at {self.places[first[key]]} already" if key in first else None)
+            if reason:
+                raise ValueError(f"{self.places[row]}: {key!r} {reason}")
+            first[key] = row
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def attributes(self) -> Attributes:
+        from fader.attributes import Attributes
+
+        return Attributes.from_list(self.attribute_list)
+
+    @property
+    def records(self) -> Iterator[Record]:
+        return map(Record, self.keys, self.splits, self.locations, self.labels, self.places)
+
+    def digest(self) -> str:
+        """sha256 of the index: name, source, attributes, keys, splits and labels. Paths and places are not in it."""
+        head = json.dumps([self.name, self.source, self.attribute_list], sort_keys=True)
+        digest = hashlib.sha256(head.encode())
+        for part in (self.keys, self.splits):
+            digest.update("\n".join(part).encode())
+        digest.update(np.ascontiguousarray(self.labels, "<f4").tobytes())
+        return digest.hexdigest()
+
+
+def key_fault(key: str) -> str | None:
+    """Why a key cannot name members of a tar, or None: it must be a plain name, so that nothing escapes a folder."""
+    if _KEY.fullmatch(key):
+        return None
+    return "is no plain name; letters, digits, '-' and '_', at most 90 of them, make a key"

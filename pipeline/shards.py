@@ -1,0 +1,840 @@
+"""Shards: WebDataset tars, a Parquet manifest and dataset.json. Written, verified, opened here and nowhere else.
+
+    OUT/train-000000.tar …   KEY.jpg + KEY.json for each record, picture bytes as they came
+    OUT/manifest.parquet     one row a record, in the order of the tars: where its bytes lie, their digest, its labels
+    OUT/dataset.json         names, counts, digests; written last: a folder without it is not a finished set
+
+A set is a pure function of its data: the number of workers, kills and restarts leave no trace in any byte. Records are
+dealt to shards by position in a fixed shuffle before anything is read, so that a bad record changes no other shard.
+While it is being written OUT/.prepare holds a lock, unfinished files and a note on each finished shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from pipeline.datasets import SPLITS, Dataset, LeftOut
+from pipeline.images import check
+
+if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
+    import pyarrow as pa
+
+    from fader.attributes import Attributes
+
+FORMAT = 1
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Picture formats a shard may hold, as Pillow calls them, and the extension of their members."""
+MANIFEST, DESCRIPTION, WORK = "manifest.parquet", "dataset.json", ".prepare"
+SHARD_NAME = re.compile(r"(train|valid|test)-\d{6}\.tar")
+FIXED_COLUMNS = ("key", "split", "shard", "offset", "size", "digest", "width", "height", "extension")
+_BLOCK, _RECORD = 512, 10240
+
+Progress = Callable[[int, int], None]
+"""Called with (records done, records in all), now and then."""
+
+logger = logging.getLogger(__name__)
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+# --- tar members ------------------------------------------------------------------------------------------------------
+
+
+def _header(name: str, size: int) -> bytes:
+    """A ustar header, byte for byte what webdataset.TarWriter(mtime=0, user="fader", group="fader", mode=0o444) writes.
+
+    Written here because Python's tarfile takes longer over a record's two headers than Pillow over its picture.
+    """
+    fields = (
+        name.encode("ascii").ljust(100, b"\0"), b"0000444\0", b"0000000\0", b"0000000\0", b"%011o\0" % size,
+        b"00000000000\0", b"        ", b"0", bytes(100), b"ustar\x0000", b"fader".ljust(32, b"\0"),
+        b"fader".ljust(32, b"\0"), b"0000000\0", b"0000000\0",
+    )  # fmt: skip
+    header = b"".join(fields)
+    return header[:148] + b"%06o\0 " % sum(header) + header[156:].ljust(_BLOCK - 156, b"\0")
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % _BLOCK)
+
+
+def _labels_json(names: Sequence[str], kinds: Sequence[str], labels: np.ndarray) -> bytes:
+    values = [v if kind == "continuous" else int(v) for kind, v in zip(kinds, labels.tolist())]
+    return json.dumps(dict(zip(names, values))).encode()
+
+
+def _member_json(key: str, labels: bytes) -> bytes:
+    return _header(f"{key}.json", len(labels)) + _padded(labels)
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- files that are whole or absent -----------------------------------------------------------------------------------
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, work: Path) -> Iterator[Any]:
+    """A binary file that takes its place under `path` only when it is whole and on the disk."""
+    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=work)
+    try:
+        with open(handle, "wb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _write_json(path: Path, work: Path, entries: Any) -> None:
+    with _replacing(path, work) as file:
+        file.write(json.dumps(entries, indent=1).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """One writer at a time; the lock ends with the process, however that ends."""
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ValueError(f"another 'fader prepare' is writing to {work.parent}; wait for it, or choose another folder") from None
+        yield
+
+
+# --- work in several processes ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Shared:
+    """What worker processes share with the one that started them: a counter of records and a wish to stop."""
+
+    count: Any = None
+    stop: Any = None
+    unreported: int = 0
+
+    def tick(self) -> None:
+        """Call once a record."""
+        self.unreported += 1
+        if self.unreported >= 32:
+            self.flush()
+            if self.stop.is_set():
+                raise KeyboardInterrupt
+
+    def flush(self) -> None:
+        with self.count.get_lock():
+            self.count.value += self.unreported
+        self.unreported = 0
+
+
+_shared = _Shared()
+
+
+def _start_worker(count: Any, stop: Any) -> None:
+    """In each worker: share the counter, leave Ctrl-C to the parent, and end when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _shared.count, _shared.stop = count, stop
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _call(function: Callable[[Job], Result], job: Job) -> Result:
+    try:
+        return function(job)
+    finally:
+        _shared.flush()
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes started in here ignore Ctrl-C from their first instruction on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def in_processes(
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None, progress: Callable[[int], None]
+) -> list[Result]:
+    """`function` of every job, in order; in this process when one worker is enough.
+
+    Args:
+        function: of a module, so that it pickles. It calls `_shared.tick()` once a record.
+        workers: processes; None: one a core that this process may use.
+        progress: called with the records done since the start.
+
+    Raises:
+        whatever `function` raises, after the other workers have been stopped; KeyboardInterrupt likewise.
+    """
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    context = multiprocessing.get_context("spawn")
+    count, stop = context.Value("q", 0), context.Event()
+    if workers <= 1:
+        _shared.count, _shared.stop, out = count, stop, []
+        for job in jobs:
+            out.append(_call(function, job))
+            progress(count.value)
+        return out
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (count, stop))
+    try:
+        with _ignoring_interrupts():
+            futures = [executor.submit(_call, function, job) for job in jobs]
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            progress(count.value)
+        return [future.result() for future in futures]
+    finally:
+        stop.set()
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ShardJob:
+    """One shard to write: the records dealt to it, and where it goes."""
+
+    out: Path
+    name: str
+    names: list[str]
+    kinds: list[str]
+    keys: list[str]
+    locations: list[str]
+    labels: np.ndarray
+    places: list[str]
+    read: Callable[[str], bytes]
+    skip_bad: bool
+
+    @property
+    def note(self) -> Path:
+        return self.out / WORK / f"{self.name}.json"
+
+    def digest(self) -> str:
+        """What decides the shard's content, apart from the pictures."""
+        digest = hashlib.sha256(json.dumps([FORMAT, self.name, self.names, self.kinds, self.keys, self.locations]).encode())
+        digest.update(np.ascontiguousarray(self.labels, "<f4").tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A shard as it stands on the disk. rows: (index among the job's records, offset, size, digest, width, height,
+    extension) of every record in it."""
+
+    job: str
+    size: int
+    digest: str
+    rows: list[tuple[int, int, int, str, int, int, str]]
+    left_out: list[LeftOut]
+
+
+def _picture(job: _ShardJob, i: int) -> tuple[bytes, int, int, str] | str:
+    """Bytes, width, height and extension of a record's picture, or what is wrong with it."""
+    try:
+        data = job.read(job.locations[i])
+        width, height, kind = check(data)
+    except FileNotFoundError as error:
+        return f"picture {job.locations[i]} is missing ({error.filename})"
+    except (OSError, ValueError) as error:
+        return f"picture {job.locations[i]} cannot be read: {error}"
+    if kind not in EXTENSIONS:
+        return f"picture {job.locations[i]} is {kind}; shards hold {', '.join(EXTENSIONS)}"
+    return data, width, height, EXTENSIONS[kind]
+
+
+def _write_shard(job: _ShardJob) -> _Written:
+    """Write one tar and, when it stands in its place, the note that says so."""
+    rows, left_out, offset, digest = [], [], 0, hashlib.sha256()
+    with _replacing(job.out / job.name, job.out / WORK) as file:
+        for i, key in enumerate(job.keys):
+            _shared.tick()
+            picture = _picture(job, i)
+            if isinstance(picture, str):
+                if not job.skip_bad:
+                    raise ValueError(f"{job.places[i]}: {picture}; mend it, or leave such records out with --skip-bad")
+                left_out.append(LeftOut(key, f"{job.places[i]}: {picture}"))
+                continue
+            data, width, height, extension = picture
+            labels = _labels_json(job.names, job.kinds, job.labels[i])
+            block = _header(f"{key}.{extension}", len(data)) + _padded(data) + _member_json(key, labels)
+            rows.append((i, offset + _BLOCK, len(data), _sha256(data), width, height, extension))
+            file.write(block)
+            digest.update(block)
+            offset += len(block)
+        end = bytes(2 * _BLOCK + -(offset + 2 * _BLOCK) % _RECORD)
+        file.write(end)
+        digest.update(end)
+    written = _Written(job.digest(), offset + len(end), digest.hexdigest(), rows, left_out)
+    _write_json(job.note, job.out / WORK, vars(written))
+    return written
+
+
+def _finished_shard(job: _ShardJob) -> _Written | None:
+    """The shard an earlier run finished, when it is whole, of the same records, and none of them was bad."""
+    try:
+        entries = json.loads(job.note.read_text())
+        written = _Written(**{**entries, "rows": [tuple(row) for row in entries["rows"]], "left_out": []})
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+    tar = job.out / job.name
+    if entries["left_out"] or written.job != job.digest() or not tar.is_file() or tar.stat().st_size != written.size:
+        return None
+    return written if _file_sha256(tar) == written.digest else None
+
+
+def _shard(job: _ShardJob) -> _Written:
+    written = _finished_shard(job)
+    if written is None:
+        return _write_shard(job)
+    for _ in job.keys:
+        _shared.tick()
+    return written
+
+
+def _jobs(dataset: Dataset, out: Path, shard_records: int, skip_bad: bool) -> list[_ShardJob]:
+    """Records dealt to shards: inside each split in the order of a digest of their keys, which is a fixed shuffle."""
+    names = [entry["name"] for entry in dataset.attribute_list]
+    kinds = [entry["kind"] for entry in dataset.attribute_list]
+    order = [hashlib.blake2b(key.encode(), digest_size=16).digest() for key in dataset.keys]
+    jobs = []
+    for split in SPLITS:
+        rows = sorted((row for row, s in enumerate(dataset.splits) if s == split), key=order.__getitem__)
+        for number, start in enumerate(range(0, len(rows), shard_records)):
+            part = rows[start : start + shard_records]
+            jobs.append(
+                _ShardJob(
+                    out=out,
+                    name=f"{split}-{number:06d}.tar",
+                    names=names,
+                    kinds=kinds,
+                    keys=[dataset.keys[row] for row in part],
+                    locations=[dataset.locations[row] for row in part],
+                    labels=dataset.labels[part],
+                    places=[dataset.places[row] for row in part],
+                    read=dataset.read,
+                    skip_bad=skip_bad,
+                )
+            )
+    return jobs
+
+
+def prepare(
+    dataset: Dataset,
+    out: Path | str,
+    *,
+    shard_records: int = 4096,
+    workers: int | None = None,
+    skip_bad: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> ShardSet:
+    """Write a shard set, or go on with one that was interrupted. Every byte is the same however often that happens.
+
+    Args:
+        dataset: the index of what to write.
+        out: a folder that is absent, empty, or holds an unfinished set of the same source.
+        shard_records: records a tar.
+        workers: processes; None: one a core.
+        skip_bad: leave out pictures that are missing or cannot be decoded and list them in dataset.json.
+        progress: called now and then with (records done, records in all).
+
+    Returns:
+        The finished set; also when it was finished before.
+
+    Raises:
+        ValueError: the folder holds something else, another process is writing to it, or a picture is bad; the message
+            names file and line.
+    """
+    out = Path(out)
+    if shard_records < 1 or (workers is not None and workers < 1):
+        raise ValueError(f"shard_records {shard_records} and workers {workers} must be at least 1")
+    if not len(dataset):
+        raise ValueError(f"{dataset.name}: not one record to write; is the source empty?")
+    reserved = [e["name"] for e in dataset.attribute_list if e["name"] in FIXED_COLUMNS]
+    if reserved:
+        raise ValueError(f"attribute {reserved[0]!r} is called like a column of the manifest; rename it")
+    source = hashlib.sha256(f"{FORMAT} {dataset.digest()} {shard_records}".encode()).hexdigest()
+    _claim(out)
+    with _locked(out / WORK):
+        finished = _finished_set(out, source)
+        if finished is None:
+            _write_set(dataset, out, source, shard_records, workers, skip_bad, progress)
+            finished = ShardSet.open(out)
+        shutil.rmtree(out / WORK)
+    return finished
+
+
+def _claim(out: Path) -> None:
+    """Make the folder, or see that what lies in it is ours."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; a folder is needed")
+    ours = (out / WORK).is_dir() or (out / DESCRIPTION).is_file()
+    foreign = [] if ours or not out.exists() else [p.name for p in out.iterdir() if p.is_file()]
+    if foreign:
+        raise ValueError(f"{out} holds {foreign[0]} and no shard set; choose a folder that is absent or empty")
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+
+
+def _finished_set(out: Path, source: str) -> ShardSet | None:
+    """The finished set that lies in `out`, when it is of this source; None when there is none yet."""
+    started = out / WORK / "source"
+    if (out / DESCRIPTION).exists():
+        finished = ShardSet.open(out)
+        if finished.info.get("source_digest") != source:
+            shutil.rmtree(out / WORK)
+            raise ValueError(f"{out} already holds a finished set of another source or shard size; choose another folder, or remove it first")
+        return finished
+    if started.exists() and started.read_text() != source:
+        raise ValueError(f"{out} holds an unfinished set of another source or shard size; choose another folder, or remove it first")
+    for stale in (out / WORK).glob("*.part"):
+        stale.unlink()
+    if not started.exists():
+        with _replacing(started, out / WORK) as file:
+            file.write(source.encode())
+    return None
+
+
+def _write_set(
+    dataset: Dataset, out: Path, source: str, shard_records: int, workers: int | None, skip_bad: bool, progress: Progress
+) -> None:
+    jobs = _jobs(dataset, out, shard_records, skip_bad)
+    large_first = sorted(jobs, key=lambda job: -len(job.keys))  # so that the last job to end is a small one
+    results = in_processes(_shard, large_first, workers, lambda done: progress(done, len(dataset)))
+    written = {job.name: result for job, result in zip(large_first, results)}
+    left_out = [*dataset.left_out, *(entry for job in jobs for entry in written[job.name].left_out)]
+    for job in jobs:
+        if not written[job.name].rows:
+            (out / job.name).unlink()
+    jobs = [job for job in jobs if written[job.name].rows]
+    if not jobs:
+        raise ValueError(f"{dataset.name}: every record is bad, beginning with {left_out[0].reason}")
+
+    import pyarrow.parquet as pq
+
+    table = _manifest(dataset.attribute_list, jobs, written)
+    with _replacing(out / MANIFEST, out / WORK) as file:
+        pq.write_table(table, file)
+    info = {
+        "format": FORMAT,
+        "name": dataset.name,
+        "source": dataset.source,
+        "source_digest": source,
+        "digest": _data_digest(dataset.attribute_list, table),
+        "attributes": [{**entry, "k": len(entry["categories"]) or 2} for entry in dataset.attribute_list],
+        "shard_records": shard_records,
+        "splits": {split: _describe(dataset.attribute_list, split, table, jobs, written) for split in SPLITS},
+        "manifest": {"file": MANIFEST, "size": (out / MANIFEST).stat().st_size, "digest": _file_sha256(out / MANIFEST)},
+        "left_out": [entry._asdict() for entry in left_out],
+    }
+    _write_json(out / DESCRIPTION, out / WORK, info)
+
+
+def _manifest(attribute_list: list[dict[str, Any]], jobs: list[_ShardJob], written: dict[str, _Written]) -> pa.Table:
+    import pyarrow as pa
+
+    rows = [(job, row) for job in jobs for row in written[job.name].rows]
+    labels = np.concatenate([job.labels[[row[0] for row in written[job.name].rows]] for job in jobs])
+    columns = {
+        "key": pa.array([job.keys[row[0]] for job, row in rows], pa.string()),
+        "split": pa.array([job.name.partition("-")[0] for job, _ in rows], pa.string()),
+        "shard": pa.array([job.name for job, _ in rows], pa.string()),
+        "offset": pa.array([row[1] for _, row in rows], pa.int64()),
+        "size": pa.array([row[2] for _, row in rows], pa.int64()),
+        "digest": pa.array([row[3] for _, row in rows], pa.string()),
+        "width": pa.array([row[4] for _, row in rows], pa.int32()),
+        "height": pa.array([row[5] for _, row in rows], pa.int32()),
+        "extension": pa.array([row[6] for _, row in rows], pa.string()),
+    }
+    for j, entry in enumerate(attribute_list):
+        kind = np.float32 if entry["kind"] == "continuous" else np.int8
+        columns[entry["name"]] = pa.array(np.ascontiguousarray(labels[:, j], kind))
+    return pa.table(columns)
+
+
+def _data_digest(attribute_list: list[dict[str, Any]], table: pa.Table) -> str:
+    """sha256 of what the data is: attributes, and each record's key, split, picture digest and labels, in order."""
+    digest = hashlib.sha256(json.dumps([[e["name"], e["kind"], e["categories"]] for e in attribute_list]).encode())
+    for column in ("key", "split", "digest"):
+        digest.update("\n".join(table[column].to_pylist()).encode())
+    for entry in attribute_list:
+        kind = "<f4" if entry["kind"] == "continuous" else "<i1"
+        digest.update(table[entry["name"]].to_numpy().astype(kind).tobytes())
+    return digest.hexdigest()
+
+
+def _describe(
+    attribute_list: list[dict[str, Any]], split: str, table: pa.Table, jobs: list[_ShardJob], written: dict[str, _Written]
+) -> dict[str, Any]:
+    """What dataset.json says of a split: records, how many hold each value of each attribute, and its shards."""
+    mask = np.array([name == split for name in table["split"].to_pylist()])
+    counts: dict[str, dict[str, float]] = {}
+    for entry in attribute_list:
+        labels = table[entry["name"]].to_numpy()[mask]
+        known = labels[labels >= 0]
+        if entry["kind"] == "continuous":
+            counts[entry["name"]] = {"mean": float(known.mean()) if len(known) else 0.0}
+        else:
+            values = entry["categories"] or ["0", "1"]
+            counts[entry["name"]] = {value: int((known == v).sum()) for v, value in enumerate(values)}
+        if len(known) < len(labels):
+            counts[entry["name"]]["unknown"] = len(labels) - len(known)
+    shards = [
+        {"file": job.name, "records": len(written[job.name].rows), "size": written[job.name].size, "digest": written[job.name].digest}
+        for job in jobs
+        if job.name.startswith(f"{split}-")
+    ]
+    return {"records": int(mask.sum()), "labels": counts, "shards": shards}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """dataset.json, checked as far as readers rely on it.
+
+    Raises:
+        ValueError: absent, unfinished or damaged.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not there; write it with 'fader prepare'")
+    if not (path / DESCRIPTION).is_file():
+        if (path / WORK).is_dir():
+            raise ValueError(f"{path} is not finished: {DESCRIPTION} is missing; run the same 'fader prepare' again to finish it")
+        raise ValueError(f"{path} holds no shard set: {DESCRIPTION} is missing; write one with 'fader prepare'")
+    try:
+        info = json.loads((path / DESCRIPTION).read_text())
+        if info["format"] != FORMAT:
+            raise ValueError(f"format {info['format']}, this version reads {FORMAT}")
+        for split in SPLITS:
+            for shard in info["splits"][split]["shards"]:
+                if not SHARD_NAME.fullmatch(shard["file"]) or int(shard["size"]) < 0 or not str(shard["digest"]):
+                    raise ValueError(f"shard {shard['file']!r}")
+        for entry in info["attributes"]:
+            str(entry["name"]), str(entry["kind"]), list(entry["categories"])
+        str(info["manifest"]["digest"]), str(info["name"]), str(info["digest"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path / DESCRIPTION} is damaged ({error}); remove {path} and run 'fader prepare' again") from error
+    return info
+
+
+def _shards_of(info: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shard for split in SPLITS for shard in info["splits"][split]["shards"]]
+
+
+def _size_fault(path: Path, size: int) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        short = "written short" if path.stat().st_size < size else "not the file that was written"
+        return f"{path.name} is {path.stat().st_size:,} bytes, {DESCRIPTION} says {size:,}: {short}"
+    return None
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished shard set. digest: the data digest: what the data is, not how it was cut or where it lies."""
+
+    path: Path
+    info: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path | str) -> ShardSet:
+        """Open a set; sizes of all files and the manifest's digest are checked, the tars are not read (`verify` does).
+
+        Raises:
+            ValueError: not there, not finished, or damaged.
+        """
+        path = Path(path)
+        info = _read_description(path)
+        faults = [_size_fault(path / shard["file"], shard["size"]) for shard in _shards_of(info)]
+        faults.append(_size_fault(path / MANIFEST, info["manifest"]["size"]))
+        if not any(faults) and _file_sha256(path / MANIFEST) != info["manifest"]["digest"]:
+            faults.append(f"{MANIFEST} differs from its digest in {DESCRIPTION}")
+        faults = [fault for fault in faults if fault]
+        if faults:
+            raise ValueError(f"{path}: {'; '.join(faults[:5])}; remove {path} and run 'fader prepare' again")
+        return cls(path, info)
+
+    @property
+    def name(self) -> str:
+        return self.info["name"]
+
+    @property
+    def digest(self) -> str:
+        return self.info["digest"]
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        from fader.attributes import Attributes
+
+        return Attributes.from_list(self.info["attributes"])
+
+    @cached_property
+    def manifest(self) -> pa.Table:
+        """The manifest, one row a record.
+
+        Raises:
+            ValueError: a column is missing, or a row points outside its tar.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(self.path / MANIFEST)
+            table = table.select([*FIXED_COLUMNS, *(entry["name"] for entry in self.info["attributes"])])
+        except (pa.ArrowException, KeyError, OSError) as error:
+            raise ValueError(f"{self.path / MANIFEST} cannot be read: {error}") from error
+        sizes = {shard["file"]: shard["size"] for shard in _shards_of(self.info)}
+        limit = np.array([sizes.get(shard, -1) for shard in table["shard"].to_pylist()])
+        offset, size = table["offset"].to_numpy(), table["size"].to_numpy()
+        if ((offset < 0) | (size < 0) | (offset + size > limit)).any():
+            raise ValueError(f"{self.path / MANIFEST} points outside the tars; remove {self.path} and run 'fader prepare' again")
+        return table
+
+    def split(self, name: str) -> Split:
+        """The records of one split.
+
+        Raises:
+            ValueError: no such split, or not one record in it.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"unknown split {name!r}; there are {', '.join(SPLITS)}")
+        import pyarrow.compute as pc
+
+        table = self.manifest.filter(pc.equal(self.manifest["split"], name))
+        if not table.num_rows:
+            counts = ", ".join(f"{split} {self.info['splits'][split]['records']:,}" for split in SPLITS)
+            raise ValueError(f"{self.path} has no {name} records ({counts}); prepare a source that has some")
+        names = [shard["file"] for shard in self.info["splits"][name]["shards"]]
+        number = {shard: i for i, shard in enumerate(names)}
+        attribute_list = self.info["attributes"]
+        return Split(
+            name=name,
+            attributes=self.attributes,
+            keys=np.array(table["key"].to_pylist()),
+            labels=np.stack([table[e["name"]].to_numpy().astype(np.float32) for e in attribute_list], 1)
+            if attribute_list
+            else np.zeros((table.num_rows, 0), np.float32),
+            shard=np.array([number[shard] for shard in table["shard"].to_pylist()], np.int32),
+            offset=table["offset"].to_numpy(),
+            size=table["size"].to_numpy(),
+            width=table["width"].to_numpy(),
+            height=table["height"].to_numpy(),
+            shards=[self.path / shard for shard in names],
+            digest=_data_digest(attribute_list, table),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The records of one split, in the order of its tars, which is a fixed shuffle.
+
+    keys [n] str; labels [n, A] float32 in the order of `attributes`, -1 unknown; shard [n] int32 into `shards`;
+    offset, size [n] int64: where the picture's bytes lie in that tar; width, height [n] int32, upright;
+    digest: the data digest of these records alone.
+    """
+
+    name: str
+    attributes: Attributes
+    keys: np.ndarray
+    labels: np.ndarray
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    shards: list[Path]
+    digest: str
+    _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def columns(self, attributes: Attributes) -> np.ndarray:
+        """Labels of the named attributes: [n, len(attributes)] float32.
+
+        Raises:
+            ValueError: the set has no such attribute, or one of another kind or other categories.
+        """
+        rows = [self.attributes.index(attribute.name) for attribute in attributes]
+        for attribute, row in zip(attributes, rows):
+            found = self.attributes[row]
+            if found != attribute:
+                raise ValueError(f"{attribute.name} is {_kind(found)} in this set, {_kind(attribute)} is asked for")
+        return self.labels[:, rows]
+
+    def bytes(self, row: int) -> np.ndarray:
+        """The picture's bytes as they came: 1-D uint8, a view into the mapped tar. Safe from several threads."""
+        number = int(self.shard[row])
+        tar = self._maps.get(number)
+        if tar is None:
+            tar = self._maps.setdefault(number, np.memmap(self.shards[number], np.uint8, "r"))
+        offset = int(self.offset[row])
+        return tar[offset : offset + int(self.size[row])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+
+def _kind(attribute: Any) -> str:
+    return f"{attribute.kind} ({', '.join(attribute.categories)})" if attribute.categories else attribute.kind
+
+
+# --- verifying --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` read."""
+
+    records: int
+    shards: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _VerifyJob:
+    """One tar to check: what dataset.json and the manifest say of it. rows: (key, offset, size, digest, extension)."""
+
+    path: Path
+    size: int
+    digest: str
+    names: list[str]
+    kinds: list[str]
+    rows: list[tuple[str, int, int, str, str]]
+    labels: np.ndarray
+
+
+def _verify_shard(job: _VerifyJob) -> list[str]:
+    """What is damaged in one tar. The whole tar follows from the manifest, except the pictures, whose digests do."""
+    name, faults, position = job.path.name, [], 0
+    fault = _size_fault(job.path, job.size)
+    if fault:
+        return [fault]
+    digest = hashlib.sha256()
+    with open(job.path, "rb") as file:
+
+        def take(size: int) -> bytes:
+            data = file.read(size)
+            digest.update(data)
+            return data
+
+        for (key, offset, size, expected, extension), labels in zip(job.rows, job.labels):
+            _shared.tick()
+            if offset != position + _BLOCK:
+                return [*faults, f"{name}: the manifest has {key} at byte {offset:,}, where it does not follow the record before"]
+            if take(_BLOCK) != _header(f"{key}.{extension}", size):
+                faults.append(f"{name}: the header of {key}.{extension} is damaged")
+            picture, padding = take(size), take(-size % _BLOCK)
+            if _sha256(picture) != expected or padding.strip(b"\0"):
+                faults.append(f"{name}: {key}.{extension} differs from its digest")
+            json_bytes = _labels_json(job.names, job.kinds, labels)
+            found = take(len(_member_json(key, json_bytes)))
+            if found != _member_json(key, json_bytes):
+                faults.append(f"{name}: {key}.json differs from the labels in the manifest")
+            position = file.tell()
+        rest = take(job.size - position)
+        if len(rest) < 2 * _BLOCK or rest.strip(b"\0"):
+            faults.append(f"{name}: the end of the tar is damaged")
+    if digest.hexdigest() != job.digest and not faults:
+        faults.append(f"{name} differs from its digest in {DESCRIPTION}")
+    return faults
+
+
+def verify(path: Path | str, *, workers: int | None = None, progress: Progress = lambda done, total: None) -> Report:
+    """Read a set back whole: every picture against its digest, every label file against the columns, every tar, the
+    manifest and the data digest against dataset.json.
+
+    Raises:
+        ValueError: not there, not finished, or damaged; names what is (the first 20 places).
+    """
+    path = Path(path)
+    info = _read_description(path)
+    shards = _shards_of(info)
+    fault = _size_fault(path / MANIFEST, info["manifest"]["size"])
+    if fault or _file_sha256(path / MANIFEST) != info["manifest"]["digest"]:
+        raise ValueError(f"{path} is damaged: {fault or f'{MANIFEST} differs from its digest in {DESCRIPTION}'}")
+    whole = ShardSet(path, info)
+    jobs = _verify_jobs(whole, shards)
+    faults = [fault for part in in_processes(_verify_shard, jobs, workers, lambda done: progress(done, whole.manifest.num_rows)) for fault in part]
+    if _data_digest(info["attributes"], whole.manifest) != info["digest"]:
+        faults.append(f"{MANIFEST} does not give the data digest in {DESCRIPTION}")
+    known = {shard["file"] for shard in shards}
+    faults += [f"{p.name} does not belong to the set" for p in sorted(path.glob("*.tar")) if p.name not in known]
+    if faults:
+        more = f" and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ValueError(f"{path} is damaged in {len(faults)} places: {'; '.join(faults[:20])}{more}")
+    return Report(whole.manifest.num_rows, len(shards), sum(shard["size"] for shard in shards))
+
+
+def _verify_jobs(whole: ShardSet, shards: Iterable[dict[str, Any]]) -> list[_VerifyJob]:
+    table, attribute_list = whole.manifest, whole.info["attributes"]
+    names = [entry["name"] for entry in attribute_list]
+    labels = np.stack([table[name].to_numpy().astype(np.float32) for name in names], 1) if names else np.zeros((table.num_rows, 0))
+    rows_of: dict[str, list[int]] = {shard["file"]: [] for shard in shards}
+    for row, shard in enumerate(table["shard"].to_pylist()):
+        rows_of[shard].append(row)
+    columns = [table[name].to_pylist() for name in ("key", "offset", "size", "digest", "extension")]
+    rows = list(zip(*columns))
+    return [
+        _VerifyJob(
+            path=whole.path / shard["file"],
+            size=shard["size"],
+            digest=shard["digest"],
+            names=names,
+            kinds=[entry["kind"] for entry in attribute_list],
+            rows=[rows[row] for row in rows_of[shard["file"]]],
+            labels=labels[rows_of[shard["file"]]],
+        )
+        for shard in shards
+    ]
