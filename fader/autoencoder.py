@@ -1,6 +1,7 @@
 """Encoder and decoder of a Fader network: the attributes enter the decoder at every layer.
 
-Source: Lample et al. 2017, arXiv:1706.00409, section 4.1; sizes as in the authors' code (facebookresearch/FaderNetworks).
+Source: Lample et al. 2017, arXiv:1706.00409, section 4.1; sizes as in the authors' code
+(facebookresearch/FaderNetworks).
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from fader.layers import Deconv, Down, Up, doubling, halvings, with_code
+from fader.layers import Deconv, Down, Up, channels_last, doubling, halvings, with_code
 from fader.normalization import Norm
 
 Preset = Literal["paper", "official", "small"]
 
 PRESETS: dict[str, dict[str, int]] = {
-    "paper": {"init_channels": 16, "max_channels": 512, "num_layers": 7},  # 256×256: latent 512×2×2, as the paper says
+    "paper": {"init_channels": 16, "max_channels": 512, "num_layers": 7},  # 256×256: latent 512×2×2, the paper's
     "official": {"init_channels": 32, "max_channels": 512, "num_layers": 6},  # 256×256: 512×4×4, the code's default
     "small": {"init_channels": 32, "max_channels": 512, "num_layers": 5},  # 64×64: 512×2×2
 }
@@ -63,7 +64,7 @@ class Layout:
                 f"num_layers is {self.num_layers}; an image of {self.image_size} pixels halves at most {most} times"
             )
         if not 0 <= self.num_skips < self.num_layers:
-            raise ValueError(f"num_skips is {self.num_skips}; with {self.num_layers} layers it is 0 to {self.num_layers - 1}")
+            raise ValueError(f"num_skips is {self.num_skips}; of {self.num_layers} layers 0 to {self.num_layers - 1} skip")
         doubling(self.init_channels, self.max_channels, self.num_layers)
 
     @property
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Latent:
         maps = []
-        features = images
+        features = channels_last(images)
         for layer in self.layers:
             features = layer(features)
             maps.append(features)
@@ -105,8 +106,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A `Latent` and a code [N, K] to images [N, C, S, S] in [-1, 1].
 
-    Every layer reads [features, code planes, skip]; layers 1 to num_skips have a skip, layer i the encoder's map that is
-    i above the latent.
+    Every layer reads [features, code planes, skip]. Layers 1 to num_skips have a skip: layer i the encoder's map that
+    is i above the latent.
 
     Args:
         dropout: in the first three layers, except the last of all.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fader.layers import Down, doubling, halvings
+from fader.layers import Down, channels_last, doubling, halvings
 from fader.normalization import Norm
 
 
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """[N, hidden_channels]: what the last layer reads."""
-        return self.hidden(self.layers(images).flatten(1))
+        return self.hidden(self.layers(channels_last(images)).flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))

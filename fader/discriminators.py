@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fader.autoencoder import Latent, Layout
-from fader.layers import Down, doubling, wide
+from fader.layers import Down, channels_last, doubling, wide
 from fader.normalization import Norm
 
 
@@ -46,7 +46,12 @@ class PatchDiscriminator(nn.Module):
     """
 
     def __init__(
-        self, image_size: int, channels: int = 3, init_channels: int = 32, max_channels: int = 512, norm: Norm = "global"
+        self,
+        image_size: int,
+        channels: int = 3,
+        init_channels: int = 32,
+        max_channels: int = 512,
+        norm: Norm = "global",
     ) -> None:
         super().__init__()
         if image_size < 32:
@@ -59,4 +64,4 @@ class PatchDiscriminator(nn.Module):
         self.head = nn.Conv2d(more[-1], 1, 4, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.sigmoid(wide(self.head(self.layers(images)))).flatten(1).mean(1)
+        return torch.sigmoid(wide(self.head(self.layers(channels_last(images))))).flatten(1).mean(1)

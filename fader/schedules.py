@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def ramp(value: float, images: int, *, over: int) -> float:
-    """A weight that grows linearly from 0 to `value` in `over` images and stays there; `value` from the start if over = 0.
+    """A weight that grows linearly from 0 to `value` in `over` images and stays there; `value` at once if over = 0.
 
     Source: Lample et al. 2017, arXiv:1706.00409, section 4.2: λ from 0 to 1e-4 over 500,000 iterations of 32 images.
 

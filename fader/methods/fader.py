@@ -29,7 +29,7 @@ Mode = Literal["eval", "train"]
 class FaderSettings:
     """
     Args:
-        images: length of training (published: 1,000 epochs of 50,000 images; in practice it has converged after 100 to 200).
+        images: length of training (published: 1,000 epochs of 50,000 images; converged after 100 to 200).
         preset: network sizes; init_channels, max_channels and num_layers override it where they are given.
         num_skips: encoder maps handed to the decoder beside the latent.
         norm: of encoder and decoder; the discriminators keep batch norm where this is "instance".
@@ -223,7 +223,7 @@ class Fader(Method):
     # --- use --------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor, labels: Tensor) -> Latent:
-        """Images [N, C, S, S] to their latent. A Fader encoder needs no labels; they are taken so that every method is alike."""
+        """Images [N, C, S, S] to their latent. This encoder needs no labels; it takes them as all methods do."""
         return self.networks["encoder"](images)
 
     def decode(self, latent: Latent, code: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class JudgeSettings:
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is none of {', '.join(PRESETS)}")
         if self.norm not in ("global", "local"):
-            raise ValueError(f"norm {self.norm!r} is none of global, local: a judge halves its images down to one pixel")
+            raise ValueError(f"norm {self.norm!r} is none of global, local: a judge halves images down to one pixel")
 
     def sizes(self) -> dict[str, int]:
         """The network sizes: the preset's, where nothing else is given."""
