@@ -1,0 +1,215 @@
+"""Measures of pictures, of judged attributes and of sliders: pure functions of tensors, in float64 where sums are long.
+
+Nothing here knows of files, ranks or networks. Images are [N, C, H, W] in [-1, 1], so the peak-to-peak range is 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PEAK = 2.0
+SSIM_FROM = 11  # pixels a side: the window
+MS_SSIM_FROM = 176  # pixels a side: below, the coarsest of MS-SSIM's five scales is smaller than its window
+_MSE_FLOOR = 1e-10  # so that a perfect picture has a finite PSNR: 106.0 dB
+_BOOTSTRAP_CELLS = 4_000_000  # resampling weights held at once: 32 MB in float64
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def mse(images: Tensor, target: Tensor) -> Tensor:
+    """[N] float64 mean squared difference of each image, over its channels and pixels, on [-1, 1].
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    _same(images, target)
+    return (images.double() - target.double()).square().flatten(1).mean(1)
+
+
+def psnr(mean_squared: Tensor) -> Tensor:
+    """[N] peak signal-to-noise ratio in dB: 10·log10(2² / MSE), at most 106.0 dB."""
+    return 10 * torch.log10(PEAK**2 / mean_squared.double().clamp(min=_MSE_FLOOR))
+
+
+def ssim(images: Tensor, target: Tensor) -> Tensor:
+    """[N] structural similarity, 1 for equal images; Gaussian window of 11 pixels, sigma 1.5.
+
+    Raises:
+        ValueError: shapes disagree, or a side is under 11 pixels.
+
+    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity"; torchmetrics.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _same(images, target)
+    if min(images.shape[-2:]) < SSIM_FROM:
+        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; SSIM's window needs {SSIM_FROM} a side")
+    value = structural_similarity_index_measure(images.float(), target.float(), data_range=PEAK, reduction="none")
+    return value.reshape(len(images)).double()  # type: ignore[union-attr]
+
+
+def ms_ssim(images: Tensor, target: Tensor) -> Tensor:
+    """[N] multi-scale structural similarity over five scales, 1 for equal images.
+
+    Raises:
+        ValueError: shapes disagree, or a side is under 176 pixels.
+
+    Source: Wang, Simoncelli, Bovik 2003, "Multiscale structural similarity for image quality assessment"; torchmetrics.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    _same(images, target)
+    if min(images.shape[-2:]) < MS_SSIM_FROM:
+        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; MS-SSIM's five scales need {MS_SSIM_FROM}")
+    value = multiscale_structural_similarity_index_measure(
+        images.float(), target.float(), data_range=PEAK, reduction="none"
+    )
+    return value.reshape(len(images)).double()
+
+
+def _same(images: Tensor, target: Tensor) -> None:
+    if images.shape != target.shape or images.ndim != 4:
+        raise ValueError(f"images are {tuple(images.shape)} and {tuple(target.shape)}; both must be the same [N, C, H, W]")
+
+
+# --- judged attributes -----------------------------------------------------------------------------------------------
+
+
+def balanced_accuracy(preds: Tensor, labels: Tensor, k: int) -> float:
+    """Mean over the values that occur of the share of their records that are right; unknown labels (-1) left out.
+
+    Always guessing one value scores 1/k. Not a number when no label is known.
+
+    Args:
+        preds, labels: [N], 0 … k-1.
+    """
+    shares = [
+        (preds[labels == value] == value).double().mean().item() for value in range(k) if (labels == value).any()
+    ]
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def auc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+
+    Args:
+        scores: [N], higher for "present".
+        labels: [N], 0 or 1, -1 = unknown (left out).
+
+    Returns:
+        0.5 when the scores tell nothing; not a number when one of the two classes is empty.
+
+    Source: the Mann-Whitney form, Hanley and McNeil 1982.
+    """
+    known = labels >= 0
+    scores, positive = scores[known].double(), labels[known] == 1
+    num_positive = int(positive.sum())
+    num_negative = len(scores) - num_positive
+    if not num_positive or not num_negative:
+        return math.nan
+    _, place, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks = (last - (counts.double() - 1) / 2)[place]  # the mean of the ranks that equal scores share
+    above = ranks[positive].sum().item() - num_positive * (num_positive + 1) / 2
+    return above / (num_positive * num_negative)
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def means(values: Tensor, counted: Tensor) -> Tensor:
+    """[D] float64 mean of each column over its counted records; not a number where none is counted.
+
+    Args:
+        values: [N, D].
+        counted: [N, D] bool.
+    """
+    counted = counted.double()
+    return (torch.where(counted > 0, values.double(), 0.0)).sum(0) / counted.sum(0)
+
+
+def bootstrap_means(values: Tensor, counted: Tensor, *, seed: int, resamples: int = 1000) -> Tensor:
+    """The same means over records drawn with replacement, [resamples, D] float64.
+
+    Whole records are drawn, so columns of one resample belong together: a mean over columns keeps their correlation.
+    A pure function of its arguments: a torch generator on the CPU, seeded with `seed`.
+
+    Args:
+        values: [N, D].
+        counted: [N, D] bool: which records belong to the column at all.
+
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
+    """
+    num_records, num_columns = values.shape
+    if not num_records:
+        return torch.full((resamples, num_columns), math.nan, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    counted = counted.double().cpu()
+    values = torch.where(counted > 0, values.double().cpu(), 0.0)
+    chunk = max(1, _BOOTSTRAP_CELLS // num_records)
+    rows = []
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        drawn = torch.randint(num_records, (size, num_records), generator=generator)
+        weights = torch.zeros(size, num_records, dtype=torch.float64)
+        weights.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand(size, num_records))
+        rows.append((weights @ values) / (weights @ counted))
+    return torch.cat(rows)
+
+
+def interval(resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The middle `level` of [resamples] numbers, by percentiles; those that are not a number are left out."""
+    resampled = resampled[~resampled.isnan()]
+    if not len(resampled):
+        return math.nan, math.nan
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
+    low, high = torch.quantile(resampled, tails).tolist()
+    return low, high
+
+
+# --- sliders ---------------------------------------------------------------------------------------------------------
+
+
+def monotonic_share(response: Tensor, fall: float = 0.01, rise: float = 0.05) -> float:
+    """Share of records whose response rises along the slider and never turns back.
+
+    A record counts when it never falls by more than `fall` from one point to the next and ends more than `rise` above
+    where it began, so a slider that changes nothing scores 0.
+
+    Args:
+        response: [N, P] the judge's probability of the attribute at each of P slider positions.
+    """
+    steps = response.diff(dim=1)
+    good = (steps >= -fall).all(1) & (response[:, -1] - response[:, 0] > rise)
+    return good.double().mean().item() if len(good) else math.nan
+
+
+def effective_range(response: Tensor, positions: Sequence[float]) -> tuple[float, float]:
+    """Between which slider positions the mean response does the middle 80% of what it does from end to end.
+
+    Args:
+        response: [P] mean probability at each position.
+        positions: [P] rising.
+
+    Returns:
+        The positions (interpolated) at which the response first stands at 10% and at 90% of the way from its first to
+        its last value; not numbers when it does not rise by at least 0.01 in all.
+    """
+    travel = float(response[-1] - response[0])
+    if not travel >= 0.01:
+        return math.nan, math.nan
+    share = [(float(value) - float(response[0])) / travel for value in response]
+
+    def first(level: float) -> float:
+        for i in range(1, len(share)):
+            if share[i] >= level:
+                part = (level - share[i - 1]) / (share[i] - share[i - 1])
+                return positions[i - 1] + part * (positions[i] - positions[i - 1])
+        raise AssertionError("the last share is 1")
+
+    return first(0.1), first(0.9)

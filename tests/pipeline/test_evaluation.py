@@ -1,0 +1,625 @@
+"""Planted truth: pictures whose bands are the labels, a judge that reads the bands, methods that paint them or do not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from fader.attributes import Attribute, Attributes
+from fader.method import Batch, Method
+from pipeline import evaluation
+from pipeline.batches import finish
+from pipeline.evaluation import evaluate, quick
+from pipeline.images import Preprocessing
+
+SIZE = 16
+SMILE, HAT = Attribute("Smiling"), Attribute("Wearing_Hat")
+HAIR = Attribute("Hair", "k-way", ("black", "blond", "grey"))
+ATTRIBUTES = Attributes([SMILE, HAT, HAIR])
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    pass
+
+
+def levels(attribute: Attribute) -> torch.Tensor:
+    """[k] grey level in [-1, 1] that stands for each value."""
+    return torch.linspace(-1, 1, attribute.k)
+
+
+def band(attributes: Attributes, j: int) -> slice:
+    width = SIZE // (len(attributes) + 1)
+    return slice(j * width, (j + 1) * width)
+
+
+def painted(attributes: Attributes, values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Images whose band j has the grey level values[:, j]."""
+    images = images.clone()
+    for j in range(len(attributes)):
+        images[..., band(attributes, j)] = values[:, j, None, None, None]
+    return images
+
+
+class Sham(Method):
+    name = "sham"
+    Settings = NoSettings
+
+    def __init__(self, attributes: Attributes = ATTRIBUTES, world: Attributes | None = None) -> None:
+        super().__init__(NoSettings(), attributes, SIZE)
+        self.world = world or attributes  # whose bands the pictures have
+
+
+class Identity(Sham):
+    """Decodes what it encoded, whatever is asked for."""
+
+    def encode(self, images, labels):
+        return images
+
+    def decode(self, latent, code):
+        return latent
+
+
+class Oracle(Identity):
+    """Paints what the code asks for, in proportion."""
+
+    def decode(self, latent, code):
+        latent = latent.clone()
+        for attribute, columns in zip(self.attributes, self.attributes.code_slices()):
+            level = (code[:, columns] @ levels(attribute)).clamp(-1, 1)
+            latent[..., band(self.world, self.world.index(attribute.name))] = level[:, None, None, None]
+        return latent
+
+
+class Blind(Oracle):
+    """An oracle whose latent does not hold the labels."""
+
+    def encode(self, images, labels):
+        return images[..., band(self.world, len(self.world))].mean((1, 2, 3))[:, None]
+
+    def decode(self, latent, code):
+        return super().decode(latent[:, :, None, None].expand(-1, 3, SIZE, SIZE), code)
+
+
+class OneWay(Oracle):
+    """Adds a smile, and never takes one away."""
+
+    def decode(self, latent, code):
+        smile = self.attributes.code_slices()[self.attributes.index("Smiling")]
+        smiled = latent[..., band(self.world, self.world.index("Smiling"))].mean((1, 2, 3)) > 0
+        code = code.clone()
+        code[smiled, smile] = torch.tensor([0.0, 1.0])
+        return super().decode(latent, code)
+
+
+class Seer(Sham):
+    """Reads every band; always right."""
+
+    def judge(self, images):
+        blocks = []
+        for j, attribute in enumerate(self.attributes):
+            level = images[..., band(self.world, self.world.index(attribute.name))].mean((1, 2, 3))
+            blocks.append(-10 * (level[:, None] - levels(attribute)[None]) ** 2)
+        return torch.cat(blocks, 1)
+
+
+@dataclass
+class Model:
+    method: Method
+    preprocessing: Preprocessing = Preprocessing(SIZE, "center")
+    source: str = "runs/sham"
+
+    @property
+    def attributes(self) -> Attributes:
+        return self.method.attributes
+
+
+@dataclass
+class Split:
+    """Labels and pictures in memory, with what `evaluate` reads of a split."""
+
+    name: str
+    labels: np.ndarray
+    pixels: torch.Tensor
+    attributes: Attributes = ATTRIBUTES
+    digest: str = "0123456789abcdef"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def columns(self, attributes: Attributes) -> np.ndarray:
+        return self.labels[:, [self.attributes.index(name) for name in attributes.names]]
+
+
+def planted(name: str = "test", records: int = 120, seed: int = 0, unknown: float = 0.0) -> Split:
+    rng = np.random.default_rng(seed)
+    labels = np.stack([rng.random(records) < 0.4, rng.random(records) < 0.1, rng.integers(0, 3, records)], 1)
+    labels = labels.astype(np.float32)
+    noise = torch.from_numpy(rng.uniform(-1, 1, (records, 1, 1, 1)).astype(np.float32)).expand(-1, 3, SIZE, SIZE)
+    values = torch.stack([levels(a)[labels[:, j].astype(int)] for j, a in enumerate(ATTRIBUTES)], 1)
+    images = painted(ATTRIBUTES, values, noise)
+    labels[rng.random(labels.shape) < unknown] = -1
+    return Split(name, labels, ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1))
+
+
+class MemoryLoader:
+    def __init__(self, split, attributes, preprocessing, *, seed, device, threads):
+        self.split, self.seed = split, seed
+        self.labels = torch.from_numpy(split.columns(attributes))
+
+    def batches(self, requests):
+        for request in requests:
+            rows = torch.from_numpy(request.rows)
+            yield finish(request, self.split.pixels[rows], self.labels, rows, seed=self.seed, rank=0, world_size=1)
+
+
+def run(model: Method | Model, judge: Method | Model | None = None, split: Split | None = None, **keywords):
+    model = model if isinstance(model, Model) else Model(model)
+    judge = judge if isinstance(judge, Model) or judge is None else Model(judge, source="runs/seer")
+    keywords.setdefault("tables", ("swap",))
+    return evaluate(model, judge, planted() if split is None else split, batch_size=50, open_loader=MemoryLoader, **keywords)
+
+
+# --- table 1 ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_oracle_scores_one_and_an_identity_none_under_a_judge_that_is_right():
+    oracle, identity = run(Oracle(), Seer()), run(Identity(), Seer())
+    for name in (*ATTRIBUTES.names, "*"):
+        assert oracle.score("real", name).value == oracle.score("reconstruction", name).value == 1.0
+        assert oracle.score("swap", name).value == 1.0
+        assert identity.score("swap", name).value == 0.0
+        assert identity.score("reconstruction", name).value == 1.0
+    for score in oracle.scores:
+        assert score.value == score.low == score.high == 1.0
+    assert {s.value for s in identity.scores if s.images == "swap"} == {0.0}
+    assert oracle.auc == {"Smiling": 1.0, "Wearing_Hat": 1.0}
+
+
+def test_swaps_scored_with_the_original_labels_are_caught(monkeypatch):
+    """The defect of a public implementation: decoding with the image's own labels, so that nothing is ever swapped."""
+    swaps = evaluation.swaps
+
+    def original(attributes, labels):
+        for j, step, _, target in swaps(attributes, labels):
+            yield j, step, labels, target
+
+    monkeypatch.setattr(evaluation, "swaps", original)
+    with pytest.raises(AssertionError):
+        test_an_oracle_scores_one_and_an_identity_none_under_a_judge_that_is_right()
+    with pytest.raises(AssertionError):
+        test_quick_agrees_with_the_tables()
+
+
+def test_each_direction_and_pair_counts_the_records_that_have_another_value():
+    split = planted()
+    report = run(OneWay(), Seer(), split)
+    smiling = split.labels[:, 0]
+    assert report.score("swap", "Smiling", "1").value == 1.0
+    assert report.score("swap", "Smiling", "0").value == 0.0
+    assert report.score("swap", "Smiling").value == 0.5, "a collapsed direction must not hide behind the base rate"
+    assert report.score("swap", "Smiling", "1").records == (smiling == 0).sum()
+    assert report.score("swap", "Smiling", "0", "1").records == (smiling == 1).sum()
+    assert report.score("real", "Smiling", "1").records == (smiling == 1).sum()
+    hair = split.labels[:, 2]
+    pairs = [s for s in report.scores if s.attribute == "Hair" and s.images == "swap" and s.start and s.to]
+    assert {(s.start, s.to) for s in pairs} == {(a, b) for a in HAIR.categories for b in HAIR.categories if a != b}
+    for s in pairs:
+        assert s.records == (hair == HAIR.categories.index(s.start)).sum()
+    assert report.score("swap", "Hair", "grey").records == (hair != 2).sum()
+
+
+def test_the_balanced_accuracy_of_a_k_way_attribute_is_the_mean_over_ordered_pairs():
+    class NeverGrey(Oracle):
+        def decode(self, latent, code):
+            code = code.clone()
+            hair = self.attributes.code_slices()[2]
+            code[code[:, hair.stop - 1] > 0.5, hair] = torch.tensor([1.0, 0, 0])
+            return super().decode(latent, code)
+
+    report = run(NeverGrey(), Seer())
+    assert report.score("swap", "Hair").value == pytest.approx(4 / 6)
+    assert report.score("swap", "Hair", "grey").value == 0.0
+    assert report.score("swap", "Hair", "black").value == 1.0
+    assert report.score("swap", "Hair", "grey", "blond").value == 0.0
+
+
+def test_unknown_labels_are_left_out():
+    split = planted(unknown=0.3)
+    for known, values in enumerate(ATTRIBUTES):
+        assert (split.labels[:, known] == -1).any()
+    report = run(Oracle(), Seer(), split)
+    assert {score.value for score in report.scores} == {1.0}
+    total = sum(report.score("real", "Smiling", value).records for value in ("0", "1"))
+    assert total == (split.labels[:, 0] >= 0).sum() == report.score("swap", "Smiling").records
+
+
+def test_a_direction_without_records_is_said_and_left_out():
+    split = planted()
+    split.labels[:, 1] = 0
+    report = run(Oracle(), Seer(), split)
+    assert math.isnan(report.score("swap", "Wearing_Hat", "0").value)
+    assert report.score("swap", "Wearing_Hat").value == 1.0
+    assert any("Wearing_Hat: no record is 1" in warning for warning in report.warnings)
+    assert not any(math.isnan(value) for value in report.metrics().values())
+    json.loads(json.dumps(report.to_dict(), allow_nan=False))
+
+
+def test_a_continuous_attribute_is_swapped_to_its_far_end():
+    attributes = Attributes([Attribute("Age", "continuous")])
+
+    class Reader(Seer):
+        def judge(self, images):
+            return 4 * images[..., band(self.world, 0)].mean((1, 2, 3))[:, None]
+
+    rng = np.random.default_rng(0)
+    labels = rng.random((60, 1)).astype(np.float32)
+    images = painted(attributes, torch.from_numpy(labels * 2 - 1), torch.zeros(60, 3, SIZE, SIZE))
+    split = Split("test", labels, ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1), attributes)
+    report = run(Oracle(attributes), Reader(attributes), split)
+    assert report.score("swap", "Age").value == 1.0
+    assert report.score("swap", "Age", "1").records == (labels < 0.5).sum()
+
+
+def test_the_interval_holds_the_value_and_narrows_with_more_records():
+    class Unsteady(Oracle):
+        """Swaps three of four records, by their background."""
+
+        def decode(self, latent, code):
+            swapped = super().decode(latent, code)
+            lazy = latent[..., -1].mean((1, 2)) > 0.5
+            return torch.where(lazy[:, None, None, None], latent, swapped)
+
+    widths = []
+    for records in (60, 960):
+        score = run(Unsteady(), Seer(), planted(records=records)).score("swap", "Smiling")
+        assert score.low < score.value < score.high
+        widths.append(score.high - score.low)
+    assert 2.5 < widths[0] / widths[1] < 6
+
+
+# --- what the numbers rest on ----------------------------------------------------------------------------------------
+
+
+def test_training_images_are_evaluated_only_with_a_warning():
+    report = run(Oracle(), Seer(), planted("train"))
+    assert report.split == "train" and any("TRAINING" in warning for warning in report.warnings)
+    assert "TRAINING" in report.markdown() and all(name.startswith("train/") for name in report.metrics())
+    fair = run(Oracle(), Seer(), planted("test"))
+    assert not fair.warnings and "of the test split" in fair.markdown()
+
+
+def test_a_limit_is_said():
+    report = run(Oracle(), Seer(), limit=30)
+    assert report.records == 30 and "30 of the 120 records" in report.warnings[0]
+    assert sum(report.score("real", "Smiling", value).records for value in "01") == 30
+    with pytest.raises(ValueError, match="limit is 0"):
+        run(Oracle(), Seer(), limit=0)
+
+
+def test_a_judge_may_know_more_and_its_columns_are_found_by_name():
+    few = Attributes([HAIR, SMILE])
+    assert run(Oracle(few, ATTRIBUTES), Seer(ATTRIBUTES)).score("swap").value == 1.0
+    turned = Attributes([HAT, HAIR, SMILE])
+    assert run(Oracle(few, ATTRIBUTES), Seer(turned, ATTRIBUTES)).score("swap").value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (Model(Seer(Attributes([SMILE, HAIR])), source="runs/j"), "runs/j does not know Wearing_Hat"),
+        (Model(Seer(Attributes([SMILE, HAT, Attribute("Hair")]))), "Hair as binary, runs/sham as k-way"),
+        (Model(Seer(), Preprocessing(32, "center")), "image_size 32"),
+        (Model(Seer(), Preprocessing(SIZE, "celeba")), "crop celeba"),
+        (Model(Oracle()), "sham is not a judge"),
+        (None, "name one"),
+    ],
+)
+def test_a_judge_that_does_not_fit_is_refused(judge, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(Oracle(), judge)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_evaluated_is_said():
+    with pytest.raises(ValueError, match="does not encode and decode"):
+        run(Sham(), Seer())
+    with pytest.raises(ValueError, match="unknown table 'swop'"):
+        run(Oracle(), Seer(), tables=("swop",))
+    with pytest.raises(ValueError, match="training split"):
+        run(Oracle(), Seer(), tables=("leak",))
+    with pytest.raises(ValueError, match="valid split is empty"):
+        run(Oracle(), Seer(), Split("valid", np.zeros((0, 3), np.float32), torch.zeros(0, SIZE, SIZE, 3)))
+
+
+def test_a_judge_alone_gets_its_own_table():
+    report = run(Model(Seer(), source="runs/seer"))
+    assert report.judge == "runs/seer" and report.score("real", "Hair").value == 1.0
+    assert {score.images for score in report.scores} == {"real"}
+    assert report.metrics()["test/judge_accuracy.Smiling"] == 1.0
+    assert "| real |" in report.markdown()
+
+
+def test_networks_are_judged_in_eval_mode_and_left_as_they_were():
+    class Watching(Oracle):
+        def __init__(self):
+            super().__init__()
+            self.networks = {"one": torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(1))}
+            self.networks["one"][1].eval()
+            self.seen = set()
+
+        def encode(self, images, labels):
+            self.seen |= {module.training for module in self.networks["one"].modules()}
+            return images
+
+    method = Watching()
+    run(method, Seer())
+    assert method.seen == {False}
+    assert [module.training for module in method.networks["one"].modules()] == [True, True, False]
+
+
+# --- table 2 ---------------------------------------------------------------------------------------------------------
+
+
+def test_fidelity_and_sliders_of_an_oracle():
+    report = run(Oracle(), Seer(), tables=("swap", "fidelity"))
+    assert report.fidelity["mse"].value < 1e-4 and report.fidelity["psnr"].value > 40
+    assert report.fidelity["ssim"].value > 0.99 and "ms_ssim" not in report.fidelity
+    for kept in report.preservation:
+        assert kept.kept == 1.0 and kept.shift < 1e-4
+    sliders = {(slider.attribute, slider.value): slider for slider in report.sliders}
+    assert set(sliders) == {("Smiling", "1"), ("Wearing_Hat", "1"), *(("Hair", v) for v in HAIR.categories)}
+    smile = sliders["Smiling", "1"]
+    assert smile.monotonic == 1.0 and smile.response[0] < 0.01 and smile.response[-1] > 0.99
+    assert smile.positions[0] == -2 and smile.positions[-1] == 2 and -1 < smile.effective_from < smile.effective_to < 1
+
+
+def test_fidelity_and_sliders_of_an_identity():
+    report = run(Identity(), Seer(), tables=("fidelity",))
+    assert report.fidelity["mse"].value == 0 and not report.scores
+    assert all(slider.monotonic == 0 and math.isnan(slider.effective_from) for slider in report.sliders)
+
+
+def test_attributes_that_move_along_are_named():
+    class Tied(Oracle):
+        """A smile comes with a hat."""
+
+        def decode(self, latent, code):
+            code = code.clone()
+            code[:, 2:4] = code[:, 0:2]
+            return super().decode(latent, code)
+
+    report = run(Tied(), Seer(), tables=("swap", "fidelity"))
+    smile = next(p for p in report.preservation if p.attribute == "Smiling")
+    assert smile.most_moved == "Wearing_Hat" and smile.most_moved_shift > 0.99
+    assert smile.kept == pytest.approx(0.5)  # the hat of two others always follows
+
+
+# --- table 3 ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_latent_that_holds_the_label_leaks_it_and_one_that_does_not_is_at_chance():
+    train, test = planted("train", 600, seed=1), planted("test", 400, seed=2)
+    leaky = run(Oracle(), None, test, tables=("leak",), probe_split=train)
+    for leak in leaky.leak:
+        assert leak.value == 1.0 and leak.chance == pytest.approx(1 / ATTRIBUTES[ATTRIBUTES.index(leak.attribute)].k)
+        assert (leak.probe_records, leak.records) == (600, 400)
+    blind = run(Blind(), None, test, tables=("leak",), probe_split=train)
+    for leak in blind.leak:
+        assert leak.value == pytest.approx(leak.chance, abs=0.08) and leak.low <= leak.value <= leak.high
+    again = run(Blind(), None, test, tables=("leak",), probe_split=train)
+    assert again.leak == blind.leak, "deterministic by seed"
+
+
+def test_a_constant_latent_is_exactly_at_chance():
+    class Constant(Blind):
+        def encode(self, images, labels):
+            return torch.zeros(len(images), 4)
+
+    report = run(Constant(), None, tables=("leak",), probe_split=planted("train", 200, seed=1))
+    assert [leak.value for leak in report.leak] == pytest.approx([0.5, 0.5, 1 / 3])
+
+
+def test_the_probe_learns_what_no_straight_line_can():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(3000, 2, generator=generator)
+    labels = ((points[:, 0] > 0) ^ (points[:, 1] > 0)).long()[:, None]
+    preds, kinds = evaluation.probe(points[:2000], labels[:2000], points[2000:], [2], seed=0)
+    assert evaluation.PROBES[int(kinds[0])] == "mlp"
+    assert (preds[:, 0].long() == labels[2000:, 0]).double().mean() > 0.95
+
+
+def test_the_probe_finds_a_rare_attribute_among_many_features():
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(3000, 1, generator=generator) < 0.06).long()
+    latents = torch.randn(3000, 200, generator=generator)
+    latents[:, 7] = 3 * labels[:, 0] + 0.3 * latents[:, 7]
+    preds, _ = evaluation.probe(latents[:2000], labels[:2000], latents[2000:], [2], seed=0)
+    assert evaluation.metrics.balanced_accuracy(preds[:, 0], labels[2000:, 0], 2) > 0.95
+
+
+def test_an_attribute_with_one_value_in_training_is_not_probed():
+    train = planted("train", 200)
+    train.labels[:, 1] = 0
+    report = run(Oracle(), None, tables=("leak",), probe_split=train)
+    assert [leak.attribute for leak in report.leak] == ["Smiling", "Hair"]
+    assert any("Wearing_Hat" in warning for warning in report.warnings)
+
+
+def test_all_that_the_decoder_reads_is_probed():
+    latent = (torch.ones(2, 3, 2, 2), {"skip": [torch.zeros(2, 5)], "name": "x"})
+    assert evaluation.flat_latent(latent).shape == (2, 17)
+    with pytest.raises(ValueError, match="without any tensor"):
+        evaluation.flat_latent("x")
+
+
+# --- table 5 ---------------------------------------------------------------------------------------------------------
+
+
+def fader(attributes: Attributes = ATTRIBUTES) -> Method:
+    from fader.methods.fader import Fader, FaderSettings
+
+    torch.manual_seed(0)
+    return Fader(FaderSettings(init_channels=4, max_channels=8, num_layers=3), attributes, SIZE)
+
+
+def test_cost_counts_parameters_and_operations_worked_by_hand():
+    class Small(Oracle):
+        def __init__(self):
+            super().__init__()
+            self.networks = {"encoder": torch.nn.Conv2d(3, 8, 4, 2, 1), "decoder": torch.nn.ConvTranspose2d(8, 3, 4, 2, 1)}
+
+        def encode(self, images, labels):
+            return self.networks["encoder"](images)
+
+        def decode(self, latent, code):
+            return self.networks["decoder"](latent)
+
+    cost = run(Small(), None, tables=("cost",)).cost
+    assert cost["parameters"] == {"encoder": 3 * 8 * 16 + 8, "decoder": 3 * 8 * 16 + 3}
+    assert cost["encode_flops"] == 2 * 3 * 8 * 16 * 64 == cost["decode_flops"]
+    assert cost["encode_images_per_second"] > 0 and cost["decode_images_per_second"] > 0
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """A sum over threads that stand for ranks."""
+
+    def __init__(self, world_size: int) -> None:
+        self.barrier = threading.Barrier(world_size, timeout=60)
+        self.lock = threading.Lock()
+        self.total: torch.Tensor | None = None
+
+    def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.lock:
+            self.total = tensor.clone() if self.total is None else self.total + tensor
+        self.barrier.wait()
+        total = self.total.clone()
+        if self.barrier.wait() == 0:
+            self.total = None
+        self.barrier.wait()
+        return total
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_every_rank_gets_the_numbers_of_one(world_size):
+    """With five ranks two have no batch at all (120 records in batches of 50)."""
+    train, method = planted("train", 150, seed=1), fader()
+    tables = ("swap", "fidelity", "leak")
+    alone = run(method, Seer(), tables=tables, probe_split=train)
+    ranks, reports = Ranks(world_size), {}
+
+    def work(rank: int) -> None:
+        reports[rank] = run(
+            copy.deepcopy(method),
+            Seer(),
+            tables=tables,
+            probe_split=train,
+            reduce_sum=ranks.reduce_sum,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reports) == world_size
+    expected = alone.metrics()
+    assert 0 < expected["test/swap_accuracy"] < 1 and expected["test/leak.Smiling"] > 0.5
+    for report in reports.values():
+        found = report.metrics()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, abs=1e-6), name
+
+
+# --- quick -----------------------------------------------------------------------------------------------------------
+
+
+def batches(split: Split, attributes: Attributes = ATTRIBUTES, size: int = 50):
+    images = split.pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    labels = torch.from_numpy(split.columns(attributes))
+    for start in range(0, len(split), size):
+        yield Batch.alone(images[start : start + size], labels[start : start + size])
+
+
+def test_quick_agrees_with_the_tables():
+    split = planted(unknown=0.2)
+    for method in (Oracle(), OneWay(), Identity(), fader()):
+        report = run(method, Seer(), split, tables=("swap", "fidelity"))
+        found = quick(method, Seer(), batches(split))
+        assert found["valid/mse"] == pytest.approx(report.fidelity["mse"].value, abs=1e-6)
+        assert found["valid/psnr"] == pytest.approx(report.fidelity["psnr"].value, abs=1e-4)
+        assert found["valid/swap_accuracy"] == pytest.approx(report.score("swap").value)
+        for attribute in ATTRIBUTES:
+            name = attribute.name
+            assert found[f"valid/swap_accuracy.{name}"] == pytest.approx(report.score("swap", name).value)
+            assert found[f"valid/judge_accuracy.{name}"] == pytest.approx(report.score("real", name).value)
+            for value in map(attribute.value_name, attribute.values):
+                expected = report.score("swap", name, value).value
+                assert found[f"valid/swap_accuracy.{name}_to_{value}"] == pytest.approx(expected)
+    assert quick(Oracle(), Seer(), batches(split))["valid/swap_accuracy"] == 1.0
+
+
+def test_quick_without_a_judge_or_without_batches():
+    assert set(quick(Oracle(), None, batches(planted()), prefix="test")) == {"test/mse", "test/psnr"}
+    assert quick(Oracle(), Seer(), []) == {}
+
+
+def test_quick_sums_over_ranks():
+    split, method = planted(), fader()
+    parts = list(batches(split, size=30))
+    whole = quick(method, Seer(), parts)
+    ranks, found = Ranks(2), {}
+
+    def work(rank: int) -> None:
+        found[rank] = quick(copy.deepcopy(method), Seer(), parts[rank::2], reduce_sum=ranks.reduce_sum)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1] and found[0] == pytest.approx(whole, abs=1e-9)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_plain_data_with_flat_metrics():
+    report = run(Oracle(), Seer(), tables=("swap", "fidelity", "leak", "cost"), probe_split=planted("train", 200, 1))
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["split"] == "test" and data["metrics"]["test/swap_accuracy.Hair_grey_to_black"] == 1.0
+    flat = report.metrics()
+    for name in ("swap_accuracy", "swap_accuracy.Smiling", "swap_accuracy.Smiling_to_1", "mse", "leak.Hair"):
+        assert f"test/{name}" in flat
+    assert flat["test/judge_accuracy.Smiling_1"] == 1.0
+
+
+def test_tables_stand_side_by_side_with_real_images_once():
+    a = run(Model(Oracle(), source="runs/a"), Seer(), tables=("swap", "fidelity", "cost"))
+    b = run(Model(Identity(), source="runs/b"), Seer(), tables=("swap", "fidelity"))
+    text = evaluation.markdown([a, b])
+    summary = next(table for table in evaluation.as_tables([a, b]) if table.title.startswith("1."))
+    assert [row[0] for row in summary.rows] == ["real", "a reconstruction", "a swap", "b reconstruction", "b swap"]
+    assert summary.header == ["images", *ATTRIBUTES.names, "mean"]
+    assert summary.rows[2][1].startswith("1.000 (1.000") and summary.rows[4][1].startswith("0.000")
+    assert "FadNet Swap" in text and "31.4" in text and "human raters" in text
+    for table in evaluation.as_tables([a, b]):
+        assert all(len(row) == len(table.header) for row in table.rows), table.title
+
+
+def test_a_number_that_is_not_there_is_asked_for():
+    with pytest.raises(ValueError, match="no swap accuracy of Moustache"):
+        run(Oracle(), Seer()).score("swap", "Moustache")

@@ -1,0 +1,118 @@
+"""Measures against numbers worked by hand, closed forms and other implementations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline import metrics
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_mse_is_a_mean_for_each_image_on_the_scale_of_the_images():
+    images, target = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    target[0] = 1
+    target[1, 0, 0, 0] = 2
+    assert metrics.mse(images, target).tolist() == pytest.approx([1.0, 4 / 48])
+    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\)"):
+        metrics.mse(images, target[:1])
+
+
+def test_psnr_has_a_peak_of_two_and_is_finite_for_equal_images():
+    assert metrics.psnr(torch.tensor([4.0, 0.04, 0.0])).tolist() == pytest.approx([0.0, 20.0, 106.0206], abs=1e-4)
+
+
+def test_psnr_agrees_with_torchmetrics():
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    a, b = noise(1, 3, 16, 16), noise(1, 3, 16, 16, seed=1)
+    expected = float(peak_signal_noise_ratio(a, b, data_range=2.0))
+    assert float(metrics.psnr(metrics.mse(a, b))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_ssim_is_one_for_equal_images_and_falls_with_noise_image_by_image():
+    clean = noise(3, 3, 16, 16).cumsum(3) / 4
+    worse = clean + torch.tensor([0.0, 0.1, 1.0])[:, None, None, None] * noise(3, 3, 16, 16, seed=1)
+    a, b, c = metrics.ssim(worse, clean).tolist()
+    assert a == pytest.approx(1.0, abs=1e-6) and 1 > b > c
+    assert float(metrics.ssim(worse[1:2], clean[1:2])) == pytest.approx(b, abs=1e-6), "one image must not feel another"
+
+
+def test_ms_ssim_from_its_smallest_size_up():
+    images = noise(2, 3, metrics.MS_SSIM_FROM, metrics.MS_SSIM_FROM)
+    assert metrics.ms_ssim(images, images).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+    with pytest.raises(ValueError, match="176"):
+        metrics.ms_ssim(images[..., :64, :64], images[..., :64, :64])
+
+
+def test_balanced_accuracy_counts_each_value_alike_and_leaves_unknown_out():
+    labels = torch.tensor([0, 0, 0, 0, 1, -1, -1])
+    assert metrics.balanced_accuracy(torch.tensor([0, 0, 0, 1, 1, 0, 1]), labels, 2) == pytest.approx((0.75 + 1) / 2)
+    assert metrics.balanced_accuracy(torch.zeros(7), labels, 2) == 0.5
+    assert math.isnan(metrics.balanced_accuracy(torch.zeros(2), torch.tensor([-1, -1]), 2))
+
+
+def test_auc_by_hand_with_ties_and_unknown_labels():
+    scores = torch.tensor([0.1, 0.4, 0.35, 0.8, 0.4, 9.0])
+    labels = torch.tensor([0, 0, 1, 1, 1, -1])
+    # pairs (positive, negative): .35>.1, .35<.4, .8>.1, .8>.4, .4>.1, .4=.4
+    assert metrics.auc(scores, labels) == pytest.approx(4.5 / 6)
+    assert metrics.auc(torch.zeros(6), labels) == 0.5
+    assert math.isnan(metrics.auc(scores, torch.ones(6)))
+
+
+def test_bootstrap_is_deterministic_by_seed_and_covers_the_normal_interval():
+    values = (torch.arange(400) % 5 != 0).double()[:, None]
+    counted = torch.ones_like(values, dtype=torch.bool)
+    first, again, other = (metrics.bootstrap_means(values, counted, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    low, high = metrics.interval(first[:, 0])
+    half = 1.96 * math.sqrt(0.8 * 0.2 / 400)
+    assert low == pytest.approx(0.8 - half, abs=0.008) and high == pytest.approx(0.8 + half, abs=0.008)
+
+
+def test_bootstrap_in_chunks_draws_all_resamples(monkeypatch):
+    values = torch.rand(50, 2, generator=torch.Generator().manual_seed(0)).double()
+    counted = torch.ones(50, 2, dtype=torch.bool)
+    monkeypatch.setattr(metrics, "_BOOTSTRAP_CELLS", 50 * 7)
+    chunked = metrics.bootstrap_means(values, counted, seed=0, resamples=100)
+    assert chunked.shape == (100, 2) and len(chunked.unique(dim=0)) == 100
+
+
+def test_bootstrap_draws_whole_records_so_columns_keep_their_correlation():
+    bits = (torch.arange(100) % 2).double()
+    values = torch.stack([bits, 1 - bits], 1)
+    resampled = metrics.bootstrap_means(values, torch.ones(100, 2, dtype=torch.bool), seed=0)
+    assert torch.allclose(resampled.mean(1), torch.full((1000,), 0.5, dtype=torch.float64))
+
+
+def test_means_and_bootstrap_leave_out_what_is_not_counted():
+    values = torch.tensor([[1.0, 5.0], [3.0, 5.0], [100.0, 5.0]])
+    counted = torch.tensor([[True, False], [True, False], [False, False]])
+    mean = metrics.means(values, counted)
+    assert mean[0] == 2 and mean[1].isnan()
+    resampled = metrics.bootstrap_means(values, counted, seed=0)
+    assert resampled[:, 0].nan_to_num(2).max() <= 3 and resampled[:, 1].isnan().all()
+    low, high = metrics.interval(resampled[:, 1])
+    assert math.isnan(low) and math.isnan(high)
+
+
+def test_a_slider_that_changes_nothing_is_not_monotonic():
+    flat, rising = torch.full((9,), 0.5), torch.linspace(0.1, 0.9, 9)
+    back = rising.clone()
+    back[5] = back[4] - 0.02
+    assert metrics.monotonic_share(torch.stack([flat, rising, back, rising.flip(0)])) == 0.25
+
+
+def test_effective_range_is_where_the_middle_of_the_rise_lies():
+    positions = [-2 + i / 2 for i in range(9)]
+    straight = torch.linspace(0, 1, 9)
+    assert metrics.effective_range(straight, positions) == pytest.approx((-1.6, 1.6))
+    step = torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, 1])
+    assert metrics.effective_range(step, positions) == pytest.approx((0.05, 0.45))
+    assert all(math.isnan(end) for end in metrics.effective_range(torch.full((9,), 0.3), positions))
