@@ -193,7 +193,8 @@ def build_method(experiment: Experiment, available: Attributes) -> Method:
 @lru_cache
 def _settings_type(settings: type) -> Any:
     """The method's plain dataclass, read as strictly as the rest."""
-    return pydantic.dataclasses.dataclass(settings, config=ConfigDict(extra="forbid", strict=True))
+    frozen = settings.__dataclass_params__.frozen
+    return pydantic.dataclasses.dataclass(settings, frozen=frozen, config=ConfigDict(extra="forbid", strict=True))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import datetime
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,9 @@ class Engine:
         self._check_phases()
         for group in self.groups.values():
             self._require_gradients(group.trains)
-            group.wrapped = self.accelerator.prepare_model(GroupLoss(self.networks))
+            with warnings.catch_warnings():  # torch 2.11 knows only the argument that torch 2.13 calls deprecated
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+                group.wrapped = self.accelerator.prepare_model(GroupLoss(self.networks))
         self._require_gradients(())
 
     # --- one update -------------------------------------------------------------------------------------------------

@@ -10,14 +10,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fader.method import Batch, Clock, Decodes, Encodes, Method, Phase, Stage
+from fader.method import Batch, Clock, Decodes, Encodes, Method, Phase
 from pipeline import checkpoint, evaluation, registry
 from pipeline.batches import Loader, Plan, Request, sequential
 from pipeline.config import Experiment, build_method
@@ -25,6 +25,7 @@ from pipeline.dali_loader import open_loader
 from pipeline.engine import Engine
 from pipeline.images import grid, png_bytes
 from pipeline.shards import ShardSet, Split
+from pipeline.steps import Position, steps
 from pipeline.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -42,58 +43,6 @@ class Interrupted(Exception):
         self.signal = number
         self.run = run
         self.images = images
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: its clock, and how many batches of each stream it has read."""
-
-    clock: Clock = Clock()
-    counters: Mapping[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"clock": dataclasses.asdict(self.clock), "counters": dict(self.counters)}
-
-    @staticmethod
-    def from_dict(tree: Mapping[str, Any]) -> Position:
-        return Position(Clock(**tree["clock"]), tree["counters"])
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One update: a phase and the batch it reads."""
-
-    phase: Phase
-    stream: str
-    draw: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One global batch's worth of every phase of a stage. clock: as the losses see it. after: where the run then stands."""
-
-    stage: Stage
-    turns: tuple[Turn, ...]
-    clock: Clock
-    after: Position
-
-
-def steps(stages: tuple[Stage, ...], batch_size: int, position: Position) -> Iterator[Step]:
-    """Every step that is left, a pure function of where the run stands: the loop and its loader each walk their own."""
-    while position.clock.stage < len(stages):
-        stage = stages[position.clock.stage]
-        if position.clock.stage_images >= stage.images:
-            position = Position(position.clock.next_stage(), position.counters)
-            continue
-        turns, read = [], {}
-        for phase in stage.phases:
-            stream = f"{stage.name}/{phase.stream}"
-            first = position.counters.get(stream, 0)
-            turns += [Turn(phase, stream, first + k) for k in range(phase.repeat)]
-            read[stream] = max(read.get(stream, 0), first + phase.repeat)
-        after = Position(position.clock.after(batch_size), {**position.counters, **read})
-        yield Step(stage, tuple(turns), position.clock, after)
-        position = after
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fader", "pipeline", "launch")
 ORDER = (
-    "images config datasets shards batches tar_loader dali_loader engine tracking metrics checkpoint registry "
+    "images config datasets shards batches steps tar_loader dali_loader engine tracking metrics checkpoint registry "
     "evaluation train app"
 ).split()
 HOMES = {

@@ -1,0 +1,35 @@
+"""Real commands in real processes: how tests start what a user starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(module: str, *words: str | Path, processes: int = 1) -> list[str]:
+    """`python -m MODULE …`, or the same on several CPU ranks through `accelerate launch`."""
+    if processes == 1:
+        return [sys.executable, "-m", module, *map(str, words)]
+    config = ROOT / "launch/accelerate/cpu.yaml"
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    return [sys.executable, *accelerate, "--num_processes", str(processes), "-m", module, *map(str, words)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This environment with the project in reach, one thread a process, and no colours."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **extra}
+
+
+def launch(
+    module: str, *words: str | Path, processes: int = 1, cwd: Path = ROOT, code: int = 0, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end and hold the exit code."""
+    line: Sequence[str] = command(module, *words, processes=processes)
+    done = subprocess.run(line, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=900)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

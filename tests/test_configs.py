@@ -1,0 +1,117 @@
+"""Every experiment in configs/ loads, builds, opens with its command, and survives a round through its resolved dump."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fader.attributes import Attribute, Attributes
+from pipeline import config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CELEBA = "Male Smiling Young Eyeglasses Mouth_Slightly_Open Wearing_Hat Blond_Hair".split()
+AVAILABLE = Attributes([*map(Attribute, CELEBA), Attribute("Beard", "k-way", ("none", "moustache", "full"))])
+
+
+def test_there_are_configs():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_builds_and_has_phases(path):
+    experiment = config.load(path)
+    method = config.build_method(experiment, AVAILABLE)
+    assert experiment.name == path.stem
+    assert all(stage.images > 0 and stage.phases for stage in method.stages())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_opens_with_its_command(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"configs/{path.name}" in line or "make demo" in line for line in head), "no command in the first lines"
+    assert any("Time" in line for line in head), "no duration in the first lines"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_resolved_dump_is_the_same_experiment(path, tmp_path):
+    experiment = config.load(path)
+    (tmp_path / "config.yaml").write_text(experiment.dump())
+    again = config.load(tmp_path / "config.yaml")
+    assert again == experiment
+    assert again.digest == experiment.digest
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "x.yaml"
+    path.write_text(text)
+    return path
+
+
+GOOD = "name: x\nmethod: {name: fader, preset: small}\ndata: {path: d, attributes: [Smiling], image_size: 64}\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method.lamda_max=1"], "unknown key method.lamda_max; did you mean method.lambda_max?"),
+        (["data.atributes=[Male]"], "unknown key data.atributes; did you mean data.attributes?"),
+        (["bach_size=3"], "unknown key bach_size; did you mean batch_size?"),
+        (["run.kep=3"], "unknown key run.kep; did you mean run.keep?"),
+        (["batch_size=many"], "batch_size: Input should be a valid integer"),
+        (["batch_size=3.5"], "batch_size"),
+        (["method.images=[1]"], "method.images"),
+        (["method.preset=tiny"], "method.preset"),
+        (["method.lambda_max=-1"], "must not be negative"),
+        (["method.name=fadr"], "unknown method 'fadr'; did you mean fader?"),
+        (["data.image_size='64'"], "data.image_size"),
+        (["data.crop=round"], "data.crop"),
+        (["data.attributes=[]"], "needs at least one attribute"),
+        (["data.flip=1"], "data.flip"),
+        (["precision=fp8"], "precision"),
+        (["=3"], "is not an override"),
+        (["seed"], "is not an override"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(tmp_path, overrides, says):
+    path = write(tmp_path, GOOD)
+    with pytest.raises(ValueError, match="(?s).*") as error:
+        config.load(path, overrides)
+    assert says in str(error.value)
+
+
+def test_an_override_reaches_its_place(tmp_path):
+    experiment = config.load(write(tmp_path, GOOD), ["method.lambda_max=1e-4", "run.folder=there", "data.flip=false"])
+    assert experiment.method.lambda_max == 1e-4
+    assert str(experiment.folder) == "there"
+    assert experiment.data.flip is False
+
+
+def test_a_base_is_overridden_key_by_key_and_must_not_lead_back(tmp_path):
+    (tmp_path / "base.yaml").write_text(GOOD + "seed: 4\n")
+    path = write(tmp_path, "base: base.yaml\nname: top\nmethod: {lambda_max: 0.5}\n")
+    experiment = config.load(path)
+    assert (experiment.name, experiment.seed, experiment.method.lambda_max) == ("top", 4, 0.5)
+    assert experiment.method.preset == "small"
+    (tmp_path / "base.yaml").write_text("base: x.yaml\n" + GOOD)
+    with pytest.raises(ValueError, match="leads back to itself"):
+        config.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "name: [\n", "name: x\nname: y\n", "name: x\n"])
+def test_what_is_no_experiment_is_refused(tmp_path, text):
+    with pytest.raises(ValueError):
+        config.load(write(tmp_path, text))
+
+
+def test_an_attribute_the_set_does_not_have_is_refused_with_the_nearest(tmp_path):
+    experiment = config.load(write(tmp_path, GOOD), ["data.attributes=[Smilling]"])
+    with pytest.raises(ValueError, match="did you mean 'Smiling'"):
+        config.build_method(experiment, AVAILABLE)
+
+
+def test_a_missing_config_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="there is no such config file"):
+        config.load(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="is a folder"):
+        config.load(tmp_path)
