@@ -26,6 +26,7 @@ from pipeline.engine import Engine
 from pipeline.images import grid, png_bytes
 from pipeline.shards import ShardSet, Split
 from pipeline.steps import Position, steps
+from pipeline.tar_loader import PillowLoader
 from pipeline.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STEPS_BETWEEN_AGREEMENTS = 4
 _PICTURE_RECORDS = 6
+_VALIDATION_BATCH = 128
 
 
 class Interrupted(Exception):
@@ -105,7 +107,8 @@ class _Run:
         if resume:
             self._restore()
         self.engine.wait()
-        self.loader = self._open_loader(self.split)
+        self.loader = self._open_loader(self.split, experiment.data.cache)
+        self.valid_loader = self._open_loader(self.valid, False) if self.judge else None
         self._open_folder(shards)
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -146,11 +149,11 @@ class _Run:
         self.position = Position.from_dict(extra["position"])
         self.started_at = self.position.clock.images
 
-    def _open_loader(self, split: Split) -> Loader:
+    def _open_loader(self, split: Split, cache: bool) -> Loader:
         data = self.experiment.data
         return open_loader(
             data.loader,
-            data.cache,
+            cache,
             split=split,
             attributes=self.method.attributes,
             preprocessing=data.preprocessing(),
@@ -183,6 +186,7 @@ class _Run:
         (self.folder / "config.yaml").write_text(experiment.dump())
         (self.folder / "run.json").write_text(json.dumps(card, indent=1))
         self.writer = checkpoint.Writer(self.folder, experiment.run.keep)
+        self.tracker.start(self.started_at)
         self.tracker.params(experiment.to_dict())
         self.tracker.tags({key: str(value) for key, value in card.items()})
         self.tracker.artifact(self.folder / "config.yaml")
@@ -310,22 +314,25 @@ class _Run:
         self.tracker.picture("sliders", png_bytes(grid(torch.stack(rows, 1).float().cpu())), self.position.clock.images)
 
     def _valid_batch(self, records: int) -> Batch:
-        from pipeline.tar_loader import PillowLoader
-
+        """Fixed records of the validation split, whole on this rank."""
+        data = self.experiment.data
         loader = PillowLoader(
-            self.valid,
-            self.method.attributes,
-            self.experiment.data.preprocessing(),
-            seed=self.experiment.seed,
-            device=self.engine.device,
+            self.valid, self.method.attributes, data.preprocessing(), seed=self.experiment.seed, device=self.engine.device
         )
         return next(iter(loader.batches(sequential(min(records, len(self.valid)), records))))
 
     def _validate(self) -> None:
-        """Judge a fixed part of the validation split; every rank takes its share of the work's result."""
-        _stand_still(self.method)
-        metrics = evaluation.quick(self.method, self.judge, self.valid, self.experiment, self.engine)
+        """Judge a fixed part of the validation split, each rank its share."""
+        records = min(self.experiment.run.evaluate_records, len(self.valid))
+        metrics = evaluation.quick(
+            self.method,
+            self.judge.method,
+            self.valid_loader.batches(sequential(records, _VALIDATION_BATCH, "valid")),
+            reduce_sum=self.engine.reduce_sum,
+        )
         self.tracker.log(metrics, self.position.clock.images, self.position.clock.updates)
+        if self.engine.is_main and self.watch:
+            self.watch(Progress(self.position.clock, self.total_images, 0.0, metrics))
 
 
 def _due(before: Clock, after: Clock, interval: int) -> bool:
