@@ -28,6 +28,7 @@ from pipeline import metrics
 from pipeline.batches import Loader, sequential
 
 if TYPE_CHECKING:
+    from pipeline.images import Preprocessing
     from pipeline.registry import Model
     from pipeline.shards import Split
 
@@ -232,7 +233,8 @@ def evaluate(
     """Measure a model on a split. Every rank calls it and gets the same report (the cost apart: rank 0 measures it).
 
     Args:
-        model: encodes and decodes; or judges only, for a table of a judge's own accuracy.
+        model: encodes and decodes; or judges only, for a table of a judge's own accuracy. Its networks and the judge's
+            are moved to `device`.
         judge: who says what an image shows. It must know every attribute of the model with the same values, at the same
             size and preprocessing; it may know more. None when only tables that need no judge are asked for, and for a
             model that is a judge itself.
@@ -261,7 +263,7 @@ def evaluate(
                 f"{model.source}: no judge to say whether attributes changed; name one (--judge), or train one first"
             )
     elif judge is not model:
-        check_judge(model, judge)
+        check_judge(judge, model.attributes, model.preprocessing, model.source)
     if "leak" in tables and probe_split is None:
         raise ValueError("the leak table trains a probe: it needs the training split")
     if limit is not None and limit < 1:
@@ -306,6 +308,8 @@ def evaluate(
                 progress(done, total)
 
     networks = [*model.method.networks.values(), *(judge.method.networks.values() if judge else ())]
+    for network in networks:
+        network.to(device)
     with _evaluating(networks):
         pass_ = _Pass(model, judge, device, tables, records)
         if set(tables) != {"cost"}:
@@ -329,8 +333,11 @@ def evaluate(
     return report
 
 
-def check_judge(model: Model, judge: Model) -> None:
-    """Refuse a judge that cannot speak about this model's pictures.
+def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessing, source: str) -> None:
+    """Refuse a judge that cannot speak about the pictures of a model.
+
+    Args:
+        attributes, preprocessing: the model's. source: what errors call it.
 
     Raises:
         ValueError: it does not judge, lacks an attribute or has it with other values, or sees images of another size
@@ -339,21 +346,21 @@ def check_judge(model: Model, judge: Model) -> None:
     if not isinstance(judge.method, Judges):
         raise ValueError(f"{judge.source}: {judge.method.name} is not a judge; name a run or model of method 'judge'")
     known = {attribute.name: attribute for attribute in judge.attributes}
-    for attribute in model.attributes:
+    for attribute in attributes:
         if attribute.name not in known:
             raise ValueError(
-                f"the judge {judge.source} does not know {attribute.name}, which {model.source} changes "
+                f"the judge {judge.source} does not know {attribute.name}, which {source} changes "
                 f"(it knows {', '.join(known)}); train a judge on the same attributes"
             )
         if known[attribute.name] != attribute:
             raise ValueError(
                 f"the judge {judge.source} knows {attribute.name} as {_kind(known[attribute.name])}, "
-                f"{model.source} as {_kind(attribute)}; train a judge on the same attributes"
+                f"{source} as {_kind(attribute)}; train a judge on the same attributes"
             )
-    if judge.preprocessing != model.preprocessing:
+    if judge.preprocessing != preprocessing:
         raise ValueError(
-            f"the judge {judge.source} sees images as {_describe(judge.preprocessing)}, {model.source} makes them as "
-            f"{_describe(model.preprocessing)}; train a judge with the same preprocessing"
+            f"the judge {judge.source} sees images as {_describe(judge.preprocessing)}, {source} makes them as "
+            f"{_describe(preprocessing)}; train a judge with the same preprocessing"
         )
 
 
@@ -361,11 +368,11 @@ def _kind(attribute: Attribute) -> str:
     return attribute.kind + (f" ({', '.join(attribute.categories)})" if attribute.categories else "")
 
 
-def _describe(preprocessing: Any) -> str:
+def _describe(preprocessing: Preprocessing) -> str:
     return ", ".join(f"{name} {value}" for name, value in preprocessing.to_dict().items())
 
 
-def _pillow(split: Split, attributes: Attributes, preprocessing: Any, **keywords: Any) -> Loader:
+def _pillow(split: Split, attributes: Attributes, preprocessing: Preprocessing, **keywords: Any) -> Loader:
     from pipeline.tar_loader import PillowLoader
 
     return PillowLoader(split, attributes, preprocessing, **keywords)
@@ -974,6 +981,36 @@ def quick(
         if balanced:
             out[f"{prefix}/{what}"] = sum(balanced) / len(balanced)
     return out
+
+
+def validate(
+    method: Method,
+    judge: Model | None,
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    records: int = 1000,
+    batch_size: int = 64,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    reduce_sum: ReduceSum = identity,
+    open_loader: Callable[..., Loader] | None = None,
+    threads: int = 2,
+    prefix: str = "valid",
+) -> dict[str, float]:
+    """`quick` over the first records of a split, micro-batches dealt out to ranks; every rank calls it.
+
+    Use `check_judge` once before. Raises what loaders raise.
+    """
+    requests = list(sequential(min(records, len(split)), batch_size))[rank::world_size]
+    loader = (open_loader or _pillow)(
+        split, method.attributes, preprocessing, seed=seed, device=torch.device(device), threads=threads
+    )
+    return quick(
+        method, judge.method if judge else None, loader.batches(iter(requests)), reduce_sum=reduce_sum, prefix=prefix
+    )
 
 
 def _quick_sums(method: Method, seer: _Judge | None, columns: Sequence[int], batch: Batch, place: dict) -> Tensor:

@@ -16,7 +16,7 @@ from fader.attributes import Attribute, Attributes
 from fader.method import Batch, Method
 from pipeline import evaluation
 from pipeline.batches import finish
-from pipeline.evaluation import evaluate, quick
+from pipeline.evaluation import evaluate, quick, validate
 from pipeline.images import Preprocessing
 
 SIZE = 16
@@ -570,6 +570,15 @@ def test_quick_agrees_with_the_tables():
                 expected = report.score("swap", name, value).value
                 assert found[f"valid/swap_accuracy.{name}_to_{value}"] == pytest.approx(expected)
     assert quick(Oracle(), Seer(), batches(split))["valid/swap_accuracy"] == 1.0
+
+
+def test_validate_is_quick_over_the_first_records():
+    split = planted()
+    first = Split("valid", split.labels[:70], split.pixels[:70])
+    found = validate(
+        OneWay(), Model(Seer()), split, Model(Seer()).preprocessing, records=70, batch_size=30, open_loader=MemoryLoader
+    )
+    assert found == pytest.approx(quick(OneWay(), Seer(), batches(first)))
 
 
 def test_quick_without_a_judge_or_without_batches():
