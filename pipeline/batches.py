@@ -260,7 +260,7 @@ class SplitLoader:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.device, self.threads, self.prefetch = torch.device(device), threads, prefetch
         self.boxes = preprocessing.boxes(split.width, split.height)
-        self.labels = torch.from_numpy(split.columns(attributes)).to(self.device)
+        self.labels = torch.from_numpy(np.ascontiguousarray(split.columns(attributes))).to(self.device)
 
     def rows(self, request: Request) -> Tensor:
         """The request's rows [B] on the device, without waiting for what the device is doing."""

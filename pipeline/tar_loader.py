@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import webdataset
+from PIL import Image
 
 from fader.attributes import Attributes
 from fader.method import Batch
@@ -90,4 +91,5 @@ def stock_stream(
 
 def _stock_sample(attributes: Attributes, preprocessing: Preprocessing, sample: dict) -> tuple:
     labels = np.array([sample["json"][name] for name in attributes.names], np.float32)
-    return sample["__key__"], preprocess(sample["jpg"], preprocessing), labels
+    (image,) = (value for value in sample.values() if isinstance(value, Image.Image))
+    return sample["__key__"], preprocess(image, preprocessing), labels
