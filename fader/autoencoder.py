@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def widths(self) -> list[int]:
-        """Channels after each layer of a stack that halves the image down to one pixel; the encoder is its beginning."""
+        """Channels after each layer of a stack that halves the image to one pixel; the encoder is its beginning."""
         return doubling(self.init_channels, self.max_channels, halvings(self.image_size))
 
     @property

@@ -1,0 +1,212 @@
+"""Layouts as published: parameter counts, channels of every layer, what each option changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fader.attributes import Attribute, Attributes
+from fader.autoencoder import Decoder, Encoder, Latent, Layout
+from fader.classifier import Classifier
+from fader.discriminators import LatentDiscriminator, PatchDiscriminator
+from fader.layers import deconvolution, doubling, halvings
+from fader.methods import Fader, FaderSettings, Judge, JudgeSettings
+from tests.fader.tiny import MIXED, planted, tiny_fader
+
+MALE = Attributes([Attribute("Male")])
+FORTY = Attributes([Attribute(f"attribute_{i}") for i in range(40)])
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings, image_size, latent_shape, counts",
+    [
+        ({"preset": "official"}, 256, (512, 4, 4), (6_985_568, 7_014_944, 14_000_512, 8_655_362)),
+        ({"preset": "paper"}, 256, (512, 2, 2), (6_993_072, 7_022_912, 14_015_984, 4_459_522)),
+        ({"preset": "official"}, 128, (512, 2, 2), (6_985_568, 7_014_944, 14_000_512, 4_459_522)),
+        ({"preset": "small", "num_layers": 4}, 64, (256, 4, 4), (691_040, 697_376, 1_388_416, 6_558_210)),
+        ({"preset": "small"}, 64, (512, 2, 2), (2_789_728, 2_803_232, 5_592_960, 4_459_522)),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(settings, image_size, latent_shape, counts):
+    method = Fader(FaderSettings(**settings), MALE, image_size)
+    encoder, decoder, discriminator = (count(network) for network in method.networks.values())
+    assert (encoder, decoder, encoder + decoder, discriminator) == counts
+    assert method.settings.layout(image_size, 3).latent_shape == latent_shape
+
+
+@pytest.mark.parametrize("image_size, parameters", [(256, 15_680_944), (128, 11_485_104), (64, 7_289_264)])
+def test_the_judge_with_40_attributes_has_the_published_count(image_size, parameters):
+    assert count(Judge(JudgeSettings(), FORTY, image_size).networks["classifier"]) == parameters
+
+
+def test_the_patch_discriminator_has_the_published_count():
+    assert count(PatchDiscriminator(256)) == 695_137
+
+
+def test_the_paper_presets_encoder_channels():
+    layers = Fader(FaderSettings(preset="paper"), MALE, 256).networks["encoder"].layers
+    assert [layer.conv.out_channels for layer in layers] == [16, 32, 64, 128, 256, 512, 512]
+
+
+def test_the_official_decoder_reads_code_planes_at_every_layer():
+    layers = Fader(FaderSettings(), MALE, 256).networks["decoder"].layers
+    sizes = [(layer.deconv.in_channels, layer.deconv.out_channels) for layer in layers]
+    assert sizes == [(514, 512), (514, 256), (258, 128), (130, 64), (66, 32), (34, 3)]
+    assert all(layer.deconv.bias is None for layer in layers)
+
+
+def test_every_convolution_of_the_encoder_has_a_bias_and_all_but_the_first_a_norm():
+    layers = tiny_fader().networks["encoder"].layers
+    assert all(layer.conv.bias is not None for layer in layers)
+    assert [isinstance(layer.norm, nn.Identity) for layer in layers] == [True, False, False]
+
+
+def test_explicit_sizes_override_the_preset():
+    layout = FaderSettings(preset="paper", init_channels=8, num_layers=5).layout(64, 1)
+    assert (layout.init_channels, layout.max_channels, layout.num_layers, layout.channels) == (8, 512, 5, 1)
+
+
+@pytest.mark.parametrize("deconv", ["convtranspose", "upsampling", "pixelshuffle"])
+@pytest.mark.parametrize("num_skips", [0, 1, 2])
+@pytest.mark.parametrize("norm", ["global", "local", "instance"])
+def test_every_option_keeps_shapes_and_trains(deconv, num_skips, norm):
+    method = tiny_fader(deconv=deconv, num_skips=num_skips, norm=norm, encoder_dropout=0.1, decoder_dropout=0.1)
+    batch = planted()
+    latent = method.encode(batch.images, batch.attributes)
+    assert latent.latent.shape == (12, 8, 4, 4)
+    assert [tuple(skip.shape[1:]) for skip in latent.skips] == [(8, 8, 8), (4, 16, 16)][:num_skips]
+    assert latent.shallowest is (latent.skips[-1] if num_skips else latent.latent)
+    decoded = method.decode(latent, method.attributes.code(batch.attributes))
+    assert decoded.shape == batch.images.shape and decoded.dtype == torch.float32
+    method.networks["latent_discriminator"](latent).sum().backward(retain_graph=True)
+    if num_skips:
+        deeper = method.networks["encoder"].layers[-1].conv.weight.grad
+        assert deeper is None, "with skips the discriminator reads the shallowest map only"
+    decoded.sum().backward()
+    assert all(p.grad is not None for n in ("encoder", "decoder") for p in method.networks[n].parameters())
+
+
+def test_skips_are_read_after_the_code_by_the_layers_that_have_them():
+    layout = Layout(16, 3, 4, 8, 3, num_skips=2)
+    decoder = Decoder(layout, 2)
+    seen = []
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    latent = Encoder(layout)(torch.randn(2, 3, 16, 16))
+    decoder(latent, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert [x.shape[1] for x in seen] == [8 + 2, 8 + 2 + 8, 4 + 2 + 4]
+    assert torch.equal(seen[1][:, 10:], latent.skips[0]) and torch.equal(seen[2][:, 6:], latent.skips[1])
+
+
+def test_decoder_dropout_stands_in_the_first_three_layers_and_never_in_the_last():
+    def layers_with(num_layers: int) -> list[bool]:
+        decoder = Decoder(Layout(64, 3, 4, 8, num_layers), 2, dropout=0.5)
+        return [isinstance(layer.dropout, nn.Dropout) for layer in decoder.layers]
+
+    assert layers_with(5) == [True, True, True, False, False]
+    assert layers_with(2) == [True, False]
+
+
+def test_deconvolutions_double_the_sides():
+    """pixelshuffle and upsampling by hand: a 1×1 kernel's worth of weight at the centre only copies."""
+    x = torch.arange(4.0).view(1, 1, 2, 2)
+    upsampling = deconvolution("upsampling", 1, 1)
+    nn.init.dirac_(upsampling[1].weight)
+    assert torch.equal(upsampling(x)[0, 0], x[0, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
+    shuffle = deconvolution("pixelshuffle", 1, 1)
+    with torch.no_grad():
+        shuffle[0].weight.zero_()[:, 0, 1, 1] = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    assert shuffle(x)[0, 0, :2, 2:].tolist() == [[1, 10], [100, 1000]]
+    with pytest.raises(ValueError, match="none of convtranspose"):
+        deconvolution("bilinear", 1, 1)
+
+
+def test_the_latent_discriminator_goes_on_to_one_pixel():
+    for image_size, num_layers, num_skips, convolutions in ((64, 4, 0, 2), (64, 5, 0, 1), (64, 6, 0, 0), (64, 4, 2, 4)):
+        layout = Layout(64, 3, 4, 16, num_layers, num_skips)
+        network = LatentDiscriminator(layout, 2, hidden_channels=8)
+        assert len(network.layers) == convolutions
+        assert network(Encoder(layout)(torch.randn(3, 3, 64, 64))).shape == (3, 2)
+
+
+def test_an_instance_normed_fader_still_has_batch_norm_in_its_discriminators():
+    method = tiny_fader(norm="instance", lambda_patch=1.0, lambda_classifier=1.0)
+    for name in ("latent_discriminator", "patch_discriminator", "classifier"):
+        assert not [m for m in method.networks[name].modules() if isinstance(m, nn.InstanceNorm2d)]
+    assert [m for m in method.networks["encoder"].modules() if isinstance(m, nn.InstanceNorm2d)]
+
+
+def test_heads_have_the_attributes_width():
+    for head, width in (("softmax", 2 + 3 + 2), ("sigmoid", 1 + 3 + 1)):
+        networks = tiny_fader(head=head, lambda_classifier=1.0).networks
+        assert networks["latent_discriminator"].head.out_features == width
+        assert networks["classifier"].head.out_features == width
+
+
+def test_patch_probabilities_lie_between_0_and_1_one_an_image():
+    network = PatchDiscriminator(32, init_channels=2, max_channels=8)
+    probabilities = network(torch.randn(5, 3, 32, 32))
+    assert probabilities.shape == (5,) and 0 < probabilities.min() and probabilities.max() < 1
+    with pytest.raises(ValueError, match="at least 32"):
+        PatchDiscriminator(16)
+
+
+def test_classifier_features_are_what_its_last_layer_reads():
+    network = Classifier(16, 4, init_channels=4, max_channels=8, hidden_channels=6).eval()
+    images = torch.randn(3, 3, 16, 16)
+    assert network.features(images).shape == (3, 6)
+    assert torch.equal(network.head(network.features(images)), network(images))
+
+
+def test_maps_stay_channels_last_through_the_autoencoder():
+    """One layer that falls back to the other format slows every one after it; the code planes once did."""
+    method = tiny_fader(num_skips=1)
+    formats = {}
+    for name in ("encoder", "decoder"):
+        for key, module in method.networks[name].named_modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                module.register_forward_pre_hook(
+                    lambda m, x, key=f"{name}.{key}": formats.__setitem__(
+                        key, x[0].is_contiguous(memory_format=torch.channels_last)
+                    )
+                )
+    batch = planted()
+    method.decode(method.encode(batch.images, batch.attributes), MIXED.code(batch.attributes))
+    assert len(formats) == 6 and all(formats.values()), formats
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: halvings(48), "power of two"),
+        (lambda: Layout(64, num_layers=7), "at most 6"),
+        (lambda: Layout(64, num_layers=3, num_skips=3), "0 to 2"),
+        (lambda: doubling(64, 32, 3), "do not exist"),
+        (lambda: Encoder(Layout(16, 3, 4, 8, 4), "instance"), "more than one pixel"),
+        (lambda: FaderSettings(preset="big"), "none of paper, official, small"),
+        (lambda: FaderSettings(lambda_max=-1.0), "must not be negative"),
+        (lambda: FaderSettings(smooth_label=0.5), "below 0.5"),
+        (lambda: JudgeSettings(norm="instance"), "one pixel"),
+        (lambda: JudgeSettings(preset="paper"), "none of official, small"),
+        (lambda: Fader(FaderSettings(), Attributes([]), 64), "at least one attribute"),
+        (lambda: Judge(JudgeSettings(), Attributes([]), 64), "at least one attribute"),
+        (lambda: Fader(FaderSettings(preset="paper"), MALE, 64), "halves at most 6 times"),
+    ],
+)
+def test_impossible_sizes_are_refused_in_words(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def test_a_decoder_refuses_what_is_not_its_own():
+    decoder = Decoder(Layout(16, 3, 4, 8, 2, num_skips=1), 2)
+    latent, skip = torch.zeros(2, 8, 4, 4), torch.zeros(2, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"takes \(2, 2\)"):
+        decoder(Latent(latent, (skip,)), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="takes 1"):
+        decoder(Latent(latent), torch.zeros(2, 2))
