@@ -143,7 +143,7 @@ class Stage:
     images: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """Settings of one trained group.
 

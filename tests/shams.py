@@ -15,7 +15,7 @@ from torch import nn
 
 from fader.method import METHODS, Loss, Method, Optimizer, Phase, Stage, identity, register
 
-SGD = Optimizer("sgd", learning_rate=0.05, clip_norm=0.0)
+SGD = Optimizer(kind="sgd", learning_rate=0.05, clip_norm=0.0)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class Fader(Method):
 
         def adam(own: float | None, ema_half_life: int = 0) -> Optimizer:
             rate = s.learning_rate if own is None else own
-            return Optimizer("adam", rate, s.betas, 0.0, s.clip_norm, ema_half_life)
+            return Optimizer(learning_rate=rate, betas=s.betas, clip_norm=s.clip_norm, ema_half_life=ema_half_life)
 
         rates = {
             "latent_discriminator": s.latent_discriminator_learning_rate,

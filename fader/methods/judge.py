@@ -90,9 +90,14 @@ class Judge(Method):
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         s = self.settings
-        return {
-            ("classifier",): Optimizer("adam", s.learning_rate, s.betas, s.weight_decay, s.clip_norm, s.ema_half_life)
-        }
+        optimizer = Optimizer(
+            learning_rate=s.learning_rate,
+            betas=s.betas,
+            weight_decay=s.weight_decay,
+            clip_norm=s.clip_norm,
+            ema_half_life=s.ema_half_life,
+        )
+        return {("classifier",): optimizer}
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """Cross-entropy of real images' attributes; unknown labels are left out."""
