@@ -1,0 +1,125 @@
+"""Every formula against numbers worked by hand; schedules as functions of images."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fader.attributes import Attribute, Attributes
+from fader.draws import Draws
+from fader.losses import accuracies, attribute_loss, fool_loss, patch_losses, squared_errors
+from fader.schedules import ema_decay, ramp
+
+TWO = Attributes([Attribute("Male"), Attribute("Hair", "k-way", ("black", "blond", "brown"))])
+
+
+def draws(count: int) -> Draws:
+    return Draws(0, "test", 0, torch.arange(count))
+
+
+def test_squared_errors_are_means_over_an_images_pixels():
+    images = torch.zeros(2, 3, 4, 4)
+    reconstruction = torch.zeros(2, 3, 4, 4)
+    reconstruction[1] = 0.5
+    reconstruction[0, 0, 0, 0] = 2.0
+    assert squared_errors(reconstruction, images).tolist() == [4 / 48, 0.25]
+    with pytest.raises(ValueError, match="a reconstruction"):
+        squared_errors(reconstruction, images[:, :1])
+
+
+@pytest.mark.parametrize("loss", [lambda x: squared_errors(x, torch.zeros_like(x)), lambda x: patch_losses(x[:, 0, 0, 0], 0.8)])
+def test_half_precision_is_widened_and_double_stays_double(loss):
+    x = torch.full((2, 3, 4, 4), 0.3)
+    assert loss(x.bfloat16()).dtype == torch.float32
+    assert loss(x).dtype == torch.float32
+    assert loss(x.double()).dtype == torch.float64
+
+
+def test_attribute_loss_sums_over_attributes_and_averages_over_the_known():
+    """Logits that say nothing cost ln 2 for a binary and ln 3 for a 3-way attribute, however many are unknown."""
+    labels = torch.tensor([[1.0, 2.0], [0.0, -1.0], [-1.0, 0.0]])
+    known = torch.tensor([2.0, 2.0])
+    loss = attribute_loss(TWO, torch.zeros(3, 5), labels, known, "softmax")
+    assert loss.item() == pytest.approx(math.log(2) + math.log(3), rel=1e-6)
+    loss = attribute_loss(TWO, torch.zeros(3, 4), labels, known, "sigmoid")
+    assert loss.item() == pytest.approx(math.log(2) + math.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_fool_loss_is_low_when_the_discriminator_is_wrong(head):
+    male = Attributes([Attribute("Male")])
+    label, one = torch.tensor([[1.0]]), torch.ones(1)
+    strength = 3.0
+    says_absent = torch.tensor([[strength, 0.0]]) if head == "softmax" else torch.tensor([[-strength]])
+    right, wrong = math.log(1 + math.exp(strength)), math.log(1 + math.exp(-strength))
+    assert attribute_loss(male, says_absent, label, one, head).item() == pytest.approx(right, rel=1e-6)
+    assert fool_loss(male, says_absent, label, one, draws(1), head).item() == pytest.approx(wrong, rel=1e-6)
+
+
+def test_fool_loss_of_a_k_way_attribute_aims_at_the_drawn_category():
+    hair = Attributes([TWO[1]])
+    labels = torch.tensor([[0.0], [1.0], [2.0], [-1.0]])
+    logits = torch.randn(4, 3)
+    target = hair.flipped(labels, draws(4))[:3, 0].long()
+    want = torch.nn.functional.cross_entropy(logits[:3], target)
+    got = fool_loss(hair, logits, labels, torch.tensor([3.0]), draws(4), "softmax")
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_patch_losses_by_hand():
+    """Target 0.8 at p = 0.5 and 0.9: -0.8 ln p - 0.2 ln(1 - p)."""
+    losses = patch_losses(torch.tensor([0.5, 0.9]), 0.8)
+    want = [math.log(2), -0.8 * math.log(0.9) - 0.2 * math.log(0.1)]
+    assert losses.tolist() == pytest.approx(want, rel=1e-5)
+    assert patch_losses(torch.tensor([0.9]), 1.0).item() == pytest.approx(-math.log(0.9), rel=1e-5)
+    assert patch_losses(torch.tensor([0.9]), 0.0).item() == pytest.approx(-math.log(0.1), rel=1e-5)
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        patch_losses(torch.tensor([0.5]), 1.2)
+
+
+def test_patch_losses_stay_finite_at_the_ends():
+    p = torch.tensor([0.0, 1.0], requires_grad=True)
+    for target in (0.0, 0.2, 1.0):
+        losses = patch_losses(p, target)
+        (gradient,) = torch.autograd.grad(losses.sum(), p)
+        assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("head, male", [("softmax", [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]), ("sigmoid", [[1.0]] * 3)])
+def test_accuracies_count_the_known_only(head, male):
+    logits = torch.cat([torch.tensor(male), torch.eye(3)], 1)
+    labels = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 2.0]])
+    assert accuracies(TWO, logits, labels, torch.tensor([2.0, 3.0]), head).tolist() == pytest.approx([0.5, 2 / 3])
+    assert accuracies(TWO, logits, -torch.ones(3, 2), torch.zeros(2), head).tolist() == [0, 0]
+
+
+def test_accuracy_of_a_continuous_attribute_is_one_minus_its_error():
+    age = Attributes([Attribute("Age", "continuous")])
+    got = accuracies(age, torch.zeros(2, 1), torch.tensor([[0.25], [1.0]]), torch.tensor([2.0]), "softmax")
+    assert got.item() == pytest.approx(1 - (0.25 + 0.5) / 2)
+
+
+def test_the_ramp_is_linear_in_images_and_then_constant():
+    over = 16_000_000
+    assert ramp(1e-4, 0, over=over) == 0.0
+    assert ramp(1e-4, over // 4, over=over) == pytest.approx(0.25e-4, rel=1e-12)
+    assert ramp(1e-4, over, over=over) == 1e-4 == ramp(1e-4, 10 * over, over=over)
+    assert ramp(1e-4, over - 32, over=over) < 1e-4
+    assert ramp(1e-4, 0, over=0) == 1e-4, "no ramp: there from the start"
+    assert ramp(0.0, over, over=over) == 0.0
+    for images, span in ((-1, 10), (1, -10)):
+        with pytest.raises(ValueError, match="negative"):
+            ramp(1.0, images, over=span)
+
+
+def test_the_published_ramp_is_500_000_iterations_of_32_images():
+    assert all(ramp(1e-4, 32 * i, over=16_000_000) == pytest.approx(1e-4 * i / 500_000) for i in (1, 1000, 499_999))
+
+
+def test_ema_decay_halves_in_its_half_life_whatever_the_step():
+    assert ema_decay(1000, 1000) == 0.5
+    assert ema_decay(1000, 10) ** 100 == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="positive"):
+        ema_decay(0, 10)

@@ -1,0 +1,345 @@
+"""What every method promises: only the named networks move, it learns, any precision, unknown labels count for nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import fader.methods  # noqa: F401  fills METHODS
+from fader.attributes import Attribute, Attributes
+from fader.method import METHODS, Batch, Clock, Context, Decodes, Encodes, Judges
+from tests.fader.tiny import MIXED, changed, loss_of, phases, planted, stand, tiny, tiny_fader, weights
+
+FULL = {"lambda_patch": 0.1, "lambda_classifier": 0.1}
+CASES = [(name, {}) for name in sorted(METHODS)] + [("fader", FULL), ("fader", {"head": "sigmoid", "num_skips": 1})]
+
+
+def cases() -> list:
+    """(method, settings, phase), one test each."""
+    return [
+        pytest.param(name, changes, phase, id=f"{name}-{'-'.join(changes) or 'default'}-{phase}")
+        for name, changes in CASES
+        for phase in phases(tiny(name, **changes))
+    ]
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_each_phase_moves_only_its_networks(name, changes, phase):
+    method, batch = tiny(name, **changes), planted()
+    before = weights(method)
+    loss = loss_of(method, phase, batch, Clock(100))
+    loss.value.backward()
+    trains = phases(method)[phase].trains
+    for network, module in method.networks.items():
+        held = [p.grad is not None for p in module.parameters()]
+        assert all(held) if network in trains else not any(held), network
+    parameters = [p for n in trains for p in method.networks[n].parameters()]
+    torch.optim.SGD(parameters, 0.1).step()
+    assert changed(before, method) == set(trains)
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_every_trained_parameter_gets_a_gradient_that_is_not_zero(name, changes, phase):
+    method = tiny(name, **changes)
+    loss_of(method, phase, planted(), Clock(100)).value.backward()
+    for network in phases(method)[phase].trains:
+        for key, parameter in method.networks[network].named_parameters():
+            assert parameter.grad.abs().max() > 0, f"{network}/{key}"
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_reports_are_detached_scalars(name, changes, phase):
+    report = loss_of(tiny(name, **changes), phase, planted(), Clock(100)).report
+    assert report
+    for key, value in report.items():
+        assert "/" in key and math.isfinite(float(value))
+        assert not isinstance(value, torch.Tensor) or (value.ndim == 0 and not value.requires_grad), key
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_forty_steps_on_one_batch_lower_the_loss(name, kind):
+    """Reconstruction, or the judge's loss, halves at least."""
+    method, batch = tiny(name), planted()
+    groups = method.optimizers()
+    optimizers = {
+        trains: torch.optim.SGD(p, 0.2, momentum=0.9) if kind == "sgd" else torch.optim.Adam(p, 5e-3, group.betas)
+        for trains, group in groups.items()
+        for p in [[q for n in trains for q in method.networks[n].parameters()]]
+    }
+    assert isinstance(method, (Encodes, Judges))
+    watched = "autoencoder/mse" if isinstance(method, Encodes) else "classifier/loss"
+    history = []
+    for step in range(40):
+        clock = Clock(12 * step)
+        for phase in phases(method).values():
+            stand(method, phase)
+            loss = phase.loss(method.networks, batch, Context(clock))
+            optimizers[phase.trains].zero_grad()
+            loss.value.backward()
+            optimizers[phase.trains].step()
+            if watched in loss.report:
+                history.append(float(loss.report[watched]))
+    assert history[-1] < 0.5 * history[0], history
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_float64_stays_float64(name, changes, phase):
+    method, batch = tiny(name, **changes), planted()
+    for network in method.networks.values():
+        network.double()
+    batch = dataclasses.replace(batch, images=batch.images.double())
+    loss = loss_of(method, phase, batch, Clock(100))
+    assert loss.value.dtype == torch.float64
+    if isinstance(method, Encodes) and isinstance(method, Decodes):
+        with torch.no_grad():
+            decoded = method.decode(method.encode(batch.images, batch.attributes), MIXED.code(batch.attributes).double())
+        assert decoded.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_bf16_autocast_gives_a_float32_loss_near_the_float32_one(name, changes, phase):
+    method, batch = tiny(name, **changes), planted()
+    want = loss_of(method, phase, batch, Clock(100)).value
+    method = tiny(name, **changes)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = loss_of(method, phase, batch, Clock(100)).value
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(want.item(), rel=0.03)
+    got.backward()
+    for network in phases(method)[phase].trains:
+        assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in method.networks[network].parameters())
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_every_phase_is_twice_differentiable(name, changes, phase):
+    """A penalty on the gradient has a gradient itself, and finite differences agree with it."""
+    method, batch = tiny(name, **changes), planted(count=6)
+    for network in method.networks.values():
+        network.double()
+    batch = dataclasses.replace(batch, images=batch.images.double())
+    stand(method, phases(method)[phase])
+    parameters = [p for n in phases(method)[phase].trains for p in method.networks[n].parameters()]
+
+    def penalty() -> torch.Tensor:
+        value = phases(method)[phase].loss(method.networks, batch, Context(Clock(100))).value
+        return sum(g.square().sum() for g in torch.autograd.grad(value, parameters, create_graph=True))
+
+    gradients = torch.autograd.grad(penalty(), parameters, allow_unused=True)
+    generator = torch.Generator().manual_seed(0)
+    directions = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions) if g is not None).item()
+    step, values = 1e-6, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions):
+                parameter.add_(direction, alpha=sign * step)
+        values.append(penalty().item())
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions):
+                parameter.sub_(direction, alpha=sign * step)
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_a_loss_repeats_itself_on_the_same_batch_and_draws(name, changes, phase):
+    one, other = (loss_of(tiny(name, **changes), phase, planted(), Clock(100)) for _ in range(2))
+    assert torch.equal(one.value, other.value)
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_unknown_labels_count_for_nothing(name, changes, phase):
+    """With eval-mode networks, records of unknown labels leave every attribute loss as it is without them."""
+    changes = {**changes, **({"lambda_reconstruction": 0.0, "lambda_max": 1.0} if name == "fader" else {})}
+    method, batch = tiny(name, **changes), planted()
+    labels = batch.attributes.clone()
+    labels[6:] = -1
+    masked = Batch.alone(batch.images, labels)
+    known = Batch.alone(batch.images[:6], labels[:6])
+    if "patch" in phase or name == "fader" and changes.get("lambda_patch") and phase == "encoder+decoder":
+        pytest.skip("the verdicts on random codes read no label")
+    results = []
+    for part in (masked, known):
+        for network in method.networks.values():
+            network.eval()
+        results.append(phases(method)[phase].loss(method.networks, part, Context(Clock(100))).value)
+    assert results[0].item() == pytest.approx(results[1].item(), rel=1e-5)
+    nobody = Batch.alone(batch.images, torch.full_like(labels, -1))
+    assert loss_of(method, phase, nobody, Clock(100)).value.isfinite()
+
+
+@pytest.mark.parametrize("name, changes, phase", cases())
+def test_a_batch_in_uneven_shares_averages_to_the_whole(name, changes, phase):
+    """Each rank's value is its part of the mean; batch statistics apart, so all networks stand in eval mode."""
+    method, batch = tiny(name, **changes), planted()
+    labels = batch.attributes.clone()
+    labels[:4, 0] = -1
+    whole = Batch.alone(batch.images, labels)
+
+    def value(part: Batch):
+        for network in method.networks.values():
+            network.eval()
+        loss = phases(method)[phase].loss(method.networks, part, Context(Clock(100)))
+        return {"value": loss.value, **loss.report}
+
+    want = value(whole)
+    parts = [
+        value(
+            Batch(
+                whole.images[s],
+                whole.attributes[s],
+                whole.index[s],
+                dataclasses.replace(whole.draws, index=whole.index[s]),
+                whole.size / 2,
+                whole.known / 2,
+            )
+        )
+        for s in (slice(0, 5), slice(5, 12))
+    ]
+    for key, total in want.items():
+        assert (float(parts[0][key]) + float(parts[1][key])) / 2 == pytest.approx(float(total), rel=1e-4, abs=1e-7), key
+
+
+# --- Fader ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_phases_are_the_official_ones_in_their_order():
+    (stage,) = tiny_fader(**FULL, discriminator_steps=2).stages()
+    names = ["latent_discriminator", "patch_discriminator", "classifier", "encoder+decoder"]
+    assert [phase.name for phase in stage.phases] == names
+    assert [phase.repeat for phase in stage.phases] == [2, 1, 1, 1]
+    assert [phase.stream for phase in stage.phases] == names, "each phase draws its own batches"
+    assert all(phase.others == "eval" and phase.source == "images" for phase in stage.phases)
+    assert stage.images == 1000
+
+
+def test_batches_may_be_shared_and_modes_chosen():
+    (stage,) = tiny_fader(shared_batch=True, discriminator_others="train", autoencoder_others="train").stages()
+    assert {phase.stream for phase in stage.phases} == {"fader"}
+    assert {phase.others for phase in stage.phases} == {"train"}
+
+
+def test_a_discriminator_phase_in_train_mode_refreshes_the_encoders_statistics():
+    for mode, moved in (("eval", {"latent_discriminator"}), ("train", {"latent_discriminator", "encoder"})):
+        method = tiny_fader(discriminator_others=mode)
+        before = weights(method)
+        loss_of(method, "latent_discriminator", planted())
+        assert changed(before, method) == moved
+
+
+def test_optional_networks_exist_only_with_their_weight():
+    assert list(tiny_fader().networks) == ["encoder", "decoder", "latent_discriminator"]
+    method = tiny_fader(**FULL, classifier_learning_rate=1e-3)
+    assert set(method.optimizers()) == {
+        ("latent_discriminator",),
+        ("patch_discriminator",),
+        ("classifier",),
+        ("encoder", "decoder"),
+    }
+    assert method.optimizers()[("classifier",)].learning_rate == 1e-3
+    assert method.optimizers()[("patch_discriminator",)].learning_rate == 2e-4
+
+
+def test_only_the_autoencoder_keeps_a_moving_average():
+    groups = tiny_fader(ema_half_life=500).optimizers()
+    assert {trains: group.ema_half_life for trains, group in groups.items()} == {
+        ("latent_discriminator",): 0,
+        ("encoder", "decoder"): 500,
+    }
+
+
+def test_the_autoencoders_loss_is_its_formula():
+    """mse + λ fool, and with the options on, λ_patch and λ_classifier of their own terms, all on the one ramp."""
+    method = tiny_fader(**FULL, lambda_reconstruction=2.0, lambda_max=0.3, ramp_images=1000)
+    for images, share in ((0, 0.0), (250, 0.25), (1000, 1.0), (9000, 1.0)):
+        loss = loss_of(method, "encoder+decoder", planted(), Clock(images))
+        part = {key.split("/")[1]: float(value) for key, value in loss.report.items()}
+        assert part["lambda"] == pytest.approx(0.3 * share)
+        extra = 0.1 * part["patch"] + 0.1 * part["classifier"] + 0.3 * part["fool"]
+        assert loss.value.item() == pytest.approx(2 * part["mse"] + share * extra, rel=1e-5)
+
+
+def test_reports_carry_the_names_the_tracker_shows():
+    method = tiny_fader()
+    names = [f"latent_discriminator/{key}" for key in ("loss", *(f"accuracy.{name}" for name in MIXED.names))]
+    assert list(loss_of(method, "latent_discriminator", planted()).report) == names
+    report = loss_of(method, "encoder+decoder", planted()).report
+    assert list(report) == ["autoencoder/mse", "autoencoder/fool", "autoencoder/lambda"]
+
+
+def test_lambda_zero_still_trains_the_discriminator_and_leaves_the_encoder_to_reconstruction():
+    method = tiny_fader(lambda_max=0.0)
+    assert "latent_discriminator" in {n for phase in phases(method).values() for n in phase.trains}
+    loss = loss_of(method, "encoder+decoder", planted())
+    assert torch.equal(loss.value, loss.report["autoencoder/mse"])
+    assert math.isfinite(float(loss.report["autoencoder/fool"]))
+
+
+def test_a_latent_discriminator_learns_planted_attributes_from_frozen_latents():
+    """The labels are visible in the images, so an untrained encoder's latents tell them."""
+    method, batch = tiny_fader(), planted()
+    phase = phases(method)["latent_discriminator"]
+    stand(method, phase)
+    optimizer = torch.optim.Adam(method.networks["latent_discriminator"].parameters(), 5e-3)
+    for _ in range(60):
+        loss = phase.loss(method.networks, batch, Context())
+        optimizer.zero_grad()
+        loss.value.backward()
+        optimizer.step()
+    assert all(float(loss.report[f"latent_discriminator/accuracy.{name}"]) == 1.0 for name in MIXED.names), loss.report
+
+
+def test_the_adversary_drives_planted_attributes_out_of_the_latent():
+    """Two runs that differ in λ only: with it, a fresh discriminator learns less from the latents than without."""
+    attributes = Attributes([Attribute("Smiling")])
+
+    def leak(lambda_max: float) -> float:
+        method = tiny_fader(attributes, 16, lambda_max=lambda_max, num_layers=2)
+        batch = planted(attributes, 32, 16)
+        optimizers = {
+            trains: torch.optim.Adam([p for n in trains for p in method.networks[n].parameters()], 3e-3, (0.5, 0.999))
+            for trains in method.optimizers()
+        }
+        losses = []
+        for step in range(150):
+            for phase in phases(method).values():
+                stand(method, phase)
+                loss = phase.loss(method.networks, batch, Context())
+                optimizers[phase.trains].zero_grad()
+                loss.value.backward()
+                optimizers[phase.trains].step()
+                if step >= 100 and phase.name == "latent_discriminator":
+                    losses.append(loss.value.item())
+        return sum(losses) / len(losses)
+
+    free, driven = leak(0.0), leak(1.0)
+    assert free < 0.05 and driven > 0.3, (free, driven)
+
+
+def test_images_of_one_channel():
+    method = METHODS["fader"](dataclasses.replace(tiny_fader().settings, lambda_patch=0.1), MIXED, 32, channels=1)
+    images = torch.zeros(2, 1, 32, 32)
+    assert method.decode(method.encode(images, torch.zeros(2, 3)), torch.zeros(2, 7)).shape == images.shape
+
+
+# --- judge ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_judges_preset_and_overrides():
+    method = tiny("judge")
+    assert [layer.conv.out_channels for layer in method.networks["classifier"].layers] == [4, 8, 8, 8, 8]
+    kind = METHODS["judge"]
+    assert kind.Settings().sizes() == {"init_channels": 32, "max_channels": 512, "hidden_channels": 512}
+    small = kind.Settings(preset="small", max_channels=64).sizes()
+    assert small == {"init_channels": 16, "max_channels": 64, "hidden_channels": 128}
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_the_judge_gives_float32_logits_of_its_attributes_width(head):
+    method = tiny("judge", head=head)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = method.judge(planted().images)
+    assert logits.shape == (12, MIXED.logits_width(head)) and logits.dtype == torch.float32
