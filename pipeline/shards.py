@@ -12,30 +12,24 @@ While it is being written OUT/.prepare holds a lock, unfinished files and a note
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.datasets import SPLITS, Dataset, LeftOut
 from pipeline.images import check
+from pipeline.datasets.workers import Progress, in_processes, locked, silent, tick
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
     import pyarrow as pa
@@ -50,12 +44,7 @@ SHARD_NAME = re.compile(r"(train|valid|test)-\d{6}\.tar")
 FIXED_COLUMNS = ("key", "split", "shard", "offset", "size", "digest", "width", "height", "extension")
 _BLOCK, _RECORD = 512, 10240
 
-Progress = Callable[[int, int], None]
-"""Called with (records done, records in all), now and then."""
-
 logger = logging.getLogger(__name__)
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 # --- tar members ------------------------------------------------------------------------------------------------------
@@ -131,113 +120,6 @@ def _write_json(path: Path, work: Path, entries: Any) -> None:
         file.write(json.dumps(entries, indent=1).encode() + b"\n")
 
 
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """One writer at a time; the lock ends with the process, however that ends."""
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ValueError(f"another 'fader prepare' is writing to {work.parent}; wait for it, or choose another folder") from None
-        yield
-
-
-# --- work in several processes ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Shared:
-    """What worker processes share with the one that started them: a counter of records and a wish to stop."""
-
-    count: Any = None
-    stop: Any = None
-    unreported: int = 0
-
-    def tick(self) -> None:
-        """Call once a record."""
-        self.unreported += 1
-        if self.unreported >= 32:
-            self.flush()
-            if self.stop.is_set():
-                raise KeyboardInterrupt
-
-    def flush(self) -> None:
-        with self.count.get_lock():
-            self.count.value += self.unreported
-        self.unreported = 0
-
-
-_shared = _Shared()
-
-
-def _start_worker(count: Any, stop: Any) -> None:
-    """In each worker: share the counter, leave Ctrl-C to the parent, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _shared.count, _shared.stop = count, stop
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _call(function: Callable[[Job], Result], job: Job) -> Result:
-    try:
-        return function(job)
-    finally:
-        _shared.flush()
-
-
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C from their first instruction on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def in_processes(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None, progress: Callable[[int], None]
-) -> list[Result]:
-    """`function` of every job, in order; in this process when one worker is enough.
-
-    Args:
-        function: of a module, so that it pickles. It calls `_shared.tick()` once a record.
-        workers: processes; None: one a core that this process may use.
-        progress: called with the records done since the start.
-
-    Raises:
-        whatever `function` raises, after the other workers have been stopped; KeyboardInterrupt likewise.
-    """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    context = multiprocessing.get_context("spawn")
-    count, stop = context.Value("q", 0), context.Event()
-    if workers <= 1:
-        _shared.count, _shared.stop, out = count, stop, []
-        for job in jobs:
-            out.append(_call(function, job))
-            progress(count.value)
-        return out
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (count, stop))
-    try:
-        with _ignoring_interrupts():
-            futures = [executor.submit(_call, function, job) for job in jobs]
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            progress(count.value)
-        return [future.result() for future in futures]
-    finally:
-        stop.set()
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +180,7 @@ def _write_shard(job: _ShardJob) -> _Written:
     rows, left_out, offset, digest = [], [], 0, hashlib.sha256()
     with _replacing(job.out / job.name, job.out / WORK) as file:
         for i, key in enumerate(job.keys):
-            _shared.tick()
+            tick()
             picture = _picture(job, i)
             if isinstance(picture, str):
                 if not job.skip_bad:
@@ -338,7 +220,7 @@ def _shard(job: _ShardJob) -> _Written:
     if written is None:
         return _write_shard(job)
     for _ in job.keys:
-        _shared.tick()
+        tick()
     return written
 
 
@@ -376,7 +258,7 @@ def prepare(
     shard_records: int = 4096,
     workers: int | None = None,
     skip_bad: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> ShardSet:
     """Write a shard set, or go on with one that was interrupted. Every byte is the same however often that happens.
 
@@ -405,9 +287,11 @@ def prepare(
         raise ValueError(f"attribute {reserved[0]!r} is called like a column of the manifest; rename it")
     source = hashlib.sha256(f"{FORMAT} {dataset.digest()} {shard_records}".encode()).hexdigest()
     _claim(out)
-    with _locked(out / WORK):
+    with locked(out / WORK, str(out)):
         finished = _finished_set(out, source)
-        if finished is None:
+        if finished is not None:
+            logger.info("%s is already complete; nothing to do", out)
+        else:
             _write_set(dataset, out, source, shard_records, workers, skip_bad, progress)
             finished = ShardSet.open(out)
         shutil.rmtree(out / WORK)
@@ -449,7 +333,7 @@ def _write_set(
 ) -> None:
     jobs = _jobs(dataset, out, shard_records, skip_bad)
     large_first = sorted(jobs, key=lambda job: -len(job.keys))  # so that the last job to end is a small one
-    results = in_processes(_shard, large_first, workers, lambda done: progress(done, len(dataset)))
+    results = in_processes(_shard, large_first, workers, len(dataset), progress)
     written = {job.name: result for job, result in zip(large_first, results)}
     left_out = [*dataset.left_out, *(entry for job in jobs for entry in written[job.name].left_out)]
     for job in jobs:
@@ -770,7 +654,7 @@ def _verify_shard(job: _VerifyJob) -> list[str]:
             return data
 
         for (key, offset, size, expected, extension), labels in zip(job.rows, job.labels):
-            _shared.tick()
+            tick()
             if offset != position + _BLOCK:
                 return [*faults, f"{name}: the manifest has {key} at byte {offset:,}, where it does not follow the record before"]
             if take(_BLOCK) != _header(f"{key}.{extension}", size):
@@ -791,7 +675,7 @@ def _verify_shard(job: _VerifyJob) -> list[str]:
     return faults
 
 
-def verify(path: Path | str, *, workers: int | None = None, progress: Progress = lambda done, total: None) -> Report:
+def verify(path: Path | str, *, workers: int | None = None, progress: Progress = silent) -> Report:
     """Read a set back whole: every picture against its digest, every label file against the columns, every tar, the
     manifest and the data digest against dataset.json.
 
@@ -806,7 +690,8 @@ def verify(path: Path | str, *, workers: int | None = None, progress: Progress =
         raise ValueError(f"{path} is damaged: {fault or f'{MANIFEST} differs from its digest in {DESCRIPTION}'}")
     whole = ShardSet(path, info)
     jobs = _verify_jobs(whole, shards)
-    faults = [fault for part in in_processes(_verify_shard, jobs, workers, lambda done: progress(done, whole.manifest.num_rows)) for fault in part]
+    found = in_processes(_verify_shard, jobs, workers, whole.manifest.num_rows, progress)
+    faults = [fault for part in found for fault in part]
     if _data_digest(info["attributes"], whole.manifest) != info["digest"]:
         faults.append(f"{MANIFEST} does not give the data digest in {DESCRIPTION}")
     known = {shard["file"] for shard in shards}

@@ -1,0 +1,24 @@
+"""`fader verify`: a shard set is read back whole and compared with its manifest and digests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.command import main
+from launch.prepare import Workers, progress_bar
+
+
+def verify(out: Annotated[Path, typer.Argument(help="Folder of a finished shard set.")], workers: Workers = None) -> None:
+    """Read a shard set back whole; name what is damaged and exit with code 2."""
+    from pipeline import shards
+
+    with progress_bar("reading back") as progress:
+        report = shards.verify(out, workers=workers, progress=progress)
+    typer.echo(f"{out} is whole: {report.records:,} records in {report.shards} shards, {report.size / 1e6:,.1f} MB")
+
+
+if __name__ == "__main__":
+    main(verify)
