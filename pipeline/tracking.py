@@ -58,6 +58,7 @@ _SENDER_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # MLflow reports its use to its makers; a training job should not
     "OMP_NUM_THREADS": "1",
 }
 _MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_CHARACTERS, _MAX_TAG_CHARACTERS = 1000, 100, 6000, 5000
@@ -237,7 +238,7 @@ class MlflowTracker:
         failing = False
         while True:
             closing = self._closing.is_set()  # read first: what was queued before it is taken below
-            events += self._take(1000 - len(events))
+            events += self._take(1000 - len(events) - len(lines))
             try:
                 while events:
                     lines.append(self._encode(events[0], log))
@@ -306,7 +307,7 @@ class MlflowTracker:
 
 
 class NodeTracker(NullTracker):
-    """System metrics of one more node of a run, spooled for the main node's sender. The rest is the main rank's work."""
+    """System metrics of one more node of a run, spooled for the main node's sender; the main rank does the rest."""
 
     def __init__(self, run: str | Path, node: int) -> None:
         self._child = _Child(Path(run).resolve() / "spool", node, deliver=False)
@@ -507,7 +508,7 @@ def points(run: str | Path) -> list[Point]:
 def _spool_of(run: str | Path) -> Path:
     spool = Path(run).resolve() / "spool"
     if not (spool / "main.jsonl").is_file():
-        raise ValueError(f"{run} has no tracking spool (spool/main.jsonl): give the folder of a run trained with tracking")
+        raise ValueError(f"{run} has no tracking spool (spool/main.jsonl): give the folder of a run that was tracked")
     return spool
 
 
@@ -545,19 +546,35 @@ class _State:
         self.run_id, self.offsets, self.refused = None, {}, 0
 
 
+def without_password(uri: str) -> str:
+    """An address as it may be shown and kept."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+
+
 def _named(uri: str) -> str:
     """A store's name in files: no password, and a relative SQLite path made absolute."""
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+    return without_password(uri)
 
 
 def run_id_of(run: str | Path) -> str | None:
-    """The MLflow run id of a run's folder in the store in use, None when no store has given one yet."""
+    """The MLflow run id of a run's folder in the store in use, None when that store has given none yet."""
     try:
         return _State.read(Path(run).resolve() / "spool").run_id
     except OSError:
         return None
+
+
+def store_of(run: str | Path) -> str | None:
+    """The store (tracking URI) a run's points go to; None when that is not settled yet: MLflow's default then."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or _State.read(Path(run).resolve() / "spool").uri
+
+
+def undelivered(run: str | Path) -> int:
+    """Events in a run's spool that the store in use does not have; 0 for a run without a spool."""
+    spool = Path(run).resolve() / "spool"
+    return _remaining(spool, _State.read(spool).offsets)
 
 
 # --- the sender process -----------------------------------------------------------------------------------------------
@@ -844,7 +861,7 @@ class _Sender:
             self._client.log_batch(self.state.run_id, tags=items[first : first + _MAX_PARAMS])
 
     def _send_picture(self, event: dict[str, Any]) -> None:
-        """As MLflow's `log_image` stores it, so that its page shows the steps, but under a name made from the content."""
+        """As MLflow's `log_image` stores it, so that its page shows the steps, under a name made from the content."""
         import tempfile
 
         from PIL import Image

@@ -1,0 +1,44 @@
+"""`fader register RUN --name NAME`: export a run and make it a version in MLflow's registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.command import main
+
+
+def register(
+    run: Annotated[Path, typer.Argument(help="the run's folder", metavar="RUN")],
+    name: Annotated[str, typer.Option(help="the registered model, made when there is none of that name")],
+    alias: Annotated[str, typer.Option(help="what points to the new version afterwards")] = "challenger",
+    judge: Annotated[
+        str | None, typer.Option(help="a judge to put in: run, export or models:/ address; by default the run's own")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="where the export is written; RUN/export by default")] = None,
+) -> None:
+    """Export a run (model.safetensors, card.json) and register it as a version in MLflow."""
+    from pipeline import registry
+
+    typer.echo(f"registering {run} as {name}", err=True)
+    version = registry.register(run, name, alias=alias, judge=judge, out=out)
+    model = registry.load(version.export)
+    typer.echo(f"wrote {version.export} (model.safetensors, card.json)")
+    linked = f", linked to run {version.run_id}" if version.run_id else "; the run itself was not tracked"
+    typer.echo(f"registered {version.name} version {version.version} as {version.address} in {version.store}{linked}")
+    if not model.card["metrics"]:
+        typer.echo(f"note: it carries no metrics; 'fader evaluate {run}' before registering puts them on its card")
+    if model.judge is None and model.card["method"] != "judge":
+        typer.echo("note: it carries no judge; a photo's own attributes will be estimated when it is edited")
+    if model.card["method"] == "judge":
+        typer.echo(f"next: fader train CONFIG judge={version.address}")
+    else:
+        first = model.attributes[0]
+        value = f"{first.name}={first.categories[0]}" if first.categories else f"{first.name}=1.5"
+        typer.echo(f"next: fader edit PHOTO --model {version.address} --set {value} --out DIR")
+
+
+if __name__ == "__main__":
+    main(register)
