@@ -1,0 +1,155 @@
+"""`fader train` as a user starts, stops and resumes it: real processes, real signals, one and two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.commands import ROOT, command, environment, launch
+
+CONFIG = """
+name: tiny
+method: {name: fader, preset: small, init_channels: 4, max_channels: 16, hidden_channels: 16, num_layers: 3,
+         images: 2400, lambda_max: 0.01, ramp_images: 1000, ema_half_life: 200, encoder_dropout: 0.1}
+data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1}
+batch_size: 8
+precision: PRECISION
+run: {log_images: 400, checkpoint_images: 80, picture_images: 0}
+tracking: {enabled: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, faces) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(CONFIG.replace("FACES", str(faces)).replace("PRECISION", "fp32"))
+    return path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("images-*"))
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    last = checkpoints(run)[-1]
+    assert last.name.endswith("2400"), last
+    return {f"{part}:{k}": v for part in ("networks", "ema", "optimizers") for k, v in load_file(last / f"{part}.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    """The final state of a run nobody disturbs, by number of ranks."""
+    states = {}
+    for processes in (1, 2):
+        run = tmp_path_factory.mktemp("unbroken") / f"run{processes}"
+        done = launch("launch.train", config, f"run.folder={run}", processes=processes)
+        assert re.search(r"2,400 / 2,400 images +[\d,]+ images/s +0:00:00 left", done.stderr), done.stderr
+        states[processes] = final_state(run)
+    return states
+
+
+def break_off(config: Path, run: Path, processes: int, number: signal.Signals) -> str:
+    """Start a run, wait for its first checkpoint, and send a signal to all its processes, as a terminal does."""
+    words = command("launch.train", config, f"run.folder={run}", processes=processes)
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not checkpoints(run):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode != 0, output
+    return output
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+def test_a_run_that_was_broken_off_ends_bit_for_bit_as_the_unbroken_one(config, unbroken, tmp_path, processes, number):
+    run = tmp_path / "run"
+    output = break_off(config, run, processes, number)
+    assert not [path for path in checkpoints(run) if path.name.endswith("2400")], "it ended before the signal came"
+    if number == signal.SIGINT:
+        assert "Traceback" not in output or processes > 1, output  # the launcher of several ranks prints its own
+        stopped = int(re.search(r"after ([\d,]+) images, state saved", output).group(1).replace(",", ""))
+        assert f"fader train --resume {run}" in output
+        assert checkpoints(run)[-1].name.endswith(f"{stopped:012d}"), "every image that was seen is in the checkpoint"
+    launch("launch.train", "--resume", run, processes=processes)
+    resumed, whole = final_state(run), unbroken[processes]
+    assert resumed.keys() == whole.keys()
+    assert [key for key in whole if not torch.equal(resumed[key], whole[key])] == []
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(config, unbroken, tmp_path):
+    run = tmp_path / "run"
+    break_off(config, run, 2, signal.SIGINT)
+    launch("launch.train", "--resume", run, processes=1)
+    resumed, whole = final_state(run), unbroken[1]
+    weights = [key for key in whole if key.startswith("networks:") and whole[key].is_floating_point()]
+    assert all(torch.isfinite(resumed[key]).all() for key in weights)
+    assert json.loads((run / "run.json").read_text())["world_size"] == 1
+
+
+def test_bf16_trains(config, tmp_path):
+    done = launch("launch.train", config, f"run.folder={tmp_path / 'run'}", "precision=bf16", "method.images=400")
+    assert "autoencoder/mse" in done.stderr
+    state = load_file(checkpoints(tmp_path / "run")[-1] / "networks.safetensors")
+    assert all(value.dtype != torch.bfloat16 for value in state.values()), "weights stay float32"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["CONFIG", "method.lambda_mx=1"], "did you mean method.lambda_max?"),
+        (["CONFIG", "batch_size=big"], "batch_size"),
+        (["CONFIG", "data.attributes=[Smilling]"], "did you mean 'Smiling'?"),
+        (["CONFIG", "data.path=nowhere"], "nowhere"),
+        (["CONFIG", "judge=nowhere", "run.evaluate_images=100"], "nowhere"),
+        (["CONFIG", "data.image_size=33"], "33"),
+        (["nothing.yaml"], "no such config file"),
+        (["--resume", "nowhere"], "holds no run to resume"),
+        ([], "name a config file"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(config, tmp_path, words, says):
+    words = [str(config) if word == "CONFIG" else word for word in words]
+    if words and words[0] == str(config):
+        words.append(f"run.folder={tmp_path / 'run'}")
+    done = launch("launch.train", *words, code=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and says in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists(), "nothing half-written looks like a run"
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
+    run = tmp_path / "run"
+    launch("launch.train", config, f"run.folder={run}", "method.images=80")
+    before = (run / "config.yaml").read_bytes()
+    done = launch("launch.train", config, f"run.folder={run}", code=2)
+    assert f"fader train --resume {run}" in done.stderr
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(config, unbroken, tmp_path):
+    run = tmp_path / "run"
+    break_off(config, run, 1, signal.SIGINT)
+    launch("launch.train", "--resume", run, "method.images=2000")
+    damaged = checkpoints(run)[-1] / "networks.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    done = launch("launch.train", "--resume", run, "method.images=2400")
+    assert "does not match its digest" in done.stderr
+    resumed, whole = final_state(run), unbroken[1]
+    assert [key for key in whole if not torch.equal(resumed[key], whole[key])] == []
