@@ -64,7 +64,8 @@ class Layout:
                 f"num_layers is {self.num_layers}; an image of {self.image_size} pixels halves at most {most} times"
             )
         if not 0 <= self.num_skips < self.num_layers:
-            raise ValueError(f"num_skips is {self.num_skips}; of {self.num_layers} layers 0 to {self.num_layers - 1} skip")
+            most = self.num_layers - 1
+            raise ValueError(f"num_skips is {self.num_skips}; {self.num_layers} layers allow 0 to {most}")
         doubling(self.init_channels, self.max_channels, self.num_layers)
 
     @property

@@ -24,12 +24,14 @@ def test_squared_errors_are_means_over_an_images_pixels():
     reconstruction = torch.zeros(2, 3, 4, 4)
     reconstruction[1] = 0.5
     reconstruction[0, 0, 0, 0] = 2.0
-    assert squared_errors(reconstruction, images).tolist() == [4 / 48, 0.25]
+    assert squared_errors(reconstruction, images).tolist() == pytest.approx([4 / 48, 0.25])
     with pytest.raises(ValueError, match="a reconstruction"):
         squared_errors(reconstruction, images[:, :1])
 
 
-@pytest.mark.parametrize("loss", [lambda x: squared_errors(x, torch.zeros_like(x)), lambda x: patch_losses(x[:, 0, 0, 0], 0.8)])
+@pytest.mark.parametrize(
+    "loss", [lambda x: squared_errors(x, torch.zeros_like(x)), lambda x: patch_losses(x[:, 0, 0, 0], 0.8)]
+)
 def test_half_precision_is_widened_and_double_stays_double(loss):
     x = torch.full((2, 3, 4, 4), 0.3)
     assert loss(x.bfloat16()).dtype == torch.float32

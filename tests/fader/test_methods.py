@@ -1,4 +1,4 @@
-"""What every method promises: only the named networks move, it learns, any precision, unknown labels count for nothing."""
+"""What every method promises: only the named networks move, it learns, in any precision, unknown labels left out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ FULL = {"lambda_patch": 0.1, "lambda_classifier": 0.1}
 CASES = [(name, {}) for name in sorted(METHODS)] + [("fader", FULL), ("fader", {"head": "sigmoid", "num_skips": 1})]
 
 
-def cases() -> list:
+def cases(wanted=lambda changes, phase: True) -> list:
     """(method, settings, phase), one test each."""
     return [
         pytest.param(name, changes, phase, id=f"{name}-{'-'.join(changes) or 'default'}-{phase}")
         for name, changes in CASES
         for phase in phases(tiny(name, **changes))
+        if wanted(changes, phase)
     ]
 
 
@@ -96,7 +97,8 @@ def test_float64_stays_float64(name, changes, phase):
     assert loss.value.dtype == torch.float64
     if isinstance(method, Encodes) and isinstance(method, Decodes):
         with torch.no_grad():
-            decoded = method.decode(method.encode(batch.images, batch.attributes), MIXED.code(batch.attributes).double())
+            latent = method.encode(batch.images, batch.attributes)
+            decoded = method.decode(latent, MIXED.code(batch.attributes))
         assert decoded.dtype == torch.float64
 
 
@@ -111,7 +113,8 @@ def test_bf16_autocast_gives_a_float32_loss_near_the_float32_one(name, changes, 
     assert got.item() == pytest.approx(want.item(), rel=0.03)
     got.backward()
     for network in phases(method)[phase].trains:
-        assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in method.networks[network].parameters())
+        for parameter in method.networks[network].parameters():
+            assert parameter.grad.isfinite().all() and parameter.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name, changes, phase", cases())
@@ -150,7 +153,12 @@ def test_a_loss_repeats_itself_on_the_same_batch_and_draws(name, changes, phase)
     assert torch.equal(one.value, other.value)
 
 
-@pytest.mark.parametrize("name, changes, phase", cases())
+def reads_labels_only(changes: dict, phase: str) -> bool:
+    """Verdicts on images decoded with random codes read no label, so every record counts in them."""
+    return phase != "patch_discriminator" and not (phase == "encoder+decoder" and "lambda_patch" in changes)
+
+
+@pytest.mark.parametrize("name, changes, phase", cases(reads_labels_only))
 def test_unknown_labels_count_for_nothing(name, changes, phase):
     """With eval-mode networks, records of unknown labels leave every attribute loss as it is without them."""
     changes = {**changes, **({"lambda_reconstruction": 0.0, "lambda_max": 1.0} if name == "fader" else {})}
@@ -159,8 +167,6 @@ def test_unknown_labels_count_for_nothing(name, changes, phase):
     labels[6:] = -1
     masked = Batch.alone(batch.images, labels)
     known = Batch.alone(batch.images[:6], labels[:6])
-    if "patch" in phase or name == "fader" and changes.get("lambda_patch") and phase == "encoder+decoder":
-        pytest.skip("the verdicts on random codes read no label")
     results = []
     for part in (masked, known):
         for network in method.networks.values():
@@ -183,7 +189,7 @@ def test_a_batch_in_uneven_shares_averages_to_the_whole(name, changes, phase):
         for network in method.networks.values():
             network.eval()
         loss = phases(method)[phase].loss(method.networks, part, Context(Clock(100)))
-        return {"value": loss.value, **loss.report}
+        return {key: float(part) for key, part in {"value": loss.value.detach(), **loss.report}.items()}
 
     want = value(whole)
     parts = [
@@ -200,7 +206,7 @@ def test_a_batch_in_uneven_shares_averages_to_the_whole(name, changes, phase):
         for s in (slice(0, 5), slice(5, 12))
     ]
     for key, total in want.items():
-        assert (float(parts[0][key]) + float(parts[1][key])) / 2 == pytest.approx(float(total), rel=1e-4, abs=1e-7), key
+        assert (parts[0][key] + parts[1][key]) / 2 == pytest.approx(total, rel=1e-4, abs=1e-7), key
 
 
 # --- Fader ----------------------------------------------------------------------------------------------------------
@@ -284,7 +290,7 @@ def test_a_latent_discriminator_learns_planted_attributes_from_frozen_latents():
     phase = phases(method)["latent_discriminator"]
     stand(method, phase)
     optimizer = torch.optim.Adam(method.networks["latent_discriminator"].parameters(), 5e-3)
-    for _ in range(60):
+    for _ in range(150):
         loss = phase.loss(method.networks, batch, Context())
         optimizer.zero_grad()
         loss.value.backward()
@@ -298,20 +304,20 @@ def test_the_adversary_drives_planted_attributes_out_of_the_latent():
 
     def leak(lambda_max: float) -> float:
         method = tiny_fader(attributes, 16, lambda_max=lambda_max, num_layers=2)
-        batch = planted(attributes, 32, 16)
+        batch = planted(attributes, 16, 16)
         optimizers = {
             trains: torch.optim.Adam([p for n in trains for p in method.networks[n].parameters()], 3e-3, (0.5, 0.999))
             for trains in method.optimizers()
         }
         losses = []
-        for step in range(150):
+        for step in range(100):
             for phase in phases(method).values():
                 stand(method, phase)
                 loss = phase.loss(method.networks, batch, Context())
                 optimizers[phase.trains].zero_grad()
                 loss.value.backward()
                 optimizers[phase.trains].step()
-                if step >= 100 and phase.name == "latent_discriminator":
+                if step >= 70 and phase.name == "latent_discriminator":
                     losses.append(loss.value.item())
         return sum(losses) / len(losses)
 
@@ -326,6 +332,15 @@ def test_images_of_one_channel():
 
 
 # --- judge ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_judges_optimizer_is_what_its_settings_say():
+    kind = METHODS["judge"]
+    settings = kind.Settings(learning_rate=3e-4, betas=(0.4, 0.9), weight_decay=0.01, clip_norm=2.0, ema_half_life=7)
+    (group,) = kind(settings, MIXED, 32).optimizers().values()
+    given = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    want = {"learning_rate": 3e-4, "betas": (0.4, 0.9), "weight_decay": 0.01, "clip_norm": 2.0, "ema_half_life": 7}
+    assert {key: given[key] for key in want} == want
 
 
 def test_the_judges_preset_and_overrides():

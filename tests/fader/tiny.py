@@ -1,4 +1,4 @@
-"""Tiny methods, batches whose truth is planted, and one update by hand: no engine, so that only mathematics is on trial."""
+"""Tiny methods, batches whose truth is planted, one update by hand: no engine, so only mathematics is on trial."""
 
 from __future__ import annotations
 
