@@ -58,7 +58,7 @@ def _header(name: str, size: int) -> bytes:
     fields = (
         name.encode("ascii").ljust(100, b"\0"), b"0000444\0", b"0000000\0", b"0000000\0", b"%011o\0" % size,
         b"00000000000\0", b"        ", b"0", bytes(100), b"ustar\x0000", b"fader".ljust(32, b"\0"),
-        b"fader".ljust(32, b"\0"), b"0000000\0", b"0000000\0",
+        b"fader".ljust(32, b"\0"),
     )  # fmt: skip
     header = b"".join(fields)
     return header[:148] + b"%06o\0 " % sum(header) + header[156:].ljust(_BLOCK - 156, b"\0")

@@ -29,6 +29,7 @@ from pipeline.datasets.workers import Progress, in_processes, locked, silent, ti
 
 VERSION = 1  # of the drawing; a change of it is another source
 WORK = ".drawing"
+_CHUNK = 128  # faces a worker draws at a time
 RATES = {"Eyeglasses": 0.06, "Smiling": 0.5, "Wearing_Hat": 0.4, "Blond_Hair": 0.45}
 BEARDS = ("none", "moustache", "beard")
 KWAY = "list_kway_attributes.txt"
@@ -117,7 +118,7 @@ def read_faces(
     (source / WORK).mkdir(exist_ok=True)
     with locked(source / WORK, str(source)):
         _claim(source, origin)
-        jobs = [_DrawJob(source, seed, start, min(start + 128, count)) for start in range(0, count, 128)]
+        jobs = [_DrawJob(source, seed, start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
         in_processes(_draw_files, jobs, workers, count, progress)
         _annotate(source, seed, count)
     return read_celeba(source, skip_bad=skip_bad, name="faces", origin=origin, kway=KWAY)
