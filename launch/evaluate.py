@@ -37,7 +37,7 @@ def evaluate(
     from pipeline.shards import ShardSet
 
     asked = tuple(name.strip() for name in tables.split(",") if name.strip())
-    loaded = [registry.load(source) for source in models]
+    loaded = [registry.load(source, own_judge=judge is None and "swap" in asked) for source in models]
     seer = _judge(loaded, judge) if "swap" in asked else _named_judge(judge)
     path = data or _data_path(loaded[0])
     shards = ShardSet.open(path)
@@ -96,21 +96,17 @@ def _named_judge(judge: str | None) -> Model | None:
 
 
 def _judge(models: list[Model], judge: str | None) -> Model | None:
-    """The judge of all models: the one named, else the first one that a model brings or its config names.
+    """The judge of all models: the one named, else the first that a model brings or its config names.
 
     Raises:
         ValueError: there is none, and a model needs one.
     """
-    from pipeline import registry
-
     sliding = [model for model in models if _slides(model)]
     if judge or not sliding:
         return _named_judge(judge) if sliding else None
     for model in sliding:
         if model.judge is not None:
             return model.judge
-        if named := _config(model).get("judge"):
-            return registry.load(named)
     raise ValueError(
         f"{sliding[0].source} names no judge to say whether attributes changed; "
         "train one ('fader train CONFIG' with method: {name: judge}) and name its run with --judge"

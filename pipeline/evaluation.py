@@ -145,6 +145,7 @@ class Report:
     records: int
     split_records: int
     image_size: int
+    images_seen: int | None
     seed: int
     warnings: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
@@ -281,6 +282,7 @@ def evaluate(
         records=records,
         split_records=len(split),
         image_size=model.preprocessing.image_size,
+        images_seen=model.card.get("images_seen"),
         seed=seed,
     )
     if split.name == "train":
@@ -422,6 +424,11 @@ def swaps(attributes: Attributes, labels: Tensor) -> Iterator[tuple[int, int, Te
             yield j, step, changed, target
 
 
+def decoded(method: Method, latent: Any, code: Tensor) -> Tensor:
+    """Images as a person would see them: float32, within [-1, 1]."""
+    return method.decode(latent, code).float().clamp(-1, 1)  # type: ignore[attr-defined]
+
+
 class _Judge:
     """A judge's probabilities and judged values, for all that it knows, found by name."""
 
@@ -435,6 +442,7 @@ class _Judge:
         return self.attributes.probabilities(logits, head)
 
     def columns(self, attributes: Attributes) -> list[int]:
+        """Where the judge has these attributes."""
         return [self.attributes.index(name) for name in attributes.names]
 
 
@@ -507,7 +515,7 @@ class _Pass:
         if not {"swap", "fidelity"} & set(self.tables):
             return
         code = attributes.code(labels)
-        reconstruction = method.decode(latent, code)  # type: ignore[attr-defined]
+        reconstruction = decoded(method, latent, code)
         for name, measure in (("mse", metrics.mse), ("ssim", metrics.ssim), ("ms_ssim", metrics.ms_ssim)):
             if name in self.kept:
                 self.put(name, index, measure(reconstruction, images))
@@ -517,7 +525,7 @@ class _Pass:
         self.put("reconstruction", index, torch.stack([before[c].argmax(1) for c in self.columns], 1))
         preds = []
         for j, _, changed, _ in swaps(attributes, labels):
-            after = self.judge.probabilities(method.decode(latent, attributes.code(changed)))  # type: ignore[attr-defined]
+            after = self.judge.probabilities(decoded(method, latent, attributes.code(changed)))
             preds.append(after[self.columns[j]].argmax(1))
             if "fidelity" in self.tables:
                 self._preserve(j, labels[:, j] >= 0, before, after)
@@ -540,7 +548,7 @@ class _Pass:
             steps = []
             for position in SLIDER_POSITIONS:
                 moved = self.attributes.with_slider(code, attribute.name, position, category)
-                images = self.method.decode(latent, moved)  # type: ignore[attr-defined]
+                images = decoded(self.method, latent, moved)
                 steps.append(self.judge.probabilities(images)[self.columns[j]][:, value])
             sliders.append(torch.stack(steps, 1))
         return torch.stack(sliders, 1)
@@ -983,43 +991,13 @@ def quick(
     return out
 
 
-def validate(
-    method: Method,
-    judge: Model | None,
-    split: Split,
-    preprocessing: Preprocessing,
-    *,
-    records: int = 1000,
-    batch_size: int = 64,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
-    reduce_sum: ReduceSum = identity,
-    open_loader: Callable[..., Loader] | None = None,
-    threads: int = 2,
-    prefix: str = "valid",
-) -> dict[str, float]:
-    """`quick` over the first records of a split, micro-batches dealt out to ranks; every rank calls it.
-
-    Use `check_judge` once before. Raises what loaders raise.
-    """
-    requests = list(sequential(min(records, len(split)), batch_size))[rank::world_size]
-    loader = (open_loader or _pillow)(
-        split, method.attributes, preprocessing, seed=seed, device=torch.device(device), threads=threads
-    )
-    return quick(
-        method, judge.method if judge else None, loader.batches(iter(requests)), reduce_sum=reduce_sum, prefix=prefix
-    )
-
-
 def _quick_sums(method: Method, seer: _Judge | None, columns: Sequence[int], batch: Batch, place: dict) -> Tensor:
     """[3 + 2 * places]: records, sums of MSE and PSNR, then right and counted of each place."""
     assert batch.images is not None
     attributes, labels = method.attributes, batch.attributes
     sums = torch.zeros(3 + 2 * len(place), dtype=torch.float64, device=labels.device)
     latent = method.encode(batch.images, labels)  # type: ignore[attr-defined]
-    error = metrics.mse(method.decode(latent, attributes.code(labels)), batch.images)  # type: ignore[attr-defined]
+    error = metrics.mse(decoded(method, latent, attributes.code(labels)), batch.images)
     sums[0], sums[1], sums[2] = len(error), error.sum(), metrics.psnr(error).sum()
     if seer is None:
         return sums
@@ -1035,7 +1013,7 @@ def _quick_sums(method: Method, seer: _Judge | None, columns: Sequence[int], bat
             preds = real[columns[j]].argmax(1)
             add(("real", attribute.name, None, attribute.value_name(value)), preds == value, label == value)
     for j, step, changed, target in swaps(attributes, labels):
-        preds = seer.probabilities(method.decode(latent, attributes.code(changed)))[columns[j]].argmax(1)  # type: ignore[attr-defined]
+        preds = seer.probabilities(decoded(method, latent, attributes.code(changed)))[columns[j]].argmax(1)
         attribute, label = attributes[j], hard(attributes[j], labels[:, j])
         for start in attribute.values:
             to = attribute.value_name((start + step) % attribute.k)
@@ -1236,8 +1214,9 @@ def markdown(reports: Sequence[Report]) -> str:
     lines = ["# Evaluation", ""]
     for report in reports:
         judged = f", judged by {report.judge}" if report.judge else ""
+        seen = "" if report.images_seen is None else f", after {report.images_seen:,} images"
         lines.append(
-            f"- {report.model} ({report.method}, {report.image_size} pixels): {report.records:,} of "
+            f"- {report.model} ({report.method}, {report.image_size} pixels{seen}): {report.records:,} of "
             f"{report.split_records:,} records of the {report.split} split (digest {report.split_digest[:12]}){judged}, "
             f"seed {report.seed}"
         )

@@ -1,0 +1,157 @@
+"""`fader evaluate` from tars to tables: real shards and loader, planted pictures, runs as training leaves them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from launch.command import main
+from launch.evaluate import evaluate
+from pipeline import registry
+from pipeline.datasets import Dataset
+from pipeline.images import Preprocessing, to_uint8
+from pipeline.shards import ShardSet, prepare
+from tests.commands import launch
+from tests.pipeline.test_evaluation import SIZE, Identity, Oracle, Seer, levels, painted
+from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run
+
+DATA = {"image_size": SIZE, "crop": "center"}
+COUNTS = {"train": 60, "valid": 6, "test": 40}
+
+
+def labels(number: int) -> list[int]:
+    return [number % 2, int(number // 2 % 5 == 0), number % 3]
+
+
+def png(location: str) -> bytes:
+    """A picture whose bands are its labels."""
+    values = torch.tensor([[float(levels(a)[v]) for a, v in zip(ATTRIBUTES, labels(int(location)))]])
+    image = painted(ATTRIBUTES, values, torch.zeros(1, 3, SIZE, SIZE))
+    out = io.BytesIO()
+    Image.fromarray(to_uint8(image)[0].numpy()).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """A shard set of planted pictures."""
+    splits = [name for name, count in COUNTS.items() for _ in range(count)]
+    numbers = range(len(splits))
+    dataset = Dataset(
+        name="planted",
+        source={"what": "planted pictures"},
+        attribute_list=ATTRIBUTES.to_list(),
+        keys=[f"{number:06d}" for number in numbers],
+        splits=splits,
+        locations=[str(number) for number in numbers],
+        labels=np.array([labels(number) for number in numbers], np.float32),
+        places=[f"row {number}" for number in numbers],
+        read=png,
+    )
+    out = tmp_path_factory.mktemp("planted") / "shards"
+    prepare(dataset, out, workers=1)
+    return out
+
+
+@pytest.fixture
+def shams(shards, monkeypatch) -> dict[str, registry.Model]:
+    """`registry.load` knows an oracle, an identity and a judge that is right."""
+    card = {"config": {"data": {"path": str(shards)}}, "data_digest": ShardSet.open(shards).digest, "images_seen": 1}
+
+    def model(source, method, judge=None):
+        return registry.Model(method, dict(card), method.attributes, Preprocessing(SIZE, "center"), judge, source)
+
+    seer = model("seer", Seer(ATTRIBUTES))
+    models = [model("oracle", Oracle(ATTRIBUTES), seer), model("models:/id@x", Identity(ATTRIBUTES)), seer]
+    table = {found.source: found for found in models}
+    monkeypatch.setattr(registry, "load", lambda source, **_: table[str(source)])
+    return table
+
+
+def run(capsys, monkeypatch, *words) -> tuple[int, str, str]:
+    """The command in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main(evaluate)
+    out = capsys.readouterr()
+    return ended.value.code, out.out, out.err
+
+
+def test_planted_truth_goes_from_tars_to_tables(shams, shards, tmp_path, capsys, monkeypatch):
+    files = tmp_path / "new" / "e.json", tmp_path / "new" / "e.md"
+    code, out, _ = run(
+        capsys, monkeypatch, "oracle", "models:/id@x", "--json", files[0], "--markdown", files[1], "--device", "cpu"
+    )
+    assert code == 0
+    oracle, identity = (report["metrics"] for report in json.loads(files[0].read_text()))
+    assert oracle["test/judge_accuracy"] == oracle["test/swap_accuracy"] == 1.0 and identity["test/swap_accuracy"] == 0.0
+    assert oracle["test/leak.Beard"] == 1.0 and identity["test/mse"] < 1e-9
+    text = files[1].read_text()
+    for title in ("1. Does it slide?", "Beard, each pair", "2. Fidelity", "along the slider", "3. Leak", "5. Cost"):
+        assert title in out and title in text
+    assert f"40 of 40 records of the test split (digest {ShardSet.open(shards).split('test').digest[:12]})" in text
+    assert f"wrote {files[0]}" in out and f"wrote {files[1]}" in out
+    assert out.rstrip().endswith("next: fader register oracle --name NAME")
+    assert sorted(path.name for path in files[0].parent.iterdir()) == ["e.json", "e.md"]
+
+
+def test_what_the_numbers_rest_on_is_said(shams, capsys, monkeypatch):
+    shams["oracle"].card["data_digest"] = "f" * 64
+    code, out, err = run(
+        capsys, monkeypatch, "oracle", "--split", "train", "--limit", "50", "--tables", "swap", "--device", "cpu"
+    )
+    assert code == 0 and "evaluating oracle on 50 records of the train split" in err and "judged by seer" in err
+    assert "TRAINING" in out and "50 of the 60 records" in out and "another data set" in out
+
+
+def test_a_judge_is_evaluated_alone(shams, capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "seer", "--device", "cpu")
+    assert code == 0 and "real" in out and "1.000" in out and "judge=seer" in out
+    assert "reconstruction  " not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["models:/id@x"], "names no judge"),
+        (["models:/id@x", "--judge", "oracle"], "oracle: sham is not a judge"),
+        (["oracle", "--split", "tset"], "unknown split 'tset'"),
+        (["oracle", "--data", "/nowhere"], "/nowhere"),
+        (["oracle", "--tables", "swap,swop"], "unknown table 'swop'"),
+        (["oracle", "--device", "tpu"], "device 'tpu'"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(shams, capsys, monkeypatch, words, message):
+    code, _, err = run(capsys, monkeypatch, *words)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in err
+
+
+def test_data_that_is_not_here_is_asked_for(shams, capsys, monkeypatch):
+    for path, message in (("/gone/shards", "trained on /gone/shards, which is not here"), (None, "does not say which data")):
+        shams["oracle"].card["config"] = {"data": {"path": path}}
+        code, _, err = run(capsys, monkeypatch, "oracle")
+        assert code == 2 and message in err and "--data" in err
+
+
+def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(shards, tmp_path, capsys, monkeypatch):
+    data = {"path": str(shards), **DATA}
+    judge = make_run(tmp_path / "judge", JUDGE, data=data)
+    fader = make_run(tmp_path / "fader", FADER, data=data, judge=str(judge))
+    done = launch("launch.evaluate", fader, "--device", "cpu", "--batch-size", "16", cwd=tmp_path)
+    report = fader / "report" / "evaluation-test.json"
+    assert f"wrote {report}" in done.stdout and "another data set" in done.stdout
+    content = json.loads(report.read_text())
+    assert content["judge"] == str(judge) and content["records"] == 40 and content["images_seen"] == 3200
+    assert content["cost"]["parameters"].keys() == {"encoder", "decoder", "latent_discriminator"}
+    assert (fader / "report" / "evaluation-test.md").read_text().startswith("# Evaluation")
+    assert registry.load(fader).card["metrics"] == content["metrics"]
+    other = make_run(tmp_path / "other", JUDGE, data={"path": str(shards), "image_size": 32, "crop": "center"})
+    code, _, err = run(capsys, monkeypatch, fader, "--judge", other)
+    assert code == 2 and err.strip().splitlines()[-1].startswith(f"error: the judge {other} sees images as image_size 32")
