@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 def _header(name: str, size: int) -> bytes:
     """A ustar header, byte for byte what webdataset.TarWriter(mtime=0, user="fader", group="fader", mode=0o444) writes.
 
-    Written here because Python's tarfile takes longer over a record's two headers than Pillow over its picture.
+    Written here because a record costs TarWriter 56 µs and this 12, beside 100 for the proof that its picture decodes,
+    and because webdataset loads torch into every process that packs.
     """
     fields = (
         name.encode("ascii").ljust(100, b"\0"), b"0000444\0", b"0000000\0", b"0000000\0", b"%011o\0" % size,
@@ -68,9 +69,11 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % _BLOCK)
 
 
-def _labels_json(names: Sequence[str], kinds: Sequence[str], labels: np.ndarray) -> bytes:
-    values = [v if kind == "continuous" else int(v) for kind, v in zip(kinds, labels.tolist())]
-    return json.dumps(dict(zip(names, values))).encode()
+def _label_members(names: Sequence[str], kinds: Sequence[str], labels: np.ndarray) -> Iterator[bytes]:
+    """KEY.json of each row of labels [N, A]: whole numbers, except for continuous attributes."""
+    columns = [column.tolist() if kind == "continuous" else column.astype(int).tolist() for kind, column in zip(kinds, labels.T)]
+    for values in zip(*columns) if columns else ((),) * len(labels):
+        yield json.dumps(dict(zip(names, values))).encode()
 
 
 def _member_json(key: str, labels: bytes) -> bytes:
@@ -115,9 +118,9 @@ def _replacing(path: Path, work: Path) -> Iterator[Any]:
         raise
 
 
-def _write_json(path: Path, work: Path, entries: Any) -> None:
+def _write_json(path: Path, work: Path, entries: Any, indent: int | None = None) -> None:
     with _replacing(path, work) as file:
-        file.write(json.dumps(entries, indent=1).encode() + b"\n")
+        file.write(json.dumps(entries, indent=indent).encode() + b"\n")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -179,7 +182,8 @@ def _write_shard(job: _ShardJob) -> _Written:
     """Write one tar and, when it stands in its place, the note that says so."""
     rows, left_out, offset, digest = [], [], 0, hashlib.sha256()
     with _replacing(job.out / job.name, job.out / WORK) as file:
-        for i, key in enumerate(job.keys):
+        members = _label_members(job.names, job.kinds, job.labels)
+        for i, (key, labels) in enumerate(zip(job.keys, members, strict=True)):
             tick()
             picture = _picture(job, i)
             if isinstance(picture, str):
@@ -188,7 +192,6 @@ def _write_shard(job: _ShardJob) -> _Written:
                 left_out.append(LeftOut(key, f"{job.places[i]}: {picture}"))
                 continue
             data, width, height, extension = picture
-            labels = _labels_json(job.names, job.kinds, job.labels[i])
             block = _header(f"{key}.{extension}", len(data)) + _padded(data) + _member_json(key, labels)
             rows.append((i, offset + _BLOCK, len(data), _sha256(data), width, height, extension))
             file.write(block)
@@ -360,7 +363,7 @@ def _write_set(
         "manifest": {"file": MANIFEST, "size": (out / MANIFEST).stat().st_size, "digest": _file_sha256(out / MANIFEST)},
         "left_out": [entry._asdict() for entry in left_out],
     }
-    _write_json(out / DESCRIPTION, out / WORK, info)
+    _write_json(out / DESCRIPTION, out / WORK, info, indent=1)
 
 
 def _manifest(attribute_list: list[dict[str, Any]], jobs: list[_ShardJob], written: dict[str, _Written]) -> pa.Table:
@@ -653,7 +656,8 @@ def _verify_shard(job: _VerifyJob) -> list[str]:
             digest.update(data)
             return data
 
-        for (key, offset, size, expected, extension), labels in zip(job.rows, job.labels):
+        members = _label_members(job.names, job.kinds, job.labels)
+        for (key, offset, size, expected, extension), labels in zip(job.rows, members, strict=True):
             tick()
             if offset != position + _BLOCK:
                 return [*faults, f"{name}: the manifest has {key} at byte {offset:,}, where it does not follow the record before"]
@@ -662,9 +666,8 @@ def _verify_shard(job: _VerifyJob) -> list[str]:
             picture, padding = take(size), take(-size % _BLOCK)
             if _sha256(picture) != expected or padding.strip(b"\0"):
                 faults.append(f"{name}: {key}.{extension} differs from its digest")
-            json_bytes = _labels_json(job.names, job.kinds, labels)
-            found = take(len(_member_json(key, json_bytes)))
-            if found != _member_json(key, json_bytes):
+            member = _member_json(key, labels)
+            if take(len(member)) != member:
                 faults.append(f"{name}: {key}.json differs from the labels in the manifest")
             position = file.tell()
         rest = take(job.size - position)
