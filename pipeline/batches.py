@@ -8,6 +8,7 @@ Flip and normalisation stand here, once, after every decoder, so that decoders d
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -202,10 +203,34 @@ def finish(
     known = (attributes >= 0).sum(0).to(torch.float32) / world_size
     images = None
     if pixels is not None:
-        planes = pixels.permute(0, 3, 1, 2)
-        images = to_float(flip(planes, draws.uniform("flip") < 0.5) if request.flip else planes)
+        images = normalised(pixels, draws.uniform("flip") < 0.5 if request.flip else None)
     size = len(request.rows) / world_size
     return Batch(images, share(attributes, rank, world_size), index, draws, size, known)
+
+
+def normalised(pixels: Tensor, mirrored: Tensor | None) -> Tensor:
+    """`to_float` of the pictures, those marked mirrored left to right.
+
+    On the CPU it goes picture by picture, which stays in the core's cache, and in numpy, which uses the calling thread
+    alone: torch's threads, spinning while they wait for a core that a decoder has, cut streaming to a third.
+
+    Args:
+        pixels: [N, S, S, C] uint8.
+        mirrored: [N] bool; None mirrors none.
+
+    Returns:
+        [N, C, S, S] float32 in [-1, 1], the same to the bit either way.
+    """
+    planes = pixels.permute(0, 3, 1, 2)
+    if pixels.device.type != "cpu":
+        return to_float(planes if mirrored is None else flip(planes, mirrored))
+    images = np.empty(planes.shape, np.float32)
+    sides = itertools.repeat(False) if mirrored is None else mirrored.tolist()
+    for image, source, mirror in zip(images, planes.numpy(), sides):
+        image[...] = source[..., ::-1] if mirror else source
+        image /= np.float32(127.5)
+        image -= np.float32(1)
+    return torch.from_numpy(images)
 
 
 class Loader(Protocol):

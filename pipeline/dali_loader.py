@@ -100,8 +100,15 @@ class DaliLoader(SplitLoader):
             return
         for request in requests:
             rows = self.rows(request)
-            pixels = self._pixels().index_select(0, share(rows, self.rank, self.world_size)) if request.images else None
+            pixels = self._gathered(share(rows, self.rank, self.world_size)) if request.images else None
             yield self.finish(request, rows, pixels)
+
+    def _gathered(self, index: Tensor) -> Tensor:
+        """uint8 [N, S, S, C] of these rows, out of memory; on the CPU without torch's threads (see `normalised`)."""
+        kept = self._pixels()
+        if self.device.type == "cpu":
+            return torch.from_numpy(kept.numpy().take(index.numpy(), 0))
+        return kept.index_select(0, index)
 
     def _pixels(self) -> Tensor:
         """uint8 [n, S, S, C] on the device: every record of the split, decoded at the first call."""
@@ -110,7 +117,12 @@ class DaliLoader(SplitLoader):
             kept = torch.empty((len(self.split), *self._shape), dtype=torch.uint8, device=self.device)
 
             def keep(request: Request, pixels: Tensor | None) -> None:
-                kept[request.rows[0] : request.rows[-1] + 1] = pixels
+                assert pixels is not None
+                part = kept[request.rows[0] : request.rows[-1] + 1]
+                if self.device.type == "cpu":
+                    part.numpy()[...] = pixels.numpy()  # torch's threads would wait for cores that DALI has
+                else:
+                    part.copy_(pixels)
 
             for _ in self._decoded(sequential(len(self.split), _FILL_BATCH), keep, lambda rows: rows):
                 pass

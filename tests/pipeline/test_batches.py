@@ -10,7 +10,8 @@ import torch
 from scipy import stats
 
 from fader.draws import Draws
-from pipeline.batches import Plan, Request, finish, largest_share, sequential, share
+from pipeline.batches import Plan, Request, finish, largest_share, normalised, sequential, share
+from pipeline.images import flip, to_float
 
 SHARDS = np.repeat(np.arange(10), [5, 5, 5, 5, 5, 5, 5, 5, 5, 3])
 
@@ -180,6 +181,19 @@ def test_a_batch_belongs_to_its_records(pixels):
     assert torch.equal(batch.attributes, LABELS[[3, 3, 19, 0]])
     assert batch.known.tolist() == [4, 1]
     assert torch.equal(batch.images, pixels[[3, 3, 19, 0]].permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize("size", [16, 5])
+def test_normalising_is_to_float_and_flip_to_the_bit(size):
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3 * size * size)[: 3 * size * size * 10].view(10, size, size, 3)
+    mirrored = torch.arange(10) % 3 == 0
+    planes = pixels.permute(0, 3, 1, 2)
+    assert torch.equal(normalised(pixels, None), to_float(planes))
+    assert torch.equal(normalised(pixels, mirrored), to_float(flip(planes, mirrored)))
+    assert normalised(pixels, mirrored).is_contiguous()
+    assert normalised(pixels[:0], mirrored[:0]).shape == (0, 3, size, size)
+    grey = pixels[..., :1]
+    assert torch.equal(normalised(grey, mirrored), to_float(flip(grey.permute(0, 3, 1, 2), mirrored)))
 
 
 def test_half_of_the_records_are_mirrored_by_their_own_draw(pixels):
