@@ -24,7 +24,9 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
-    tables: Annotated[str, typer.Option(help="which tables, joined by commas")] = "swap,fidelity,leak,cost",
+    tables: Annotated[str, typer.Option(help="swap, fidelity, leak, distribution, cost: joined by commas")] = "swap,fidelity,leak,cost",
+    inception: Annotated[Path | None, typer.Option(help="TorchScript file of the network for the distribution table")] = None,
+    classes: Annotated[str | None, typer.Option(help="its classes, as Smiling,Male+Young; by default each attribute alone")] = None,
     batch_size: Annotated[int, typer.Option(help="records encoded at a time", min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU when there is one")] = "auto",
     threads: Annotated[int, typer.Option(help="decoding threads", min=1)] = 2,
@@ -37,8 +39,9 @@ def evaluate(
     from pipeline.shards import ShardSet
 
     asked = tuple(name.strip() for name in tables.split(",") if name.strip())
-    loaded = [registry.load(source, own_judge=judge is None and "swap" in asked) for source in models]
-    seer = _judge(loaded, judge) if "swap" in asked else _named_judge(judge)
+    loaded = [registry.load(source, own_judge=judge is None) for source in models]
+    judged_tables = {"swap", "distribution"} & set(asked)
+    seer = _judge(loaded, judge) if judged_tables else _named_judge(judge)
     path = data or _data_path(loaded[0])
     shards = ShardSet.open(path)
     records = shards.split(split)
@@ -60,6 +63,8 @@ def evaluate(
                 tables=asked,
                 seed=seed,
                 probe_split=probe_split,
+                inception=inception,
+                classes=[names.split("+") for names in classes.split(",")] if classes else None,
                 threads=threads,
                 progress=progress,
             )

@@ -11,34 +11,39 @@ share that the judge then reads as the value asked for; the balanced accuracy is
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fader.attributes import Attribute, Attributes
-from fader.method import Batch, Decodes, Encodes, Judges, Method, ReduceSum, identity
+from fader.method import Batch, Decodes, Encodes, Judges, Method, ReduceSum, Samples, identity
 from pipeline import metrics
 from pipeline.batches import Loader, sequential
 
 if TYPE_CHECKING:
+    from fader.draws import Draws
     from pipeline.images import Preprocessing
     from pipeline.registry import Model
     from pipeline.shards import Split
 
 logger = logging.getLogger(__name__)
 
-TABLES = ("swap", "fidelity", "leak", "cost")
+TABLES = ("swap", "fidelity", "leak", "distribution", "cost")
+USUAL_TABLES = ("swap", "fidelity", "leak", "cost")
 IMAGES = ("real", "reconstruction", "swap")
 SLIDER_POSITIONS = tuple(-2 + i / 2 for i in range(9))
 SLIDER_RECORDS = 512
 PROBE_RECORDS = 4000
+FID_RECORDS = 2048  # features of the Inception network: with fewer records its covariance is singular
 
 # Shares of human raters, in percent: (naturalness, accuracy). A judge's accuracies are not of the same kind.
 PUBLISHED_SOURCE = "Lample et al. 2017, arXiv:1706.00409, table 1: human raters, 256 pixels; not a judge's numbers"
@@ -133,6 +138,46 @@ class Leak:
     records: int
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How far the features of some decoded images lie from those of real images.
+
+    images: reconstruction (against the same records), swap (attribute and to say which; against the real images that
+    hold the value asked for) or sample (against all). fid: Fréchet distance. kid, kid_std: kernel distance and its
+    standard deviation over subsets. records, real_records: how many images on each side.
+    """
+
+    images: str
+    attribute: str | None
+    to: str | None
+    records: int
+    real_records: int
+    fid: float
+    kid: float
+    kid_std: float
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """Scores of images by class.
+
+    images: real, reconstruction, swap or sample. classes: the attributes whose joint values are the classes; a swap is
+    of the class it was asked for, every other image of the class it is labelled. num_classes: classes with at least two
+    images on both sides. inception, between, within: IS, BCIS and WCIS of the judge's probabilities over the classes.
+    bcfid, wcfid: between- and within-class Fréchet distance to real images; not numbers for real images.
+    """
+
+    images: str
+    classes: tuple[str, ...]
+    num_classes: int
+    records: int
+    inception: float
+    between: float
+    within: float
+    bcfid: float
+    wcfid: float
+
+
 @dataclass
 class Report:
     """Everything `evaluate` found for one model. Parts that were not asked for are empty."""
@@ -154,6 +199,9 @@ class Report:
     preservation: list[Preservation] = field(default_factory=list)
     sliders: list[Slider] = field(default_factory=list)
     leak: list[Leak] = field(default_factory=list)
+    features: str | None = None
+    distances: list[Distance] = field(default_factory=list)
+    conditional: list[Conditional] = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
 
     def score(self, images: str, attribute: str = "*", to: str | None = None, start: str | None = None) -> Score:
@@ -190,6 +238,13 @@ class Report:
             name = slider.attribute if slider.value == "1" else f"{slider.attribute}_{slider.value}"
             flat |= {f"monotonic.{name}": slider.monotonic}
         flat |= {f"leak.{leak.attribute}": leak.value for leak in self.leak}
+        for d in self.distances:
+            name = d.images + (f".{d.attribute}_to_{d.to}" if d.attribute else "")
+            flat |= {f"fid.{name}": d.fid, f"kid.{name}": d.kid}
+        for c in self.conditional:
+            name = f"{c.images}.{'_and_'.join(c.classes)}"
+            flat |= {f"is.{name}": c.inception, f"bcis.{name}": c.between, f"wcis.{name}": c.within}
+            flat |= {f"bcfid.{name}": c.bcfid, f"wcfid.{name}": c.wcfid}
         return {f"{self.split}/{name}": float(value) for name, value in flat.items() if not math.isnan(value)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,12 +276,14 @@ def evaluate(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     limit: int | None = None,
-    tables: Sequence[str] = TABLES,
+    tables: Sequence[str] = USUAL_TABLES,
     reduce_sum: ReduceSum = identity,
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
     probe_split: Split | None = None,
+    inception: Path | None = None,
+    classes: Sequence[Sequence[str]] | None = None,
     open_loader: Callable[..., Loader] | None = None,
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
@@ -240,10 +297,14 @@ def evaluate(
             size and preprocessing; it may know more. None when only tables that need no judge are asked for, and for a
             model that is a judge itself.
         limit: use the first so many records of the split (their order on disk is shuffled); None takes all.
-        tables: any of "swap", "fidelity", "leak", "cost".
+        tables: any of "swap", "fidelity", "leak", "distribution", "cost".
         reduce_sum: sum over all ranks of a tensor on `device`; the identity on one.
         seed: of the bootstrap and of the probe.
         probe_split: the training split, from which the leak table's probe learns; needed for "leak".
+        inception: TorchScript file of the network whose features the distribution table compares; without it, what the
+            judge's last layer reads.
+        classes: definitions of a class for that table, each the names of attributes whose joint values are the classes;
+            by default each attribute alone.
         open_loader: makes a loader from (split, attributes, preprocessing, seed=, device=, threads=); by default the
             reference decoder.
         progress: called with (records done by this rank, records of this rank).
@@ -265,6 +326,10 @@ def evaluate(
             )
     elif judge is not model:
         check_judge(judge, model.attributes, model.preprocessing, model.source)
+    if "distribution" in tables:
+        if judge is None:
+            raise ValueError("the distribution table scores classes by a judge; name one (--judge)")
+        classes = _class_definitions(model.attributes, classes)
     if "leak" in tables and probe_split is None:
         raise ValueError("the leak table trains a probe: it needs the training split")
     if limit is not None and limit < 1:
@@ -314,6 +379,9 @@ def evaluate(
         network.to(device)
     with _evaluating(networks):
         pass_ = _Pass(model, judge, device, tables, records)
+        if "distribution" in tables:
+            assert judge is not None and classes is not None
+            pass_.describe_with(inception_features(inception, device) if inception else judge_features(judge), classes)
         if set(tables) != {"cost"}:
             run(split, records, pass_.measure)
         if "leak" in tables:
@@ -330,6 +398,13 @@ def evaluate(
         if judge is not None:
             report.preservation = _preservation(attributes, judge.attributes, rows)
             report.sliders = _sliders(attributes, rows)
+    if "distribution" in tables:
+        assert pass_.features is not None
+        report.features = pass_.features.name
+        report.distances = _distances(attributes, labels, rows, seed)
+        report.conditional = _conditional(attributes, labels, rows, pass_)
+        if inception and records < FID_RECORDS:
+            report.warnings.append(f"FID over {records:,} records: below {FID_RECORDS:,} it is strongly biased")
     for warning in report.warnings:
         logger.warning("%s: %s", model.source, warning)
     return report
@@ -458,7 +533,38 @@ class _Pass:
         self.judge = _Judge(judge.method) if judge else None
         self.columns = self.judge.columns(model.attributes) if self.judge else []
         self.kept: dict[str, Tensor] = {}
+        self.features: Features | None = None
+        self.classes: tuple[Classes, ...] = ()
+        self.records = records
         self._preallocate(model, records)
+
+    def describe_with(self, features: Features, classes: Sequence[Classes]) -> None:
+        """Keep features and judged probabilities of real images, reconstructions, swaps and samples."""
+        assert self.judge
+        self.features, self.classes = features, tuple(classes)
+        size = self.method.image_size
+        with torch.inference_mode():
+            width = features(torch.zeros(1, self.method.channels, size, size, device=self.device)).shape[1]
+        for name in self._described():
+            self.allocate(f"features/{name}", (self.records, width), torch.float32)
+            self.allocate(f"probabilities/{name}", (self.records, self.attributes.code_width), torch.float32)
+        for definition in self.classes:
+            if len(definition.columns) > 1:
+                self.allocate(f"classes/{definition.name}", (self.records,))
+
+    def _described(self) -> list[str]:
+        steps = [f"{attribute.name}/{step}" for attribute in self.attributes for step in range(1, attribute.k)]
+        joint = [definition.name for definition in self.classes if len(definition.columns) > 1]
+        samples = ["sample"] if isinstance(self.method, Samples) else []
+        return ["real", "reconstruction", *steps, *joint, *samples]
+
+    def _describe(self, name: str, index: Tensor, images: Tensor, judged: Sequence[Tensor] | None = None) -> None:
+        if self.features is None:
+            return
+        assert self.judge
+        judged = self.judge.probabilities(images) if judged is None else judged
+        self.put(f"features/{name}", index, self.features(images))
+        self.put(f"probabilities/{name}", index, torch.cat([judged[c] for c in self.columns], 1))
 
     def _preallocate(self, model: Model, records: int) -> None:
         width = len(self.attributes)
@@ -477,7 +583,7 @@ class _Pass:
             for name, smallest in (("mse", 1), ("ssim", metrics.SSIM_FROM), ("ms_ssim", metrics.MS_SSIM_FROM)):
                 if size >= smallest:
                     self.allocate(name, (records,))
-        if self.judge and {"swap", "fidelity"} & set(self.tables):
+        if self.judge and {"swap", "fidelity", "distribution"} & set(self.tables):
             self.allocate("reconstruction", (records, width))
             self.allocate("swap", (records, sum(attribute.k - 1 for attribute in self.attributes)))
         if self.judge and "fidelity" in self.tables:
@@ -512,7 +618,7 @@ class _Pass:
         latent = method.encode(images, labels)  # type: ignore[attr-defined]
         if "latent" in self.kept:
             self.put("latent", index, flat_latent(latent))
-        if not {"swap", "fidelity"} & set(self.tables):
+        if not {"swap", "fidelity", "distribution"} & set(self.tables):
             return
         code = attributes.code(labels)
         reconstruction = decoded(method, latent, code)
@@ -523,15 +629,27 @@ class _Pass:
             return
         before = self.judge.probabilities(reconstruction)
         self.put("reconstruction", index, torch.stack([before[c].argmax(1) for c in self.columns], 1))
+        self._describe("real", index, images, real)
+        self._describe("reconstruction", index, reconstruction, before)
         preds = []
-        for j, _, changed, _ in swaps(attributes, labels):
-            after = self.judge.probabilities(decoded(method, latent, attributes.code(changed)))
+        for j, step, changed, _ in swaps(attributes, labels):
+            swap = decoded(method, latent, attributes.code(changed))
+            after = self.judge.probabilities(swap)
             preds.append(after[self.columns[j]].argmax(1))
+            self._describe(f"{attributes[j].name}/{step}", index, swap, after)
             if "fidelity" in self.tables:
                 self._preserve(j, labels[:, j] >= 0, before, after)
         self.put("swap", index, torch.stack(preds, 1))
         if "fidelity" in self.tables and (index < SLIDER_RECORDS).any():
             self.put("response", index, self._response(latent, code))
+        for definition in self.classes:
+            if len(definition.columns) > 1:
+                changed = definition.moved(labels, batch.draws)
+                self._describe(definition.name, index, decoded(method, latent, attributes.code(changed)))
+                self.put(f"classes/{definition.name}", index, definition.of(changed))
+        if self.features is not None and isinstance(method, Samples):
+            noise = batch.draws.normal("sample", (method.noise_width,))
+            self._describe("sample", index, method.sample(noise, code).float().clamp(-1, 1))
 
     def _preserve(self, j: int, known: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         """Add, over the records whose label of attribute j is known, what its swap did to every judged attribute."""
@@ -552,6 +670,181 @@ class _Pass:
                 steps.append(self.judge.probabilities(images)[self.columns[j]][:, value])
             sliders.append(torch.stack(steps, 1))
         return torch.stack(sliders, 1)
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the distribution table compares: images [N, C, H, W] in [-1, 1] to [N, F] float32, and what it is called."""
+
+    name: str
+    extract: Callable[[Tensor], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.extract(images)
+
+
+def inception_features(file: Path, device: torch.device) -> Features:
+    """Features of the TorchScript network in a file, which takes uint8 [N, 3, H, W] and does its own resizing.
+
+    The published Inception-v3 of 2015-12-05 in TorchScript is such a file; where its forward takes `return_features`,
+    that is asked for.
+
+    Raises:
+        ValueError: the file is not there, is no TorchScript, or does not give [N, F].
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; name the TorchScript file of an Inception network")
+    try:
+        network = torch.jit.load(str(file), map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{file} is not readable as TorchScript: {str(error).strip().splitlines()[0]}") from None
+    options = {argument.name for argument in network.forward.schema.arguments}
+    keywords = {"return_features": True} if "return_features" in options else {}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def extract(images: Tensor) -> Tensor:
+        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+        found = network(pixels, **keywords)
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{file} gives {shape} for {len(images)} images; features must be [N, F]")
+        return found.float()
+
+    return Features(f"{file.name} (sha256 {digest[:12]}), images rounded to uint8, resized by the network", extract)
+
+
+def judge_features(judge: Model) -> Features:
+    """What the last linear layer of a judge reads.
+
+    Raises:
+        ValueError: the judge has no linear layer.
+    """
+    layers = [module for network in judge.method.networks.values() for module in network.modules()]
+    linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+    if not linear:
+        raise ValueError(f"{judge.source} has no linear layer to take features from; name a network with --inception")
+    read: list[Tensor] = []
+
+    def extract(images: Tensor) -> Tensor:
+        hook = linear[-1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            judge.method.judge(images)  # type: ignore[attr-defined]
+        finally:
+            hook.remove()
+        return read.pop().flatten(1).float()
+
+    return Features(f"the last layer's input of the judge {judge.source}: not to be compared with published FID", extract)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A definition of class: the joint values of some attributes. columns: theirs in the model's labels."""
+
+    names: tuple[str, ...]
+    columns: tuple[int, ...]
+    attributes: tuple[Attribute, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.names)
+
+    @property
+    def num(self) -> int:
+        return math.prod(attribute.k for attribute in self.attributes)
+
+    def of(self, labels: Tensor) -> Tensor:
+        """[N] int64 class of labels [N, A]; -1 where one of its attributes is unknown."""
+        number = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
+        unknown = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        for column, attribute in zip(self.columns, self.attributes):
+            label = hard(attribute, labels[:, column])
+            number = number * attribute.k + label
+            unknown |= label < 0
+        return torch.where(unknown, -1, number)
+
+    def moved(self, labels: Tensor, draws: Draws) -> Tensor:
+        """Labels [N, A] with each record moved to another of the classes, drawn for the record; unknown stays unknown."""
+        start = self.of(labels)
+        target = (start + 1 + draws.integers(f"class.{self.name}", self.num - 1)) % self.num
+        changed = labels.clone()
+        for column, attribute in zip(reversed(self.columns), reversed(self.attributes)):
+            changed[:, column] = torch.where(start < 0, labels[:, column], (target % attribute.k).to(labels.dtype))
+            target = target // attribute.k
+        return changed
+
+    def probabilities(self, code: Tensor, slices: Sequence[slice]) -> Tensor:
+        """[N, num]: the product of the judge's probabilities [N, code_width] of the attributes' values."""
+        joint = torch.ones(len(code), 1, dtype=torch.float64, device=code.device)
+        for column in self.columns:
+            joint = (joint[:, :, None] * code[:, slices[column]].double()[:, None, :]).flatten(1)
+        return joint
+
+
+def _class_definitions(attributes: Attributes, given: Sequence[Sequence[str]] | None) -> tuple[Classes, ...]:
+    found = []
+    for names in given or [(name,) for name in attributes.names]:
+        columns = tuple(attributes.index(name) for name in names)
+        found.append(Classes(tuple(names), columns, tuple(attributes[c] for c in columns)))
+    return tuple(found)
+
+
+def _distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], seed: int) -> list[Distance]:
+    """FID and KID of everything decoded against real images."""
+
+    def distance(images: str, attribute: str | None, to: str | None, made: Tensor, real: Tensor) -> Distance:
+        if min(len(made), len(real)) < 2:
+            return Distance(images, attribute, to, len(made), len(real), math.nan, math.nan, math.nan)
+        fid = metrics.frechet_distance(metrics.Gaussian.fit(made), metrics.Gaussian.fit(real))
+        kid = metrics.kernel_distance(made, real, seed=seed)
+        return Distance(images, attribute, to, len(made), len(real), fid, *kid)
+
+    real = rows["features/real"]
+    found = [distance("reconstruction", None, None, rows["features/reconstruction"], real)]
+    for j, attribute in enumerate(attributes):
+        label = hard(attribute, labels[:, j])
+        for value in attribute.values:
+            parts = []
+            for step in range(1, attribute.k):
+                start = (value - step) % attribute.k
+                parts.append(rows[f"features/{attribute.name}/{step}"][label == start])
+            made, held = torch.cat(parts), real[label == value]
+            found.append(distance("swap", attribute.name, attribute.value_name(value), made, held))
+    if "features/sample" in rows:
+        found.append(distance("sample", None, None, rows["features/sample"], real))
+    return found
+
+
+def _conditional(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], pass_: _Pass) -> list[Conditional]:
+    """IS, BCIS, WCIS, BCFID and WCFID for each definition of class."""
+    slices, found = attributes.code_slices(), []
+    for definition in pass_.classes:
+        own = definition.of(labels)
+        known = own >= 0
+        sets = {name: (name, own) for name in ("real", "reconstruction", "sample") if f"features/{name}" in rows}
+        groups = {name: [entry] for name, entry in sets.items()}
+        if len(definition.columns) > 1:
+            groups["swap"] = [(definition.name, rows[f"classes/{definition.name}"].long())]
+        else:
+            k = definition.num
+            steps = [(f"{definition.name}/{step}", (own.clamp(min=0) + step) % k) for step in range(1, k)]
+            groups["swap"] = steps
+        real = rows["features/real"]
+        for images in ("real", "reconstruction", "swap", "sample"):
+            if images not in groups or not known.any():
+                continue
+            made = torch.cat([rows[f"features/{name}"][known] for name, _ in groups[images]])
+            judged = torch.cat([rows[f"probabilities/{name}"][known] for name, _ in groups[images]])
+            classes = torch.cat([of[known] for _, of in groups[images]])
+            both = [c for c in range(definition.num) if min((classes == c).sum(), (own == c).sum()) > 1]
+            fid = (math.nan, math.nan)
+            if images != "real" and both:
+                fid = metrics.conditional_frechet([real[own == c] for c in both], [made[classes == c] for c in both])
+            scores = metrics.inception_scores(definition.probabilities(judged, slices), classes)
+            found.append(Conditional(images, definition.names, len(both), len(made), *scores, *fid))
+    return found
 
 
 def flat_latent(latent: Any) -> Tensor:
@@ -1048,7 +1341,7 @@ def as_tables(reports: Sequence[Report]) -> list[Table]:
     """Everything in some reports as tables, side by side where several speak of the same."""
     found = [_summary(reports), *_directions(reports), _published(reports)]
     found += [_fidelity_table(reports), _preservation_table(reports), _slider_table(reports)]
-    found += [_leak_table(reports), _cost_table(reports)]
+    found += [_leak_table(reports), _distance_table(reports), _conditional_table(reports), _cost_table(reports)]
     return [table for table in found if table and table.rows]
 
 
@@ -1193,6 +1486,40 @@ def _leak_table(reports: Sequence[Report]) -> Table:
     note = "Balanced accuracy of a fresh probe on frozen latents: chance when the latent tells nothing, 1 when all."
     header = ["model", "attribute", "probe accuracy", "chance", "probe", "learnt from", "tested on"]
     return Table("3. Leak", header, rows, note)
+
+
+def _distance_table(reports: Sequence[Report]) -> Table:
+    rows = []
+    for model, report in _named(reports):
+        for d in report.distances:
+            against = f"real {d.attribute} {d.to}" if d.attribute else "real"
+            made = f"{d.images} {d.attribute} to {d.to}" if d.attribute else d.images
+            kid = "–" if math.isnan(d.kid) else f"{d.kid:.5f} ± {d.kid_std:.5f}"
+            rows.append([model, made, against, _number(d.fid), kid, f"{d.records:,}", f"{d.real_records:,}"])
+    note = _features_note(reports) + "KID: mean ± standard deviation over 100 subsets of at most 1,000."
+    header = ["model", "images", "against", "FID", "KID", "images", "real images"]
+    return Table("4. Distribution", header, rows, note)
+
+
+def _conditional_table(reports: Sequence[Report]) -> Table:
+    rows = [
+        [model, c.images, " + ".join(c.classes), f"{c.num_classes}", f"{c.records:,}"]
+        + [_number(number) for number in (c.inception, c.between, c.within, c.bcfid, c.wcfid)]
+        for model, report in _named(reports)
+        for c in report.conditional
+    ]
+    note = (
+        "A class is a joint value of the named attributes; a swap is of the class it was asked for, every other image of "
+        "the class it is labelled. IS = BCIS · WCIS, of the judge's probabilities of the classes. BCFID and WCFID weigh "
+        "classes alike, over those with two images on both sides. " + _features_note(reports)
+    )
+    header = ["model", "images", "classes by", "classes", "images", "IS", "BCIS", "WCIS", "BCFID", "WCFID"]
+    return Table("Distribution by class", header, rows, note.strip())
+
+
+def _features_note(reports: Sequence[Report]) -> str:
+    names = list(dict.fromkeys(report.features for report in reports if report.features))
+    return f"Features: {'; '.join(names)}. " if names else ""
 
 
 def _cost_table(reports: Sequence[Report]) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -213,3 +214,130 @@ def effective_range(response: Tensor, positions: Sequence[float]) -> tuple[float
         raise AssertionError("the last share is 1")
 
     return first(0.1), first(0.9)
+
+
+# --- distributions of features ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A normal distribution fitted to features. The covariance is factor' · factor, of any rank.
+
+    mean: [F] float64. factor: [R, F] float64.
+    """
+
+    mean: Tensor
+    factor: Tensor
+
+    @staticmethod
+    def fit(features: Tensor, correction: int = 1) -> Gaussian:
+        """Of [N, F] features; the covariance divides by N - correction.
+
+        Raises:
+            ValueError: fewer than two features.
+        """
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"features are {tuple(features.shape)}; a covariance needs [N, F] with N at least 2")
+        features = features.double()
+        mean = features.mean(0)
+        factor = (features - mean) / math.sqrt(len(features) - correction)
+        if len(factor) > factor.shape[1]:  # R of A = QR has the same R'R = A'A in fewer rows
+            factor = torch.linalg.qr(factor, mode="r").R
+        return Gaussian(mean, factor)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """‖μ₁ - μ₂‖² + Tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), the squared Wasserstein-2 distance of two normal distributions.
+
+    With Σ = F'F the trace of the root is the sum of the singular values of F₁F₂', which holds for covariances of any
+    rank: no root of a singular matrix is taken and nothing is added to its diagonal.
+
+    Source: Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500 (FID).
+    """
+    root = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
+    traces = a.factor.square().sum() + b.factor.square().sum()
+    return max(float((a.mean - b.mean).square().sum() + traces - 2 * root), 0.0)
+
+
+def kernel_distance(
+    a: Tensor, b: Tensor, *, seed: int, subsets: int = 100, subset_size: int = 1000
+) -> tuple[float, float]:
+    """Kernel distance (KID) of two sets of features: unbiased squared MMD with the kernel (x·y / F + 1)³.
+
+    Args:
+        a, b: [N, F] and [M, F].
+        subsets, subset_size: the mean is over so many draws, without replacement, of so many features of each set (of
+            all, where there are fewer).
+
+    Returns:
+        Mean and standard deviation over subsets. The mean may be a little below 0.
+
+    Raises:
+        ValueError: fewer than two features in a set.
+
+    Source: Bińkowski et al. 2018, arXiv:1801.01401.
+    """
+    size = min(subset_size, len(a), len(b))
+    if size < 2:
+        raise ValueError(f"{len(a)} and {len(b)} features; the kernel distance needs at least 2 of each")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(subsets):
+        x, y = (part[torch.randperm(len(part), generator=generator)[:size].to(part.device)].double() for part in (a, b))
+        xx, yy, xy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - xx.diagonal().sum() + yy.sum() - yy.diagonal().sum()) / (size * (size - 1))
+        found.append(float(within - 2 * xy.mean()))
+    values = torch.tensor(found, dtype=torch.float64)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def inception_scores(probabilities: Tensor, classes: Tensor) -> tuple[float, float, float]:
+    """(IS, BCIS, WCIS): how much a classifier's answers vary over all images, between classes, and within a class.
+
+    IS = exp E KL(p(y|x) ‖ p(y)); BCIS = exp E KL(p(y|c) ‖ p(y)), more is better; WCIS = exp E KL(p(y|x) ‖ p(y|c)), less
+    is better. Classes weigh as many as they have images, so IS = BCIS · WCIS.
+
+    Args:
+        probabilities: [N, K], rows that sum to 1.
+        classes: [N] the class each image was made for (any integers).
+
+    Source: Salimans et al. 2016, arXiv:1606.03498; Benny et al. 2021, arXiv:2004.12361.
+    """
+    p = probabilities.double()
+    _, place, counts = torch.unique(classes, return_inverse=True, return_counts=True)
+    of_class = torch.zeros(len(counts), p.shape[1], dtype=p.dtype, device=p.device).index_add_(0, place, p)
+    of_class = of_class / counts[:, None]
+    everywhere = p.mean(0, keepdim=True)
+
+    def divergence(p: Tensor, q: Tensor) -> Tensor:
+        return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(1)
+
+    total = divergence(p, everywhere).mean()
+    between = divergence(of_class[place], everywhere).mean()
+    within = divergence(p, of_class[place]).mean()
+    return float(total.exp()), float(between.exp()), float(within.exp())
+
+
+def conditional_frechet(real: Sequence[Tensor], generated: Sequence[Tensor], correction: int = 1) -> tuple[float, float]:
+    """(BCFID, WCFID): Fréchet distance between the classes' means, and within a class averaged over classes.
+
+    Every class weighs alike. BCFID compares the normal distributions of the class means (covariance over classes, divided
+    by their number); WCFID is the mean over classes of the Fréchet distance of their features. With equally large
+    classes and `correction` 0, FID ≤ BCFID + WCFID.
+
+    Args:
+        real, generated: for each class [N, F] features, at least two.
+
+    Source: Benny et al. 2021, arXiv:2004.12361.
+    """
+    if len(real) != len(generated) or not real:
+        raise ValueError(f"{len(real)} and {len(generated)} classes; both sides need the same, and one at least")
+    fitted = [[Gaussian.fit(features, correction) for features in side] for side in (real, generated)]
+    between = [Gaussian.fit(torch.stack([g.mean for g in side]), 0) if len(side) > 1 else _point(side[0]) for side in fitted]
+    within = [frechet_distance(a, b) for a, b in zip(*fitted)]
+    return frechet_distance(*between), sum(within) / len(within)
+
+
+def _point(gaussian: Gaussian) -> Gaussian:
+    """All of the weight in the mean."""
+    return Gaussian(gaussian.mean, torch.zeros_like(gaussian.factor[:1]))

@@ -116,3 +116,126 @@ def test_effective_range_is_where_the_middle_of_the_rise_lies():
     step = torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, 1])
     assert metrics.effective_range(step, positions) == pytest.approx((0.05, 0.45))
     assert all(math.isnan(end) for end in metrics.effective_range(torch.full((9,), 0.3), positions))
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+def gaussian_features(records: int, width: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
+    return scale * torch.randn(records, width, generator=generator, dtype=torch.float64) @ mix + shift
+
+
+def test_frechet_distance_has_its_closed_form_for_gaussians():
+    """Diagonal covariances: ‖μ₁-μ₂‖² + Σ (σ₁-σ₂)²."""
+    a = metrics.Gaussian(torch.tensor([1.0, 2.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 2.0, 0.0]).double()))
+    b = metrics.Gaussian(torch.tensor([0.0, 2.0, 2.0]).double(), torch.diag(torch.tensor([3.0, 0.5, 1.0]).double()))
+    assert metrics.frechet_distance(a, b) == pytest.approx(1 + 4 + 4 + 2.25 + 1)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+
+
+def test_frechet_distance_agrees_with_the_matrix_root():
+    from scipy.linalg import sqrtm
+
+    a, b = gaussian_features(500, 16, 0), gaussian_features(300, 16, 1, shift=0.1, scale=1.3)
+    first, second = (torch.cov(part.T).numpy() for part in (a, b))
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + (first + second - 2 * sqrtm(first @ second).real).trace()
+    found = metrics.frechet_distance(metrics.Gaussian.fit(a), metrics.Gaussian.fit(b))
+    assert found == pytest.approx(float(expected), rel=1e-8)
+
+
+class Identity(torch.nn.Module):
+    """A feature network for torchmetrics that gives back features laid out as an image."""
+
+    num_features = 12
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*will save all extracted features")
+def test_frechet_and_kernel_distance_agree_with_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    a, b = (part.float() for part in (gaussian_features(200, 12, 0), gaussian_features(150, 12, 1, 0.2, 1.2)))
+    fid = FrechetInceptionDistance(feature=Identity(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+    kid = KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=150).set_dtype(torch.float64)
+    for metric, first in ((fid, a), (kid, a[:150])):
+        metric.update(first.double().view(-1, 3, 2, 2), real=True)
+        metric.update(b.double().view(-1, 3, 2, 2), real=False)
+    found = metrics.frechet_distance(metrics.Gaussian.fit(a), metrics.Gaussian.fit(b))
+    assert found == pytest.approx(float(fid.compute()), abs=1e-6)
+    mean, std = metrics.kernel_distance(a[:150], b, seed=0, subsets=1, subset_size=150)
+    assert mean == pytest.approx(float(kid.compute()[0]), abs=1e-6) and std == 0
+
+
+def test_frechet_distance_of_fewer_records_than_features():
+    """A singular covariance: its root is the sum of singular values of factors, here against eigenvalues clipped at 0."""
+    a, b = gaussian_features(10, 64, 0), gaussian_features(12, 64, 1, shift=0.5)
+    first, second = torch.cov(a.T), torch.cov(b.T)
+    root = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sort().values[-9:].sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + first.trace() + second.trace() - 2 * root
+    fitted = metrics.Gaussian.fit(a), metrics.Gaussian.fit(b)
+    assert metrics.frechet_distance(*fitted) == pytest.approx(float(expected), rel=1e-6)
+    assert metrics.frechet_distance(fitted[0], fitted[0]) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.Gaussian.fit(a[:1])
+
+
+def test_kernel_distance_is_nothing_for_equal_distributions_and_repeats_by_seed():
+    a, b, far = gaussian_features(600, 8, 0), gaussian_features(600, 8, 0), gaussian_features(600, 8, 0, shift=1)
+    mean, std = metrics.kernel_distance(a[:300], b[300:], seed=0, subsets=20, subset_size=100)
+    assert abs(mean) < 3 * std
+    assert metrics.kernel_distance(a, far, seed=0, subsets=20, subset_size=100)[0] > 1
+    assert metrics.kernel_distance(a, far, seed=0, subsets=5) == metrics.kernel_distance(a, far, seed=0, subsets=5)
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.kernel_distance(a[:1], b, seed=0)
+
+
+def test_inception_score_is_the_product_of_between_and_within():
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 3, 7):
+        p = torch.softmax(3 * torch.randn(200, 5, generator=generator), 1)
+        total, between, within = metrics.inception_scores(p, torch.randint(classes, (200,), generator=generator))
+        assert total == pytest.approx(between * within, rel=1e-12) and between >= 1 and within >= 1
+
+
+def test_inception_scores_by_hand():
+    sure = torch.eye(2).repeat(50, 1)
+    classes = torch.arange(100) % 2
+    assert metrics.inception_scores(sure, classes) == pytest.approx((2, 2, 1))
+    assert metrics.inception_scores(sure, torch.arange(100) // 2 % 2) == pytest.approx((2, 1, 2))
+    assert metrics.inception_scores(torch.full((100, 2), 0.5), classes) == pytest.approx((1, 1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*will save all extracted features")
+def test_inception_score_agrees_with_torchmetrics():
+    from torchmetrics.image.inception import InceptionScore
+
+    logits = 2 * torch.randn(60, 12, generator=torch.Generator().manual_seed(0))
+    metric = InceptionScore(feature=Identity(), splits=1)
+    metric.update(logits.view(-1, 3, 2, 2))
+    found = metrics.inception_scores(torch.softmax(logits.double(), 1), torch.zeros(60))
+    assert found[0] == pytest.approx(float(metric.compute()[0]), abs=1e-6) and found[1] == pytest.approx(1.0)
+
+
+def test_fid_is_at_most_between_plus_within_for_equal_classes():
+    for seed in range(20):
+        classes, width = 2 + seed % 3, 6 if seed % 2 else 40
+        real = [gaussian_features(30, width, 100 * seed + c, shift=c * 0.3) for c in range(classes)]
+        made = [gaussian_features(30, width, 5000 + 100 * seed + c, shift=c * 0.2, scale=1.2) for c in range(classes)]
+        between, within = metrics.conditional_frechet(real, made, correction=0)
+        whole = metrics.frechet_distance(*(metrics.Gaussian.fit(torch.cat(side), 0) for side in (real, made)))
+        assert 0 <= whole <= between + within + 1e-9
+        assert min(between, within) > 0
+
+
+def test_conditional_frechet_sees_classes_that_changed_places():
+    real = [gaussian_features(200, 4, 0), gaussian_features(200, 4, 1, shift=3)]
+    between, within = metrics.conditional_frechet(real, real[::-1])
+    assert between == pytest.approx(0, abs=1e-9) and within > 10
+    assert metrics.conditional_frechet(real, real) == pytest.approx((0, 0), abs=1e-9)
+    with pytest.raises(ValueError, match="2 and 1 classes"):
+        metrics.conditional_frechet(real, real[:1])
