@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fader.draws import key_of
 from fader.method import Batch, Clock, Context, Loss, LossFunction, Method, Optimizer, Phase
+from fader.schedules import ema_decay
 
 _PRECISION = {"fp32": "no", "bf16": "bf16"}
 
@@ -176,7 +177,7 @@ class Engine:
         """The moving average goes a step towards the weights; buffers are taken as they are."""
         if not group.ema:
             return
-        weight = finite * (1.0 - 0.5 ** (images / group.settings.ema_half_life))
+        weight = finite * (1.0 - ema_decay(group.settings.ema_half_life, images))
         for name, average in group.ema.items():
             for old, new in zip(average.parameters(), self.networks[name].parameters()):
                 old.lerp_(new, weight.to(old.dtype))
@@ -259,7 +260,7 @@ class Engine:
                 prefix = f"{name}/"
                 entries = {k.removeprefix(prefix): v for k, v in state.optimizers.items() if k.startswith(prefix)}
                 if entries:
-                    group.optimizer.state[parameter] = {k: v.clone().to(self.device) for k, v in entries.items()}
+                    group.optimizer.state[parameter] = {k: _like(parameter, v) for k, v in entries.items()}
 
 
 def _optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -289,6 +290,13 @@ def _detached(report: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
 
 def _cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy on the parameter's device; a moment also in its memory format, which fused kernels take for granted."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, requires_grad=False).copy_(value)
+    return value.to(parameter.device, copy=True)
 
 
 def _load_networks(networks: nn.ModuleDict, state: Mapping[str, Tensor], what: str) -> None:
