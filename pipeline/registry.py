@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -647,16 +646,13 @@ def served_model() -> Any:
     """The MLflow pyfunc model that answers for a registered version; see `answer` for what it takes."""
     import mlflow
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it advises type hints, which it then cannot read for tensors
+    class Served(mlflow.pyfunc.PythonModel):
+        def load_context(self, context: Any) -> None:
+            self.model = load(context.artifacts["export"])
+            self.model.source = self.model.card["config"]["name"]
 
-        class Served(mlflow.pyfunc.PythonModel):
-            def load_context(self, context):  # type: ignore[no-untyped-def]
-                self.model = load(context.artifacts["export"])
-                self.model.source = self.model.card["config"]["name"]
-
-            def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-                return answer(self.model, model_input, params or {})
+        def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
+            return answer(self.model, model_input, params or {})
 
     return Served()
 
@@ -729,8 +725,7 @@ def _store(uri: str | None, create: bool = False) -> Iterator[Any]:
             )
         yield mlflow
     except mlflow.exceptions.MlflowException as error:
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(f"MLflow at {tracking.without_password(store)}: {text}") from None
+        raise ValueError(f"MLflow at {tracking.without_password(store)}: {tracking.reason(error)}") from None
     finally:
         for key in ours:
             os.environ.pop(key, None)

@@ -48,7 +48,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 QUEUE_EVENTS = 10_000  # about 30 MB of metrics; reached only when the disk itself stands still
 POLL_SECONDS = 0.5
-BACKOFF_SECONDS = 15.0
+BACKOFF_SECONDS = 10.0
 SAMPLE_SECONDS = 10.0  # system metrics
 FSYNC_SECONDS = 5.0
 
@@ -707,6 +707,7 @@ class _Sender:
         self._client = mlflow.MlflowClient(uri)
         self._stuck: tuple[str, int] = ("", 0)
         self.sent = 0
+        self.absent = False
 
     def deliver(self) -> None:
         """Everything the spool holds now. Raises whatever MLflow raises; what was delivered before stays noted."""
@@ -803,13 +804,14 @@ class _Sender:
         try:
             getattr(self, f"_send_{event['kind']}")(event)
         except Exception as error:
-            refused = isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in _REFUSALS
-            if not refused:
+            if not isinstance(error, FileNotFoundError) and getattr(error, "error_code", None) not in _REFUSALS:
+                if reason(error) in _ABSENT.values() or not self.answers():
+                    raise
                 here = f"{path.name} {event['time']} {event['kind']}"
                 self._stuck = (here, self._stuck[1] + 1 if self._stuck[0] == here else 1)
-                if self._stuck[1] < 5 or not self._run_exists():
+                if self._stuck[1] < 5:
                     raise
-            logger.warning("refused: %s of step %s: %s", event["kind"], event["step"], _first_line(error))
+            logger.warning("refused: %s of step %s: %s", event["kind"], event["step"], reason(error))
             self.state.refused += 1
 
     def _log_metrics(self, events: list[dict[str, Any]]) -> None:
@@ -894,6 +896,13 @@ class _Sender:
                 self._client.set_terminated(self.state.run_id, "KILLED", last["time"])
 
 
+_ABSENT = {  # signs, in an error's text, of a server that is not there, and what they mean
+    "Connection refused": "connection refused",
+    "Connection aborted": "connection broken off",
+    "timed out": "no answer in time",
+    "Name or service not known": "no such host",
+    "Temporary failure in name resolution": "no such host",
+}
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 
 
@@ -901,8 +910,14 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300]
+def reason(error: BaseException) -> str:
+    """Why MLflow did not take something, in a few words: its own text for a dead server is 600 characters long."""
+    text = str(error)
+    for sign, words in _ABSENT.items():
+        if sign in text:
+            return words
+    lines = text.strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
 def _sample(spool: Path, node: int | None, stop: threading.Event) -> None:
@@ -921,8 +936,9 @@ def _sample(spool: Path, node: int | None, stop: threading.Event) -> None:
     log = _Log(spool / f"system-{node or 0}.jsonl")
     monitors[0].collect_metrics()  # the first reading of a processor's use counts from nothing
     monitors[0].clear_metrics()
-    while not stop.wait(SAMPLE_SECONDS):
-        values = {}
+    wait = 1.0  # a short run gets a sample, too
+    while not stop.wait(wait):
+        wait, values = SAMPLE_SECONDS, {}
         for monitor in monitors:
             monitor.collect_metrics()
             values |= {prefix + name: value for name, value in monitor.aggregate_metrics().items()}
@@ -936,15 +952,15 @@ def _sample(spool: Path, node: int | None, stop: threading.Event) -> None:
     log.close()
 
 
-def _lock(spool: Path, give_up: threading.Event | None) -> int | None:
-    """Hold the spool's lock until the process ends; None when `give_up` says so first. No wait without `give_up`."""
+def _lock(spool: Path, give_up: threading.Event) -> int | None:
+    """Hold the spool's lock until the handle is closed or the process ends; None when `give_up` comes first."""
     handle = os.open(spool / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle
         except BlockingIOError:
-            if give_up is None or give_up.wait(POLL_SECONDS):
+            if give_up.wait(POLL_SECONDS):
                 os.close(handle)
                 return None
         except OSError as error:  # a file system without locks: two senders would only do the same work twice
@@ -994,9 +1010,11 @@ def _try_to_deliver(spool: Path, sender: _Sender | None) -> tuple[_Sender | None
         return sender, None
     except Exception as error:  # MLflow, its stores and their drivers raise what they like; nothing of it may end this
         state = sender.state if sender else _State.read(spool)
+        if sender:
+            sender.absent = reason(error) in _ABSENT.values()
         if state.problem is None:
             logger.exception("not delivered")
-        state.problem = f"MLflow at {state.uri} takes no points now ({_first_line(error)})"
+        state.problem = f"MLflow at {state.uri} takes no points now ({reason(error)})"
         state.save()
         return sender, state.problem
 
@@ -1005,7 +1023,7 @@ def _deliver_the_rest(spool: Path, sender: _Sender | None) -> tuple[_Sender | No
     """The last attempt, repeated only while the store answers: an event it never takes must not hold up the others."""
     for _ in range(7):
         sender, problem = _try_to_deliver(spool, sender)
-        if problem is None or sender is None or not sender.answers():
+        if problem is None or sender is None or sender.absent:
             break
         time.sleep(POLL_SECONDS)
     if problem is None and sender is not None and _trainer_is_gone(spool):
@@ -1037,13 +1055,18 @@ def _deliver_once(spool: Path, again: bool) -> dict[str, Any]:
     timer = threading.Timer(15, give_up.set)
     timer.daemon = True
     timer.start()
-    if _lock(spool, give_up) is None:
+    lock = _lock(spool, give_up)
+    timer.cancel()
+    if lock is None:
         return {"problem": f"another process delivers {spool} now: the run's trainer, or a second 'fader sync'"}
-    if again:
-        state = _State.read(spool)
-        state.offsets, state.refused = {}, 0
-        state.save()
-    sender, problem = _deliver_the_rest(spool, None)
+    try:
+        if again:
+            state = _State.read(spool)
+            state.offsets, state.refused = {}, 0
+            state.save()
+        sender, problem = _deliver_the_rest(spool, None)
+    finally:
+        os.close(lock)
     if problem or sender is None or sender.state.run_id is None:
         left = f"everything is kept in {spool}; set MLFLOW_TRACKING_URI or start the server, and run 'fader sync' again"
         return {"problem": f"{problem or 'the spool names no run'}; {left}"}

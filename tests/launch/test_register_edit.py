@@ -1,0 +1,204 @@
+"""The commands register, edit and sync as a user calls them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch import command, edit, register, sync
+from pipeline import registry
+from tests.commands import launch
+from tests.runs import FADER, JUDGE, make_run, make_store, painter, photo
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(what, *words):
+        monkeypatch.setattr(sys, "argv", ["fader", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            command.main(what)
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A painter judged by itself, and one that has no judge."""
+    folder = tmp_path_factory.mktemp("runs")
+    with painter() as method:
+        make_run(folder / "judge", method)
+        make_run(folder / "painter", method, judge=str(folder / "judge"))
+        make_run(folder / "alone", method)
+        yield folder
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+RED, BLACK = (255, 0, 0), (0, 0, 0)  # a painter's Smiling, and nothing
+
+
+def test_the_whole_way_from_a_run_to_an_edited_photo(tmp_path):
+    """Real processes, real networks, the command lines of the README."""
+    make_run(tmp_path / "judge", JUDGE)
+    make_run(tmp_path / "run", FADER, judge=str(tmp_path / "judge"))
+    photo(tmp_path / "a.jpg")
+    here = {"cwd": tmp_path, "MLFLOW_TRACKING_URI": make_store(tmp_path)}
+    done = launch("launch.register", "run", "--name", "faces", **here)
+    assert "registered faces version 1 as models:/faces@challenger" in done.stdout
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    words = ["a.jpg", "--model", "models:/faces@challenger", "--set", "Smiling=1.5", "Eyeglasses=-1", "--out", "out"]
+    done = launch("launch.edit", *words, **here)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "grid.png"]
+    assert "read by the model's judge: Smiling, Eyeglasses, Beard" in done.stdout
+    assert picture(tmp_path / "out" / "a.png").shape == (32, 32, 3)
+
+
+def test_several_values_may_follow_one_option_or_each_its_own(runs, tmp_path, call):
+    face = photo(tmp_path / "face.png", colour=BLACK)
+    words = [face, "--model", runs / "painter"]
+    code, said, _ = call(edit.app, *words, "--set", "Smiling=1", "Eyeglasses=1", "--out", tmp_path / "one")
+    assert code == 0, said
+    code, _, _ = call(edit.app, *words, "--set", "Smiling=1", "--set", "Eyeglasses=1", "--out", tmp_path / "two")
+    assert code == 0
+    code, _, _ = call(edit.app, "--out", tmp_path / "three", "--set", "Smiling=1", "Eyeglasses=1", *words)
+    assert code == 0, "photos after the values"
+    for folder in ("one", "two", "three"):
+        assert picture(tmp_path / folder / "face.png")[0, 0].tolist() == [255, 255, 0]
+
+
+def test_a_sweep_is_a_row_a_photo_original_reconstruction_steps(runs, tmp_path, call):
+    faces = [photo(tmp_path / "a.png", colour=BLACK), photo(tmp_path / "b.png", colour=RED)]
+    words = ["--model", runs / "painter", "--sweep", "Smiling=-1:1:5", "--out", tmp_path / "out"]
+    code, _, _ = call(edit.app, *faces, *words)
+    assert code == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["a-Smiling.png", "b-Smiling.png", "sweep-Smiling.png"]
+    grid = picture(tmp_path / "out" / "sweep-Smiling.png")
+    centres = grid[18::34, 18::34, 0]
+    assert centres.shape == (2, 7)
+    assert centres[:, :2].tolist() == [[0, 0], [255, 255]], "original, reconstruction"
+    assert centres[:, 2:].tolist() == [[0, 64, 128, 191, 255]] * 2
+    assert (picture(tmp_path / "out" / "b-Smiling.png")[18, 18::34, 0] == centres[1]).all()
+
+
+def test_one_of_many_values_is_set_either_way(runs, tmp_path, call):
+    face = photo(tmp_path / "face.png", colour=BLACK)
+    for i, words in enumerate(["Beard=full", "Beard.full=1"]):
+        code, _, _ = call(edit.app, face, "--model", runs / "painter", "--set", words, "--out", tmp_path / str(i))
+        assert code == 0 and picture(tmp_path / str(i) / "face.png")[0, 0].tolist() == [0, 0, 255]
+
+
+def test_it_says_whose_word_the_own_attributes_are(runs, tmp_path, call):
+    face = photo(tmp_path / "face.png", colour=RED)
+    words = ["--set", "Smiling=-1", "--out", tmp_path / "out"]
+    _, said, _ = call(edit.app, face, "--model", runs / "painter", *words)
+    assert "read by the model's judge: Smiling, Eyeglasses, Beard" in said
+    assert f"{face}: Smiling=1 Eyeglasses=0 Beard=none" in said
+    _, said, _ = call(edit.app, face, "--model", runs / "alone", *words, "--attributes", "Smiling=0", "Beard=full")
+    assert "as given: Smiling, Beard" in said and "best reconstruction" in said
+    assert f"{face}: Smiling=0 Eyeglasses=0 Beard=full" in said
+
+
+def test_a_photo_of_another_size_is_cut_to_its_middle_with_a_note(runs, tmp_path, call):
+    face = photo(tmp_path / "wide.png", (400, 300), RED)
+    code, said, _ = call(edit.app, face, "--model", runs / "painter", "--set", "Smiling=0", "--out", tmp_path / "out")
+    assert code == 0 and "wide.png is 400x300" in said and "centred square" in said
+
+
+def test_photos_of_one_name_do_not_overwrite_each_other(runs, tmp_path, call):
+    faces = [photo(tmp_path / place / "grid.png", colour=colour) for place, colour in (("x", BLACK), ("y", RED))]
+    code, _, _ = call(edit.app, *faces, "--model", runs / "painter", "--set", "Eyeglasses=1", "--out", tmp_path / "out")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["grid-2.png", "grid-3.png", "grid.png"]
+    assert picture(tmp_path / "out" / "grid-2.png")[0, 0].tolist() == [0, 255, 0]
+    assert picture(tmp_path / "out" / "grid-3.png")[0, 0].tolist() == [255, 255, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["text.jpg", "--set", "Smiling=1"], "text.jpg: not a readable picture"),
+        (["gone.jpg", "--set", "Smiling=1"], "No such file or directory: gone.jpg"),
+        ([".", "--set", "Smiling=1"], ". is a folder; name pictures in it"),
+        (["face.jpg"], "nothing to do: give --set"),
+        (["face.jpg", "--set", "Smilling=1"], "unknown attribute 'Smilling'; did you mean 'Smiling'?"),
+        (["face.jpg", "--set", "Smiling"], "--set Smiling: write NAME=VALUE"),
+        (["face.jpg", "--set", "Smiling=much"], "Smiling=much: not a number"),
+        (["face.jpg", "--set", "Beard=2"], "Beard is one of none, moustache, full"),
+        (["face.jpg", "--sweep", "Smiling=-1:1"], "write NAME=FROM:TO:STEPS"),
+        (["face.jpg", "--sweep", "Smiling=-1:1:1"], "2 to 101 steps"),
+        (["face.jpg", "--set", "Smiling=1", "--attributes", "Smiling=-1"], "Smiling is 0 or 1"),
+        (["face.jpg", "--set", "Smiling=1", "--model", "gone"], "gone: there is no such folder"),
+        (["face.jpg", "--set", "Smiling=1", "--model", "models:/x"], "write models:/NAME@ALIAS"),
+        (["face.jpg", "--set", "Smiling=1", "--out", "face.jpg"], "--out face.jpg: face.jpg is a file"),
+        (["face.jpg", "--set", "Smiling=1", "--out", "face.jpg/a/b"], "face.jpg is a file; name a folder"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(runs, tmp_path, monkeypatch, call, words, match):
+    monkeypatch.chdir(tmp_path)
+    photo(Path("face.jpg"))
+    Path("text.jpg").write_text("not a picture")
+    words = [*words, *([] if "--model" in words else ["--model", runs / "painter"])]
+    words += [] if "--out" in words else ["--out", "out"]
+    code, _, said = call(edit.app, *words)
+    assert code == 2 and match in said, said
+    assert len(said.strip().splitlines()) == 1 and said.startswith("error: ")
+    assert sorted(path.name for path in Path().iterdir()) == ["face.jpg", "text.jpg"]
+
+
+def test_a_judge_has_no_sliders(tmp_path, call):
+    judge = make_run(tmp_path / "judge", JUDGE)
+    words = [photo(tmp_path / "a.png"), "--model", judge, "--set", "Smiling=1", "--out", tmp_path / "out"]
+    code, _, said = call(edit.app, *words)
+    assert code == 2 and "it has no sliders to move" in said and not (tmp_path / "out").exists()
+
+
+def test_pictures_are_all_written_or_none(tmp_path, monkeypatch):
+    """The disk fills up at the second file: the first is not left behind, nor is what stood there before touched."""
+    (tmp_path / "a.png").write_bytes(b"old")
+    real, count = Path.write_bytes, []
+
+    def full(path, data):
+        count.append(path)
+        if len(count) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError):
+        edit._write(tmp_path, {"a.png": b"new", "b.png": b"new"})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"old"
+
+
+def test_register_refuses_what_is_no_run(tmp_path, call):
+    for words, match in [
+        ([tmp_path, "--name", "x"], "is neither a run"),
+        ([tmp_path / "gone", "--name", "x"], "there is no such folder"),
+        ([make_run(tmp_path / "run", FADER), "--name", "a/b"], "cannot name a registered model"),
+    ]:
+        code, _, said = call(register.register, *words)
+        assert code == 2 and match in said.splitlines()[-1], said
+
+
+def test_sync_refuses_what_is_no_tracked_run(tmp_path, call):
+    code, _, said = call(sync.sync, tmp_path)
+    assert code == 2 and "has no tracking spool" in said
+
+
+def test_what_is_printed_as_next_works(runs, tmp_path, call):
+    face = photo(tmp_path / "face.png")
+    _, said, _ = call(edit.app, face, "--model", runs / "painter", "--set", "Smiling=1", "--out", tmp_path / "out")
+    [line] = [line for line in said.splitlines() if line.startswith("next: fader edit ")]
+    code, _, said = call(edit.app, *line.removeprefix("next: fader edit ").split())
+    assert code == 0, said
+    assert registry.load(runs / "painter").attributes.names[0] == "Smiling"
