@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from pipeline.shards import ShardSet
     from pipeline.datasets.workers import Progress
 
-app = typer.Typer(help="Write a data set as WebDataset shards with a manifest.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Write a data set as WebDataset shards with a manifest.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 Out = Annotated[Path, typer.Argument(help="Folder for the shards: absent, empty, or one that an interrupted run left.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")]
@@ -28,7 +33,9 @@ ShardRecords = Annotated[int, typer.Option(min=1, help="Records a tar.")]
 
 @app.command()
 def celeba(
-    source: Annotated[Path, typer.Argument(help="Folder with list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/.")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder with list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/.")
+    ],
     out: Out,
     workers: Workers = None,
     skip_bad: SkipBad = False,
@@ -84,7 +91,8 @@ def _tell(written: ShardSet) -> None:
     counts = ", ".join(f"{name} {split['records']:,}" for name, split in info["splits"].items())
     typer.echo(f"{written.path} is complete: {counts}; data digest {written.digest[:16]}")
     if info["left_out"]:
-        typer.echo(f"left out: {len(info['left_out']):,}, listed in {written.path / 'dataset.json'}; the first: {info['left_out'][0]['reason']}")
+        first, where = info["left_out"][0]["reason"], written.path / "dataset.json"
+        typer.echo(f"left out: {len(info['left_out']):,}, listed in {where}; the first: {first}")
     typer.echo(f"next: fader verify {written.path}")
 
 
@@ -94,7 +102,13 @@ def progress_bar(what: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None, rate="")

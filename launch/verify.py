@@ -11,7 +11,9 @@ from launch.command import main
 from launch.prepare import Workers, progress_bar
 
 
-def verify(out: Annotated[Path, typer.Argument(help="Folder of a finished shard set.")], workers: Workers = None) -> None:
+def verify(
+    out: Annotated[Path, typer.Argument(help="Folder of a finished shard set.")], workers: Workers = None
+) -> None:
     """Read a shard set back whole; name what is damaged and exit with code 2."""
     from pipeline import shards
 

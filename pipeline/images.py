@@ -26,8 +26,18 @@ MAX_PIXELS = 89_478_485
 """Pillow's own limit, above which a picture is taken for a decompression bomb (256 MiB of RGB)."""
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
-           Image.DecompressionBombError)
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def _celeba_boxes(width: np.ndarray, height: np.ndarray) -> np.ndarray:
@@ -196,7 +206,9 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
 def grid(images: Tensor, gap: int = 2) -> np.ndarray:
     """Pictures [R, C, 3 or 1, S, S] float in [-1, 1] as one uint8 picture [height, width, 3], white between them."""
     rows, columns, channels, size, _ = images.shape
-    cells = to_uint8(images.reshape(-1, channels, size, size)).cpu().numpy().reshape(rows, columns, size, size, channels)
+    cells = (
+        to_uint8(images.reshape(-1, channels, size, size)).cpu().numpy().reshape(rows, columns, size, size, channels)
+    )
     step = size + gap
     out = np.full((rows * step + gap, columns * step + gap, 3), 255, np.uint8)
     for r in range(rows):

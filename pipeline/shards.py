@@ -71,7 +71,10 @@ def _padded(data: bytes) -> bytes:
 
 def _label_members(names: Sequence[str], kinds: Sequence[str], labels: np.ndarray) -> Iterator[bytes]:
     """KEY.json of each row of labels [N, A]: whole numbers, except for continuous attributes."""
-    columns = [column.tolist() if kind == "continuous" else column.astype(int).tolist() for kind, column in zip(kinds, labels.T)]
+    columns = [
+        column.tolist() if kind == "continuous" else column.astype(int).tolist()
+        for kind, column in zip(kinds, labels.T)
+    ]
     for values in zip(*columns) if columns else ((),) * len(labels):
         yield json.dumps(dict(zip(names, values))).encode()
 
@@ -147,7 +150,9 @@ class _ShardJob:
 
     def digest(self) -> str:
         """What decides the shard's content, apart from the pictures."""
-        digest = hashlib.sha256(json.dumps([FORMAT, self.name, self.names, self.kinds, self.keys, self.locations]).encode())
+        digest = hashlib.sha256(
+            json.dumps([FORMAT, self.name, self.names, self.kinds, self.keys, self.locations]).encode()
+        )
         digest.update(np.ascontiguousarray(self.labels, "<f4").tobytes())
         return digest.hexdigest()
 
@@ -315,14 +320,15 @@ def _claim(out: Path) -> None:
 def _finished_set(out: Path, source: str) -> ShardSet | None:
     """The finished set that lies in `out`, when it is of this source; None when there is none yet."""
     started = out / WORK / "source"
+    other = "of another source or shard size; choose another folder, or remove it first"
     if (out / DESCRIPTION).exists():
         finished = ShardSet.open(out)
         if finished.info.get("source_digest") != source:
             shutil.rmtree(out / WORK)
-            raise ValueError(f"{out} already holds a finished set of another source or shard size; choose another folder, or remove it first")
+            raise ValueError(f"{out} already holds a finished set {other}")
         return finished
     if started.exists() and started.read_text() != source:
-        raise ValueError(f"{out} holds an unfinished set of another source or shard size; choose another folder, or remove it first")
+        raise ValueError(f"{out} holds an unfinished set {other}")
     for stale in (out / WORK).glob("*.part"):
         stale.unlink()
     if not started.exists():
@@ -332,7 +338,13 @@ def _finished_set(out: Path, source: str) -> ShardSet | None:
 
 
 def _write_set(
-    dataset: Dataset, out: Path, source: str, shard_records: int, workers: int | None, skip_bad: bool, progress: Progress
+    dataset: Dataset,
+    out: Path,
+    source: str,
+    shard_records: int,
+    workers: int | None,
+    skip_bad: bool,
+    progress: Progress,
 ) -> None:
     jobs = _jobs(dataset, out, shard_records, skip_bad)
     large_first = sorted(jobs, key=lambda job: -len(job.keys))  # so that the last job to end is a small one
@@ -400,7 +412,11 @@ def _data_digest(attribute_list: list[dict[str, Any]], table: pa.Table) -> str:
 
 
 def _describe(
-    attribute_list: list[dict[str, Any]], split: str, table: pa.Table, jobs: list[_ShardJob], written: dict[str, _Written]
+    attribute_list: list[dict[str, Any]],
+    split: str,
+    table: pa.Table,
+    jobs: list[_ShardJob],
+    written: dict[str, _Written],
 ) -> dict[str, Any]:
     """What dataset.json says of a split: records, how many hold each value of each attribute, and its shards."""
     mask = np.array([name == split for name in table["split"].to_pylist()])
@@ -416,7 +432,12 @@ def _describe(
         if len(known) < len(labels):
             counts[entry["name"]]["unknown"] = len(labels) - len(known)
     shards = [
-        {"file": job.name, "records": len(written[job.name].rows), "size": written[job.name].size, "digest": written[job.name].digest}
+        {
+            "file": job.name,
+            "records": len(written[job.name].rows),
+            "size": written[job.name].size,
+            "digest": written[job.name].digest,
+        }
         for job in jobs
         if job.name.startswith(f"{split}-")
     ]
@@ -436,7 +457,9 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not there; write it with 'fader prepare'")
     if not (path / DESCRIPTION).is_file():
         if (path / WORK).is_dir():
-            raise ValueError(f"{path} is not finished: {DESCRIPTION} is missing; run the same 'fader prepare' again to finish it")
+            raise ValueError(
+                f"{path} is not finished: {DESCRIPTION} is missing; run the same 'fader prepare' again to finish it"
+            )
         raise ValueError(f"{path} holds no shard set: {DESCRIPTION} is missing; write one with 'fader prepare'")
     try:
         info = json.loads((path / DESCRIPTION).read_text())
@@ -450,7 +473,9 @@ def _read_description(path: Path) -> dict[str, Any]:
             str(entry["name"]), str(entry["kind"]), list(entry["categories"])
         str(info["manifest"]["digest"]), str(info["name"]), str(info["digest"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path / DESCRIPTION} is damaged ({error}); remove {path} and run 'fader prepare' again") from error
+        raise ValueError(
+            f"{path / DESCRIPTION} is damaged ({error}); remove {path} and run 'fader prepare' again"
+        ) from error
     return info
 
 
@@ -525,7 +550,9 @@ class ShardSet:
         limit = np.array([sizes.get(shard, -1) for shard in table["shard"].to_pylist()])
         offset, size = table["offset"].to_numpy(), table["size"].to_numpy()
         if ((offset < 0) | (size < 0) | (offset + size > limit)).any():
-            raise ValueError(f"{self.path / MANIFEST} points outside the tars; remove {self.path} and run 'fader prepare' again")
+            raise ValueError(
+                f"{self.path / MANIFEST} points outside the tars; remove {self.path} and run 'fader prepare' again"
+            )
         return table
 
     def split(self, name: str) -> Split:
@@ -660,7 +687,10 @@ def _verify_shard(job: _VerifyJob) -> list[str]:
         for (key, offset, size, expected, extension), labels in zip(job.rows, members, strict=True):
             tick()
             if offset != position + _BLOCK:
-                return [*faults, f"{name}: the manifest has {key} at byte {offset:,}, where it does not follow the record before"]
+                return [
+                    *faults,
+                    f"{name}: the manifest has {key} at byte {offset:,}, where it does not follow the record before",
+                ]
             if take(_BLOCK) != _header(f"{key}.{extension}", size):
                 faults.append(f"{name}: the header of {key}.{extension} is damaged")
             picture, padding = take(size), take(-size % _BLOCK)
@@ -708,7 +738,11 @@ def verify(path: Path | str, *, workers: int | None = None, progress: Progress =
 def _verify_jobs(whole: ShardSet, shards: Iterable[dict[str, Any]]) -> list[_VerifyJob]:
     table, attribute_list = whole.manifest, whole.info["attributes"]
     names = [entry["name"] for entry in attribute_list]
-    labels = np.stack([table[name].to_numpy().astype(np.float32) for name in names], 1) if names else np.zeros((table.num_rows, 0))
+    labels = (
+        np.stack([table[name].to_numpy().astype(np.float32) for name in names], 1)
+        if names
+        else np.zeros((table.num_rows, 0))
+    )
     rows_of: dict[str, list[int]] = {shard["file"]: [] for shard in shards}
     for row, shard in enumerate(table["shard"].to_pylist()):
         rows_of[shard].append(row)

@@ -1,7 +1,7 @@
 """CelebA as it is published: an annotation file, a partition file, a folder of 178x218 JPEGs.
 
-`list_attr_celeba.txt`: the number of rows; the attribute names; then a picture's name and 1 or -1 for each attribute.
-Lines end in CRLF or LF, the header has a trailing blank, columns are parted by runs of blanks. `list_eval_partition.txt`:
+`list_attr_celeba.txt`: the number of rows; the attribute names; a picture's name and 1 or -1 for each attribute. Lines
+end in CRLF or LF, the header has a trailing blank, columns are parted by runs of blanks. `list_eval_partition.txt`:
 a picture's name and 0 (train), 1 (valid) or 2 (test). The files may lie side by side, as most tools expect them, or in
 the folders Anno/, Eval/ and Img/ of the official download.
 
@@ -66,7 +66,11 @@ class _Table:
 
 
 def read_celeba(
-    source: Path | str, *, skip_bad: bool = False, name: str = "celeba", origin: dict[str, Any] | None = None,
+    source: Path | str,
+    *,
+    skip_bad: bool = False,
+    name: str = "celeba",
+    origin: dict[str, Any] | None = None,
     kway: str | None = None,
 ) -> Dataset:
     """The index of a CelebA folder; pictures are read later, by whoever writes shards.
@@ -165,7 +169,9 @@ def _kway_attributes(header: list[str]) -> list[tuple[dict[str, Any], dict[str, 
         categories = values.split(",")
         if not name or len(set(categories)) < 2 or len(set(categories)) < len(categories):
             raise ValueError(f"{entry!r} does not name an attribute and at least two values, as Beard:none,moustache")
-        out.append(({"name": name, "kind": "k-way", "categories": categories}, {str(v): v for v in range(len(categories))}))
+        out.append(
+            ({"name": name, "kind": "k-way", "categories": categories}, {str(v): v for v in range(len(categories))})
+        )
     return out
 
 
@@ -179,7 +185,9 @@ def _read_table(
     header = lines[1].split()
     twice = sorted({name for name in header if header.count(name) > 1})
     if not header or twice:
-        raise ValueError(f"{path.name} line 2: {f'attribute {twice[0]!r} stands twice' if twice else 'no attribute names'}")
+        raise ValueError(
+            f"{path.name} line 2: {f'attribute {twice[0]!r} stands twice' if twice else 'no attribute names'}"
+        )
     try:
         columns = attributes_of(header)
     except ValueError as error:
@@ -189,7 +197,11 @@ def _read_table(
     count, found = int(lines[0]), len(lines) - 2
     if found != count:
         what = "stops short" if found < count else "goes on"
-        faults.add(None, f"{path.name} line {len(lines)}", f"the file {what}: line 1 announces {count:,} rows, {found:,} follow")
+        faults.add(
+            None,
+            f"{path.name} line {len(lines)}",
+            f"the file {what}: line 1 announces {count:,} rows, {found:,} follow",
+        )
     rows: dict[str, tuple[int, tuple[int, ...]]] = {}
     for number, line in enumerate(lines[2:], 3):
         name, *values = line.split() or [""]
@@ -241,9 +253,11 @@ def _read_partition(path: Path, faults: _Faults) -> dict[str, str]:
 
 
 def _missing_rows(splits: dict[str, str], table: _Table, annotation: Path, partition: Path, faults: _Faults) -> None:
-    """Pictures with a partition and no labels: listed when skipping, else only said, for they are no part of the set."""
+    """Pictures with a partition and no labels: listed when skipping, else only said: they are no part of the set."""
     names = [name for name in splits if name not in table.rows]
     if names and faults.skip:
-        faults.left_out += [LeftOut(name[:-4], f"{partition.name}: {name} has no row in {annotation.name}") for name in names]
+        faults.left_out += [
+            LeftOut(name[:-4], f"{partition.name}: {name} has no row in {annotation.name}") for name in names
+        ]
     elif names:
         logger.warning("%s names %d pictures that have no row in %s", partition.name, len(names), annotation.name)

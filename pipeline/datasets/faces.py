@@ -103,7 +103,7 @@ def read_faces(
     source: Path | str, *, count: int, seed: int = 0, workers: int | None = None, skip_bad: bool = False,
     progress: Progress = silent,
 ) -> Dataset:
-    """Draw `count` faces into `source` in CelebA's file format, those that are missing, and read them as CelebA is read.
+    """Draw the faces that are missing in `source`, in CelebA's file format, and read them as CelebA is read.
 
     The first 80% are train, the next 10% valid, the rest test.
 
@@ -127,14 +127,16 @@ def read_faces(
 def _claim(source: Path, origin: dict[str, Any]) -> None:
     note = source / "faces.json"
     if note.exists() and json.loads(note.read_text()) != origin:
-        raise ValueError(f"{source} holds other drawn faces ({note.read_text().strip()}); remove it, or choose another folder")
+        found = note.read_text().strip()
+        raise ValueError(f"{source} holds other drawn faces ({found}); remove it, or choose another folder")
     _replace(note, source, json.dumps(origin).encode() + b"\n")
 
 
 def _annotate(source: Path, seed: int, count: int) -> None:
     """The three text files, with the line ends and blanks of the published ones."""
     labels = [face_labels(seed, index) for index in range(count)]
-    rows = [f"{_file_name(i)} " + " ".join(f"{1 if label[name] else -1:2d}" for name in RATES) for i, label in enumerate(labels)]
+    signs = [" ".join(f"{2 * label[name] - 1:2d}" for name in RATES) for label in labels]
+    rows = [f"{_file_name(i)} {sign}" for i, sign in enumerate(signs)]
     kway = [f"{_file_name(i)}  {label['Beard']}" for i, label in enumerate(labels)]
     splits = [f"{_file_name(i)} {0 if i < count * 8 // 10 else 1 if i < count * 9 // 10 else 2}" for i in range(count)]
     for name, lines in (
@@ -151,8 +153,11 @@ _SKINS = ((252, 226, 206), (241, 199, 168), (222, 170, 132), (188, 132, 96), (14
 _BLOND = ((238, 200, 110), (246, 222, 150), (222, 176, 84))
 _NOT_BLOND = ((34, 28, 30), (62, 42, 30), (92, 60, 40), (116, 50, 32), (112, 114, 122))
 _EYES = ((70, 44, 26), (52, 96, 140), (62, 112, 72), (96, 74, 44), (84, 96, 108))
-_HATS = ((196, 48, 52), (38, 66, 140), (32, 112, 76), (118, 62, 140), (22, 126, 138), (222, 112, 40), (70, 74, 84), (228, 224, 214))
-_CLOTHES = ((200, 70, 70), (60, 100, 170), (70, 140, 100), (230, 230, 225), (60, 60, 70), (220, 170, 80), (140, 90, 150))
+_HATS = ((196, 48, 52), (38, 66, 140), (32, 112, 76), (118, 62, 140), (22, 126, 138), (222, 112, 40), (70, 74, 84),
+    (228, 224, 214))
+_CLOTHES = ((200, 70, 70), (60, 100, 170), (70, 140, 100), (230, 230, 225), (60, 60, 70), (220, 170, 80),
+    (140, 90, 150))
+_TINTS = ((255, 255, 255), (40, 50, 70), (250, 220, 170))
 _FRAMES = ((24, 24, 28), (70, 36, 20), (26, 36, 84), (110, 20, 34))
 _LENSES = ((255, 255, 255, 46), (210, 230, 255, 60), (30, 32, 40, 190), (70, 50, 30, 160))
 
@@ -228,7 +233,7 @@ def _person(chance: Random) -> _Person:
         frame=pick(_FRAMES),
         lens=pick(_LENSES),
         lips=near(_mix(skin, (176, 54, 64), between(0.35, 0.75)), 6),
-        background=(base, near(_mix(base, pick(((255, 255, 255), (40, 50, 70), (250, 220, 170))), between(0.2, 0.6)), 30)),
+        background=(base, near(_mix(base, pick(_TINTS), between(0.2, 0.6)), 30)),
         background_angle=between(0, 2 * math.pi),
         spots=tuple((between(0, WIDTH), between(0, HEIGHT), between(12, 42)) for _ in range(int(between(0, 6)))),
         light_angle=between(0, 2 * math.pi),
@@ -259,7 +264,8 @@ def _person(chance: Random) -> _Person:
 
 _STEPS = 8
 _T = np.arange(_STEPS)[:, None] / _STEPS
-_SPLINE = np.hstack([-_T + 2 * _T**2 - _T**3, 2 - 5 * _T**2 + 3 * _T**3, _T + 4 * _T**2 - 3 * _T**3, -(_T**2) + _T**3]) / 2
+_SPLINE = np.hstack([_T, _T**2, _T**3, 0 * _T + 1]) @ [[-0.5, 0, 0.5, 0], [1, -2.5, 2, -0.5], [-0.5, 1.5, -1.5, 0.5],
+    [0, 1, 0, 0]]
 _NEIGHBOURS = np.array([-1, 0, 1, 2])
 _CAP = np.array([(math.cos(a), math.sin(a)) for a in (math.pi / 4, math.pi / 2, 3 * math.pi / 4)])
 _CIRCLE = np.stack([np.cos(np.arange(32) * math.pi / 16), np.sin(np.arange(32) * math.pi / 16)], 1)
@@ -384,9 +390,12 @@ def _light(p: _Person) -> Image.Image:
 
 def _body(pen: _Pen, p: _Person) -> None:
     neck, top = p.jaw * 0.66, p.chin + 2
-    pen.shape([(-96, 150), (-82, top + 16), (-46, top + 4), (-neck, top - 4), (neck, top - 4), (46, top + 4), (82, top + 16), (96, 150)], p.clothes)
-    pen.polygon([(-neck, 40), (neck, 40), (neck + 3, top + 2), (neck - 2, top + 9), (0, top + 15), (2 - neck, top + 9), (-neck - 3, top + 2)], _darker(p.skin, 0.22))
-    pen.stroke([(-neck - 4, top + 1), (-neck * 0.6, top + 12), (0, top + 16), (neck * 0.6, top + 12), (neck + 4, top + 1)], 3, _darker(p.clothes, 0.3))
+    pen.shape([(-96, 150), (-82, top + 16), (-46, top + 4), (-neck, top - 4), (neck, top - 4), (46, top + 4),
+        (82, top + 16), (96, 150)], p.clothes)
+    pen.polygon([(-neck, 40), (neck, 40), (neck + 3, top + 2), (neck - 2, top + 9), (0, top + 15),
+        (2 - neck, top + 9), (-neck - 3, top + 2)], _darker(p.skin, 0.22))
+    pen.stroke([(-neck - 4, top + 1), (-neck * 0.6, top + 12), (0, top + 16), (neck * 0.6, top + 12),
+        (neck + 4, top + 1)], 3, _darker(p.clothes, 0.3))
 
 
 def _outline(p: _Person, grow: float = 0.0) -> Points:
@@ -411,14 +420,16 @@ def _head(pen: _Pen, p: _Person) -> None:
 def _hair_behind(pen: _Pen, p: _Person, hair: Color) -> None:
     wide = p.cheek + p.volume
     bottom = max(p.length, 24)
-    back = [(0, -60 - p.crown), (wide * 0.6, -53 - p.crown), (wide * 0.95, -30), (wide, -10), (wide + 2, bottom * 0.5), (wide - 1 + bottom * 0.06, bottom), (wide * 0.5, bottom + 3), (0, bottom)]
+    back = [(0, -60 - p.crown), (wide * 0.6, -53 - p.crown), (wide * 0.95, -30), (wide, -10),
+        (wide + 2, bottom * 0.5), (wide - 1 + bottom * 0.06, bottom), (wide * 0.5, bottom + 3), (0, bottom)]
     pen.shape(_mirrored(back), _darker(hair, 0.28))
 
 
 def _hair_before(pen: _Pen, p: _Person, hair: Color) -> None:
     """The dome over the forehead down to the temples, a lock on each side, and a shine."""
     wide, top, s = p.cheek + p.volume, -60 - p.crown, p.side
-    dome = [(-wide, -4), (-wide * 0.96, -30), (-wide * 0.62, top + 8), (0, top), (wide * 0.62, top + 8), (wide * 0.96, -30), (wide, -4), (p.cheek - 3, -8)]
+    dome = [(-wide, -4), (-wide * 0.96, -30), (-wide * 0.62, top + 8), (0, top), (wide * 0.62, top + 8),
+        (wide * 0.96, -30), (wide, -4), (p.cheek - 3, -8)]
     if p.hairline == 0:  # parted on one side
         front = [(p.cheek - 6, -22), (s * 4 + 14, -34), (s * 16, -44), (s * 4 - 14, -30), (6 - p.cheek, -22)]
     elif p.hairline == 1:  # a fringe
@@ -430,9 +441,11 @@ def _hair_before(pen: _Pen, p: _Person, hair: Color) -> None:
     pen.shape([*dome, *front, (3 - p.cheek, -8)], hair)
     for side in (-1, 1):
         x, end = side * (p.cheek - 1), p.length
-        lock = [(x - side * 3, -16), (x + side * (p.volume - 1), -20), (side * wide, end * 0.45), (side * (wide - 2), end), (x + side * 3, end + 4), (x - side * 1, end * 0.5)]
+        lock = [(x - side * 3, -16), (x + side * (p.volume - 1), -20), (side * wide, end * 0.45),
+            (side * (wide - 2), end), (x + side * 3, end + 4), (x - side * 1, end * 0.5)]
         pen.shape(lock, hair)
-        pen.stroke([(x + side * 4, -14), (x + side * (p.volume * 0.6), end * 0.5), (x + side * 5, end - 2)], 1.4, _darker(hair, 0.25))
+        pen.stroke([(x + side * 4, -14), (x + side * (p.volume * 0.6), end * 0.5), (x + side * 5, end - 2)],
+            1.4, _darker(hair, 0.25))
     shine = [(-wide * 0.75, -32), (-wide * 0.5, top + 17), (0, top + 8), (wide * 0.5, top + 17), (wide * 0.75, -32)]
     pen.shape([*shine, *((x * 0.88, y + 7) for x, y in reversed(shine))], (*_lighter(hair, 0.4), 80))
     for x in (-0.55, 0.15, 0.6):
@@ -441,7 +454,8 @@ def _hair_before(pen: _Pen, p: _Person, hair: Color) -> None:
 
 def _eye(pen: _Pen, p: _Person, look: float, side: int, smiling: bool) -> None:
     x, tall = side * 19.5 + look, 4.9 if smiling else 5.8
-    pen.shape([(x - 9.5, 0.8), (x - 4, -tall), (x + 4, -tall), (x + 9.5, 0.8), (x + 4, tall - 0.6), (x - 4, tall - 0.6)], (250, 249, 246))
+    pen.shape([(x - 9.5, 0.8), (x - 4, -tall), (x + 4, -tall), (x + 9.5, 0.8), (x + 4, tall - 0.6),
+        (x - 4, tall - 0.6)], (250, 249, 246))
     pen.ellipse(x + p.gaze, -0.2, 4.7, 4.7, p.eyes)
     pen.ellipse(x + p.gaze, -0.2, 2.3, 2.3, (16, 14, 18))
     pen.ellipse(x + p.gaze + 1.6, -1.9, 1.3, 1.3, (255, 255, 255))
@@ -459,7 +473,8 @@ def _brow(pen: _Pen, p: _Person, hair: Color, look: float, side: int) -> None:
 
 def _nose(pen: _Pen, p: _Person, look: float) -> None:
     shade, w = _darker(p.skin, 0.2), p.nose
-    pen.shape([(look - 2, 2), (look + 2, 2), (look + w * 0.6, 18), (look + w, 24), (look, 28), (look - w, 24), (look - w * 0.6, 18)], (*shade, 110))
+    pen.shape([(look - 2, 2), (look + 2, 2), (look + w * 0.6, 18), (look + w, 24), (look, 28), (look - w, 24),
+        (look - w * 0.6, 18)], (*shade, 110))
     pen.shape([(look - 1.5, 4), (look + 1.5, 4), (look + 3, 20), (look, 24), (look - 3, 20)], _lighter(p.skin, 0.16))
     for side in (-1, 1):
         pen.ellipse(look + side * w * 0.5, 24.6, 1.9, 1.4, _darker(p.skin, 0.55))
@@ -469,13 +484,17 @@ def _mouth(pen: _Pen, p: _Person, look: float, smiling: bool) -> None:
     x, m = look, p.mouth
     if not smiling:
         w = 14.5 * m
-        pen.shape([(x - w, 43), (x - 5, 38.5), (x, 40), (x + 5, 38.5), (x + w, 43), (x + 6, 47.5), (x - 6, 47.5)], p.lips)
+        pen.shape([(x - w, 43), (x - 5, 38.5), (x, 40), (x + 5, 38.5), (x + w, 43), (x + 6, 47.5), (x - 6, 47.5)],
+            p.lips)
         pen.stroke([(x - w, 43.4), (x - 5, 42.4), (x + 5, 42.4), (x + w, 43.4)], 1.5, _darker(p.lips, 0.5))
         return
     w = 24 * m
-    pen.shape([(x - w, 34), (x - 12, 37.5), (x, 38.5), (x + 12, 37.5), (x + w, 34), (x + 15, 49), (x, 54.5), (x - 15, 49)], p.lips)
-    pen.shape([(x - w + 3.5, 36.5), (x - 12, 40), (x, 41), (x + 12, 40), (x + w - 3.5, 36.5), (x + 13, 47), (x, 50.5), (x - 13, 47)], (96, 22, 30))
-    pen.shape([(x - w + 4.5, 37.2), (x - 12, 40.4), (x, 41.4), (x + 12, 40.4), (x + w - 4.5, 37.2), (x + 12, 44.6), (x, 47), (x - 12, 44.6)], (253, 252, 248))
+    pen.shape([(x - w, 34), (x - 12, 37.5), (x, 38.5), (x + 12, 37.5), (x + w, 34), (x + 15, 49), (x, 54.5),
+        (x - 15, 49)], p.lips)
+    pen.shape([(x - w + 3.5, 36.5), (x - 12, 40), (x, 41), (x + 12, 40), (x + w - 3.5, 36.5), (x + 13, 47),
+        (x, 50.5), (x - 13, 47)], (96, 22, 30))
+    pen.shape([(x - w + 4.5, 37.2), (x - 12, 40.4), (x, 41.4), (x + 12, 40.4), (x + w - 4.5, 37.2), (x + 12, 44.6),
+        (x, 47), (x - 12, 44.6)], (253, 252, 248))
     for side in (-1, 1):
         fold = _darker(p.skin, 0.3)
         pen.stroke([(x + side * (w + 0.5), 32), (x + side * (w + 3.5), 35), (x + side * (w + 2), 39)], 1.4, fold)
@@ -515,7 +534,8 @@ def _glasses(pen: _Pen, p: _Person, look: float) -> None:
         elif p.lens_kind == 1:
             rim = [(x - rx, -9), (x, -10.5), (x + rx, -9), (x + rx, 8), (x + 9, 12.5), (x - 9, 12.5), (x - rx, 8)]
         else:
-            rim = [(x - side * 16, -9), (x, -11), (x + side * 17, -9), (x + side * 15, 7), (x + side * 3, 14), (x - side * 12, 9)]
+            rim = [(x - side * 16, -9), (x, -11), (x + side * 17, -9), (x + side * 15, 7), (x + side * 3, 14),
+                (x - side * 12, 9)]
         pen.shape(rim, p.lens)
         pen.ring(rim, 3.6, p.frame)
         pen.stroke([(x - 7, -5), (x - 2, -7.5)], 1.8, (255, 255, 255, 150))
@@ -529,7 +549,8 @@ def _beanie(pen: _Pen, p: _Person) -> None:
     pen.shape(_mirrored([(0, top), (wide * 0.68, top + 9), (wide, -38), (wide - 3, -28), (0, -30)]), p.hat)
     for x in (-0.6, -0.3, 0, 0.3, 0.6):
         pen.stroke([(x * wide * 0.8, top + 8 + abs(x) * 12), (x * wide * 1.1, -42)], 1.3, _darker(p.hat, 0.22))
-    pen.shape(_mirrored([(0, -44), (wide * 0.6, -42), (wide + 2, -38), (wide + 3, -27), (wide - 2, -22), (wide * 0.6, -25), (0, -27)]), p.band)
+    pen.shape(_mirrored([(0, -44), (wide * 0.6, -42), (wide + 2, -38), (wide + 3, -27), (wide - 2, -22),
+        (wide * 0.6, -25), (0, -27)]), p.band)
 
 
 def _cap(pen: _Pen, p: _Person) -> None:
@@ -537,21 +558,25 @@ def _cap(pen: _Pen, p: _Person) -> None:
     pen.shape(_mirrored([(0, top), (wide * 0.68, top + 9), (wide, -36), (wide - 1, -25), (0, -28)]), p.hat)
     pen.stroke([(0, top + 2), (4 * s, -50), (5 * s, -34)], 1.4, _darker(p.hat, 0.25))
     pen.ellipse(0, top + 1, 4, 2.6, _darker(p.hat, 0.2))
-    pen.shape([(-wide * 0.84 + 6 * s, -33), (6 * s, -40), (wide * 0.84 + 6 * s, -33), (wide * 0.8 + 8 * s, -23), (8 * s, -19), (-wide * 0.8 + 8 * s, -23)], _darker(p.hat, 0.25))
+    pen.shape([(-wide * 0.84 + 6 * s, -33), (6 * s, -40), (wide * 0.84 + 6 * s, -33), (wide * 0.8 + 8 * s, -23),
+        (8 * s, -19), (-wide * 0.8 + 8 * s, -23)], _darker(p.hat, 0.25))
 
 
 def _fedora(pen: _Pen, p: _Person) -> None:
     wide, top = p.cheek + p.volume * 0.8, -68 - p.crown
-    pen.shape([(-wide, -30), (-wide + 4, top + 20), (-20, top), (0, top + 6), (20, top), (wide - 4, top + 20), (wide, -30), (0, -26)], p.hat)
+    pen.shape([(-wide, -30), (-wide + 4, top + 20), (-20, top), (0, top + 6), (20, top), (wide - 4, top + 20),
+        (wide, -30), (0, -26)], p.hat)
     pen.polygon([(-wide - 1, -44), (wide + 1, -44), (wide + 2, -31), (-wide - 2, -31)], p.band)
-    pen.shape([(-wide - 20, -31), (-wide * 0.6, -38), (wide * 0.6, -38), (wide + 20, -31), (wide * 0.7, -21), (-wide * 0.7, -21)], _darker(p.hat, 0.14))
+    pen.shape([(-wide - 20, -31), (-wide * 0.6, -38), (wide * 0.6, -38), (wide + 20, -31), (wide * 0.7, -21),
+        (-wide * 0.7, -21)], _darker(p.hat, 0.14))
     pen.polygon([(-wide + 1, -45), (wide - 1, -45), (wide, -34), (-wide, -34)], p.band)
 
 
 def _bucket(pen: _Pen, p: _Person) -> None:
     wide, top = p.cheek + p.volume, -66 - p.crown
     pen.shape([(-wide + 12, top), (wide - 12, top), (wide - 3, -44), (wide, -32), (-wide, -32), (3 - wide, -44)], p.hat)
-    pen.shape([(-wide + 2, -42), (0, -44), (wide - 2, -42), (wide + 14, -22), (0, -24), (-wide - 14, -22)], _darker(p.hat, 0.18))
+    pen.shape([(-wide + 2, -42), (0, -44), (wide - 2, -42), (wide + 14, -22), (0, -24), (-wide - 14, -22)],
+        _darker(p.hat, 0.18))
     pen.stroke([(-wide + 2, -42), (0, -44), (wide - 2, -42)], 2, p.band)
 
 

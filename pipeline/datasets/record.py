@@ -68,7 +68,9 @@ class Dataset:
     def __post_init__(self) -> None:
         shape = (len(self.keys), len(self.attribute_list))
         if self.labels.shape != shape:
-            raise ValueError(f"labels are {self.labels.shape}; {shape[0]} records with {shape[1]} attributes need {shape}")
+            raise ValueError(
+                f"labels are {self.labels.shape}; {shape[0]} records with {shape[1]} attributes need {shape}"
+            )
         first: dict[str, int] = {}
         for row, (key, split) in enumerate(zip(self.keys, self.splits, strict=True)):
             if split not in SPLITS:

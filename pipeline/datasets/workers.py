@@ -111,8 +111,8 @@ def in_processes(
         total: records in all, for `progress`.
 
     Raises:
-        whatever `function` raises, and KeyboardInterrupt, after the other workers have stopped; OSError when one of them
-        was killed.
+        whatever `function` raises, and KeyboardInterrupt, after the other workers have stopped; OSError when one of
+        them was killed.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     context = multiprocessing.get_context("spawn")

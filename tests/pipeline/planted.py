@@ -46,8 +46,13 @@ def jpeg(number: int) -> bytes:
 
 
 def write_celeba(
-    folder: Path, count: int, *, end: str = "\r\n", annotation: Callable[[list[str]], list[str]] = list,
-    partition: Callable[[list[str]], list[str]] = list, places: tuple[str, str, str] = ("", "", ""),
+    folder: Path,
+    count: int,
+    *,
+    end: str = "\r\n",
+    annotation: Callable[[list[str]], list[str]] = list,
+    partition: Callable[[list[str]], list[str]] = list,
+    places: tuple[str, str, str] = ("", "", ""),
 ) -> Path:
     """Write the published layout: CRLF, count line, header with a trailing blank, runs of blanks.
 

@@ -25,7 +25,11 @@ def test_labels_splits_and_keys_belong_to_the_pictures(tmp_path):
     assert dataset.attributes.names == planted.NAMES and len(dataset) == 40
     for record in dataset.records:
         number = int(record.key)
-        assert tuple(record.labels) == planted.labels(number) == planted.seen(np.asarray(decode(dataset.read(record.location))))
+        assert (
+            tuple(record.labels)
+            == planted.labels(number)
+            == planted.seen(np.asarray(decode(dataset.read(record.location))))
+        )
         assert record.split == ("train", "valid", "test")[planted.split(number)]
         assert record.place == f"{A} line {number + 2}"
 
@@ -46,22 +50,49 @@ def test_the_split_comes_from_the_partition_file_not_from_position(tmp_path):
 
 
 FAULTS = {
-    "stops short": ({"annotation": lambda lines: lines[:8]}, rf"{A} line 8: the file stops short: line 1 announces 12 rows, 6 follow"),
-    "goes on": ({"annotation": lambda lines: [*lines, "000099.jpg 1 1 1"]}, rf"{A} line 15: the file goes on: .* 12 rows, 13 follow"),
-    "no count": ({"annotation": lambda lines: lines[1:]}, rf"{A} line 1: 'Bright Red_Left Odd' is not the number of pictures"),
-    "zero for absent": ({"annotation": replace(5, "000003.jpg  1  0 -1")}, rf"{A} line 5: Red_Left is '0'; 1 or -1 is needed"),
+    "stops short": (
+        {"annotation": lambda lines: lines[:8]},
+        rf"{A} line 8: the file stops short: line 1 announces 12 rows, 6 follow",
+    ),
+    "goes on": (
+        {"annotation": lambda lines: [*lines, "000099.jpg 1 1 1"]},
+        rf"{A} line 15: the file goes on: .* 12 rows, 13 follow",
+    ),
+    "no count": (
+        {"annotation": lambda lines: lines[1:]},
+        rf"{A} line 1: 'Bright Red_Left Odd' is not the number of pictures",
+    ),
+    "zero for absent": (
+        {"annotation": replace(5, "000003.jpg  1  0 -1")},
+        rf"{A} line 5: Red_Left is '0'; 1 or -1 is needed",
+    ),
     "word for a value": ({"annotation": replace(5, "000003.jpg  1  1 yes")}, rf"{A} line 5: Odd is 'yes'"),
     "too few values": ({"annotation": replace(6, "000004.jpg  1 -1")}, rf"{A} line 6: 2 values for 3 attributes"),
     "too many values": ({"annotation": replace(6, "000004.jpg  1 -1 1 1")}, rf"{A} line 6: 4 values for 3 attributes"),
     "blank row": ({"annotation": replace(6, "")}, rf"{A} line 6: 0 values for 3 attributes"),
-    "duplicate key": ({"annotation": replace(7, "000002.jpg 1 1 1")}, rf"{A} line 7: 000002.jpg stands in line 4 already"),
-    "not a jpg": ({"annotation": replace(7, "000005.png 1 1 1")}, rf"{A} line 7: '000005.png' is not the name of a .jpg"),
-    "escaping key": ({"annotation": replace(7, "../../etc/x.jpg 1 1 1")}, rf"{A} line 7: '../../etc/x' is no plain name"),
+    "duplicate key": (
+        {"annotation": replace(7, "000002.jpg 1 1 1")},
+        rf"{A} line 7: 000002.jpg stands in line 4 already",
+    ),
+    "not a jpg": (
+        {"annotation": replace(7, "000005.png 1 1 1")},
+        rf"{A} line 7: '000005.png' is not the name of a .jpg",
+    ),
+    "escaping key": (
+        {"annotation": replace(7, "../../etc/x.jpg 1 1 1")},
+        rf"{A} line 7: '../../etc/x' is no plain name",
+    ),
     "absolute key": ({"annotation": replace(7, "/etc/x.jpg 1 1 1")}, rf"{A} line 7: '/etc/x' is no plain name"),
     "dotted key": ({"annotation": replace(7, "a.b.jpg 1 1 1")}, rf"{A} line 7: 'a.b' is no plain name"),
     "no partition": ({"partition": lambda lines: lines[:3] + lines[4:]}, rf"{A} line 6: 000004.jpg has no row in {P}"),
-    "partition 3": ({"partition": replace(4, "000004.jpg 3")}, rf"{P} line 4: partition of '000004.jpg' is '3'; 0 \(train\)"),
-    "partition twice": ({"partition": lambda lines: [*lines, "000004.jpg 0"]}, rf"{P} line 13: 000004.jpg stands in line 4 already"),
+    "partition 3": (
+        {"partition": replace(4, "000004.jpg 3")},
+        rf"{P} line 4: partition of '000004.jpg' is '3'; 0 \(train\)",
+    ),
+    "partition twice": (
+        {"partition": lambda lines: [*lines, "000004.jpg 0"]},
+        rf"{P} line 13: 000004.jpg stands in line 4 already",
+    ),
     "attribute twice": ({"annotation": replace(2, "Odd Bright Odd ")}, rf"{A} line 2: attribute 'Odd' stands twice"),
 }
 

@@ -50,7 +50,9 @@ def test_blond_hair_is_yellow_bright_and_visible_under_a_hat_too():
         for hat in (0, 1):
             where = changed({"Wearing_Hat": hat}, {"Wearing_Hat": hat, "Blond_Hair": 1}, index) > 60
             assert where[20:198].sum() > 500
-            dark, blond = (np.asarray(draw_face(5, index, **{**NONE, "Wearing_Hat": hat, "Blond_Hair": b}), float) for b in (0, 1))
+            dark, blond = (
+                np.asarray(draw_face(5, index, **{**NONE, "Wearing_Hat": hat, "Blond_Hair": b}), float) for b in (0, 1)
+            )
             brighter = blond[where].mean() - dark[where].mean()
             yellower = np.diff((blond - dark)[where][:, [2, 0]]).mean()
             assert brighter > 25 and brighter + yellower > 100

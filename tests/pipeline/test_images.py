@@ -74,7 +74,9 @@ def test_grey_preprocessing_has_one_channel():
     assert images.preprocess(picture(178, 218), Preprocessing(32, channels=1)).shape == (32, 32, 1)
 
 
-@pytest.mark.parametrize("options", [{"image_size": 0}, {"image_size": 64, "crop": "middle"}, {"image_size": 64, "channels": 2}])
+@pytest.mark.parametrize(
+    "options", [{"image_size": 0}, {"image_size": 64, "crop": "middle"}, {"image_size": 64, "channels": 2}]
+)
 def test_impossible_preprocessing_is_refused(options):
     with pytest.raises(ValueError):
         Preprocessing(**options)
@@ -123,7 +125,10 @@ def test_decode_turns_a_photo_upright_and_check_knows_the_upright_size():
     assert images.check(data) == (30, 40, "JPEG")
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff", encoded(picture(64, 64))[:-200], encoded(picture(64, 64), "PNG")[:300]])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no picture", b"\xff\xd8\xff", encoded(picture(64, 64))[:-200], encoded(picture(64, 64), "PNG")[:300]],
+)
 def test_bytes_that_are_no_whole_picture_are_refused(data):
     for read in (images.decode, images.check):
         with pytest.raises(ValueError, match="not a readable picture"):

@@ -194,7 +194,9 @@ def test_columns_select_and_refuse(finished):
 
     part = ShardSet.open(finished).split("train")
     chosen = part.columns(part.attributes.select(["Odd", "Bright"]))
-    assert chosen.dtype == np.float32 and chosen.tolist() == [[planted.labels(int(k))[2], planted.labels(int(k))[0]] for k in part.keys]
+    assert chosen.dtype == np.float32 and chosen.tolist() == [
+        [planted.labels(int(k))[2], planted.labels(int(k))[0]] for k in part.keys
+    ]
     with pytest.raises(ValueError, match="did you mean 'Bright'"):
         part.columns(Attributes([Attribute("Brigth")]))
     with pytest.raises(ValueError, match=r"Odd is binary in this set, k-way \(a, b\) is asked for"):
@@ -240,7 +242,15 @@ def test_unknown_and_empty_splits_are_refused(source, tmp_path, finished):
 
 @pytest.mark.parametrize(
     "entries",
-    [b"", b"{", b"[]", b"{}", b'{"format": 99}', b'{"format": 1, "splits": {"train": {"shards": [{"file": "../x.tar"}]}}}', b"\xff\xfe"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"format": 99}',
+        b'{"format": 1, "splits": {"train": {"shards": [{"file": "../x.tar"}]}}}',
+        b"\xff\xfe",
+    ],
 )
 def test_a_damaged_description_is_refused(copy, entries):
     (copy / "dataset.json").write_bytes(entries)
@@ -284,23 +294,28 @@ def change_manifest(folder: Path) -> None:
     (folder / "manifest.parquet").write_bytes(data)
 
 
+def swap_tars(folder: Path) -> None:
+    first, second = folder / "train-000000.tar", folder / "train-000001.tar"
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+
+
+A, B, V, T = "train-000000.tar", "train-000001.tar", "valid-000000.tar", "test-000000.tar"
 DAMAGE = {
-    "first byte of a picture": (planted_in_tar("train-000001.tar", flip(lambda o, s: o)), r"train-000001.tar: \d{6}.jpg differs from its digest"),
-    "last byte of a picture": (planted_in_tar("train-000001.tar", flip(lambda o, s: o + s - 1)), r"train-000001.tar: \d{6}.jpg differs"),
-    "padding": (planted_in_tar("train-000001.tar", flip(lambda o, s: o + s)), r"train-000001.tar: \d{6}.jpg differs"),
-    "header": (planted_in_tar("valid-000000.tar", flip(lambda o, s: o - 500)), r"valid-000000.tar: the header of \d{6}.jpg is damaged"),
-    "end": (planted_in_tar("test-000000.tar", lambda data, o, s: data.__setitem__(-1, 1)), "test-000000.tar: the end of the tar is damaged"),
-    "labels": (swap_labels, r"train-000000.tar: \d{6}.json differs from the labels"),
-    "cut short": (lambda f: os.truncate(f / "train-000000.tar", 10240), "train-000000.tar is 10,240 bytes, dataset.json says .* written short"),
-    "missing": (lambda f: (f / "train-000002.tar").unlink(), "train-000002.tar is missing"),
-    "extra tar": (lambda f: (f / "train-000099.tar").write_bytes(b""), "train-000099.tar does not belong to the set"),
+    "first byte": (planted_in_tar(B, flip(lambda o, s: o)), rf"{B}: \d{{6}}.jpg differs from its digest"),
+    "last byte": (planted_in_tar(B, flip(lambda o, s: o + s - 1)), rf"{B}: \d{{6}}.jpg differs from its digest"),
+    "padding": (planted_in_tar(B, flip(lambda o, s: o + s)), rf"{B}: \d{{6}}.jpg differs"),
+    "header": (planted_in_tar(V, flip(lambda o, s: o - 500)), rf"{V}: the header of \d{{6}}.jpg is damaged"),
+    "end": (planted_in_tar(T, lambda data, o, s: data.__setitem__(-1, 1)), f"{T}: the end of the tar is damaged"),
+    "labels": (swap_labels, rf"{A}: \d{{6}}.json differs from the labels"),
+    "cut short": (lambda f: os.truncate(f / A, 10240), f"{A} is 10,240 bytes, dataset.json says .* written short"),
+    "missing": (lambda f: (f / B).unlink(), f"{B} is missing"),
+    "extra tar": (lambda f: (f / "train-000099.tar").touch(), "train-000099.tar does not belong to the set"),
     "manifest": (change_manifest, "manifest.parquet differs from its digest"),
     "manifest cut short": (lambda f: os.truncate(f / "manifest.parquet", 100), "manifest.parquet is 100 bytes"),
-    "two tars swapped": (
-        lambda f: (os.rename(f / "train-000000.tar", f / "x"), os.rename(f / "train-000001.tar", f / "train-000000.tar"), os.rename(f / "x", f / "train-000001.tar")),
-        "train-00000[01].tar",
-    ),
-}  # fmt: skip
+    "two tars swapped": (swap_tars, f"({A}|{B})"),
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -339,7 +354,7 @@ def bad_source(tmp_path: Path) -> Path:
 
 def test_a_bad_picture_is_named_with_file_and_line(tmp_path):
     dataset = read_celeba(bad_source(tmp_path))
-    message = r"list_attr_celeba.txt line (9: picture 000007.jpg is missing|22: picture 000020.jpg cannot be read: not a readable)"
+    message = r"attr_celeba.txt line (9: picture 000007.jpg is missing|22: picture 000020.jpg cannot be read: not a)"
     for workers in (1, 2):
         with pytest.raises(ValueError, match=message):
             prepare(dataset, tmp_path / "set", shard_records=8, workers=workers)
@@ -432,12 +447,14 @@ def test_keys_that_escape_and_attributes_that_shadow_columns_are_refused(source,
 
 KILLED_AT_EVERY_STEP = """
 import os, signal, sys
+
+import pyarrow.parquet  # once, not in every child
 from pipeline import shards
 from pipeline.datasets.celeba import read_celeba
 
 dataset, out = read_celeba(sys.argv[1]), sys.argv[2]
 steps = ("replace", "fsync", "unlink", "mkdir", "rmdir")
-real = {name: getattr(os, name) for name in steps}
+real = {name: getattr(os, name) for name in steps} | {"fsync": lambda handle: None}
 for number in range(int(sys.argv[3]), 10000):
     child = os.fork()
     if not child:
@@ -460,8 +477,12 @@ print(number)
 """
 
 
-def test_killed_at_every_step_to_the_disk_it_never_looks_finished_and_ends_in_the_same_bytes(source, tmp_path):
-    """One run for each call that changes the disk, killed (-9) right before it; then the same command once more."""
+def test_killed_at_every_step_it_never_looks_finished_and_ends_in_the_same_bytes(source, tmp_path, monkeypatch):
+    """One run for each call that changes the disk, killed (-9) right before it; then the same command once more.
+
+    fsync counts as a step and is not called: only a power cut could tell, and a thousand of them take half a minute.
+    """
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     line = [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(source), str(tmp_path), "0"]
     steps = int(subprocess.run(line, env=environment(), check=True, capture_output=True, text=True).stdout)
     expected = contents(tmp_path / str(steps))
