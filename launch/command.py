@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import click
 import typer
 
+# Some versions of typer bring their own copy of click; this is the one that the installed typer raises.
+ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -23,12 +24,14 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
     app = command if isinstance(command, typer.Typer) else _single(command)
     try:
         code = app(standalone_mode=False, prog_name=prog)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         code = error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+        if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
+            print("interrupted", file=sys.stderr)
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except click.ClickException as error:
+    except ClickException as error:
         error.show()
         code = EXIT_USER_ERROR
     except (ValueError, OSError) as error:
