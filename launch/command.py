@@ -26,10 +26,7 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
         code = app(standalone_mode=False, prog_name=prog)
     except typer.Exit as error:
         code = error.exit_code
-        if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
-            print("interrupted", file=sys.stderr)
     except (typer.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except ClickException as error:
         error.show()
@@ -39,6 +36,8 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
         if os.environ.get("FADER_TRACEBACK"):
             raise
         code = EXIT_USER_ERROR
+    if code == EXIT_INTERRUPTED:  # typer may have made an exit code of Ctrl-C already
+        print("interrupted", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
 
