@@ -1,11 +1,11 @@
-"""`fader evaluate RUN|models:/NAME@ALIAS… --judge JUDGE`: does it slide? Tables over a split, several models side by side."""
+"""`fader evaluate RUN|MODEL… --judge JUDGE`: does it slide? Tables over a split, several models side by side."""
 
 from __future__ import annotations
 
 import json
 import os
-from contextlib import contextmanager
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="runs, exports or models:/NAME@alias", metavar="RUN|MODEL...")],
-    judge: Annotated[str | None, typer.Option(help="the judge's run, export or models:/ address; by default the model's own")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="the judge's run, export or models:/NAME@alias; by default the model's own")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
-    tables: Annotated[str, typer.Option(help="swap, fidelity, leak, distribution, cost: joined by commas")] = "swap,fidelity,leak,cost",
-    inception: Annotated[Path | None, typer.Option(help="TorchScript file of the network for the distribution table")] = None,
-    classes: Annotated[str | None, typer.Option(help="its classes, as Smiling,Male+Young; by default each attribute alone")] = None,
+    tables: Annotated[
+        str, typer.Option(help="swap, fidelity, leak, distribution, cost: joined by commas")
+    ] = "swap,fidelity,leak,cost",
+    inception: Annotated[Path | None, typer.Option(help="TorchScript network for the distribution table")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="classes of that table, as Smiling,Male+Young; by default each attribute alone")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="records encoded at a time", min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU when there is one")] = "auto",
     threads: Annotated[int, typer.Option(help="decoding threads", min=1)] = 2,
@@ -70,7 +76,8 @@ def evaluate(
             )
         trained_on = model.card.get("data_digest")
         if trained_on and trained_on != shards.digest:
-            report.warnings.append(f"it was trained on another data set (digest {trained_on[:12]}, here {shards.digest[:12]})")
+            digests = f"digest {trained_on[:12]}, here {shards.digest[:12]}"
+            report.warnings.append(f"it was trained on another data set ({digests})")
         reports.append(report)
     for table in evaluation.as_tables(reports):
         _print(table)
@@ -167,7 +174,8 @@ def _print(table: Table) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=240)
-    drawn = Drawn(title=table.title, caption=table.note, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    drawn = Drawn(title=table.title, caption=table.note, box=box.SIMPLE_HEAD)
+    drawn.title_justify = drawn.caption_justify = "left"
     for i, name in enumerate(table.header):
         drawn.add_column(name, justify="left" if i == 0 else "right")
     for row in table.rows:

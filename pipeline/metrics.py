@@ -75,7 +75,8 @@ def ms_ssim(images: Tensor, target: Tensor) -> Tensor:
 
 def _same(images: Tensor, target: Tensor) -> None:
     if images.shape != target.shape or images.ndim != 4:
-        raise ValueError(f"images are {tuple(images.shape)} and {tuple(target.shape)}; both must be the same [N, C, H, W]")
+        found = f"{tuple(images.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"images are {found}; both must be the same [N, C, H, W]")
 
 
 # --- judged attributes -----------------------------------------------------------------------------------------------
@@ -318,12 +319,14 @@ def inception_scores(probabilities: Tensor, classes: Tensor) -> tuple[float, flo
     return float(total.exp()), float(between.exp()), float(within.exp())
 
 
-def conditional_frechet(real: Sequence[Tensor], generated: Sequence[Tensor], correction: int = 1) -> tuple[float, float]:
+def conditional_frechet(
+    real: Sequence[Tensor], generated: Sequence[Tensor], correction: int = 1
+) -> tuple[float, float]:
     """(BCFID, WCFID): Fréchet distance between the classes' means, and within a class averaged over classes.
 
-    Every class weighs alike. BCFID compares the normal distributions of the class means (covariance over classes, divided
-    by their number); WCFID is the mean over classes of the Fréchet distance of their features. With equally large
-    classes and `correction` 0, FID ≤ BCFID + WCFID.
+    Every class weighs alike. BCFID compares the normal distributions of the class means (covariance over classes,
+    divided by their number); WCFID is the mean over classes of the Fréchet distance of their features. With equally
+    large classes and `correction` 0, FID ≤ BCFID + WCFID.
 
     Args:
         real, generated: for each class [N, F] features, at least two.
@@ -333,11 +336,11 @@ def conditional_frechet(real: Sequence[Tensor], generated: Sequence[Tensor], cor
     if len(real) != len(generated) or not real:
         raise ValueError(f"{len(real)} and {len(generated)} classes; both sides need the same, and one at least")
     fitted = [[Gaussian.fit(features, correction) for features in side] for side in (real, generated)]
-    between = [Gaussian.fit(torch.stack([g.mean for g in side]), 0) if len(side) > 1 else _point(side[0]) for side in fitted]
+    between = [_of_means([gaussian.mean for gaussian in side]) for side in fitted]
     within = [frechet_distance(a, b) for a, b in zip(*fitted)]
     return frechet_distance(*between), sum(within) / len(within)
 
 
-def _point(gaussian: Gaussian) -> Gaussian:
-    """All of the weight in the mean."""
-    return Gaussian(gaussian.mean, torch.zeros_like(gaussian.factor[:1]))
+def _of_means(means: Sequence[Tensor]) -> Gaussian:
+    """Fitted to class means as if they were all there is; a single one has no spread."""
+    return Gaussian.fit(torch.stack(list(means)), 0) if len(means) > 1 else Gaussian(means[0], 0 * means[0][None])

@@ -90,7 +90,8 @@ def test_planted_truth_goes_from_tars_to_tables(shams, shards, tmp_path, capsys,
     )
     assert code == 0
     oracle, identity = (report["metrics"] for report in json.loads(files[0].read_text()))
-    assert oracle["test/judge_accuracy"] == oracle["test/swap_accuracy"] == 1.0 and identity["test/swap_accuracy"] == 0.0
+    assert oracle["test/judge_accuracy"] == oracle["test/swap_accuracy"] == 1.0
+    assert identity["test/swap_accuracy"] == 0.0
     assert oracle["test/leak.Beard"] == 1.0 and identity["test/mse"] < 1e-9
     text = files[1].read_text()
     for title in ("1. Does it slide?", "Beard, each pair", "2. Fidelity", "along the slider", "3. Leak", "5. Cost"):
@@ -134,7 +135,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(shams, capsys, monkeypatch, wor
 
 
 def test_data_that_is_not_here_is_asked_for(shams, capsys, monkeypatch):
-    for path, message in (("/gone/shards", "trained on /gone/shards, which is not here"), (None, "does not say which data")):
+    for path, message in (("/gone/shards", "/gone/shards, which is not here"), (None, "does not say which data")):
         shams["oracle"].card["config"] = {"data": {"path": path}}
         code, _, err = run(capsys, monkeypatch, "oracle")
         assert code == 2 and message in err and "--data" in err
@@ -154,4 +155,4 @@ def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(s
     assert registry.load(fader).card["metrics"] == content["metrics"]
     other = make_run(tmp_path / "other", JUDGE, data={"path": str(shards), "image_size": 32, "crop": "center"})
     code, _, err = run(capsys, monkeypatch, fader, "--judge", other)
-    assert code == 2 and err.strip().splitlines()[-1].startswith(f"error: the judge {other} sees images as image_size 32")
+    assert code == 2 and f"error: the judge {other} sees images as image_size 32" in err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Planted truth: pictures whose bands are the labels, a judge that reads the bands, methods that paint them or do not."""
+"""Planted truth: pictures whose bands are the labels, a judge that reads them, methods that paint them or do not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 
 from fader.attributes import Attribute, Attributes
 from fader.method import Batch, Method
-from pipeline import evaluation
+from pipeline import evaluation, metrics
 from pipeline.batches import finish
-from pipeline.evaluation import evaluate, quick
+from pipeline.evaluation import distribution, evaluate, measure, probe, quick
+from pipeline.evaluation.report import IMAGES
 from pipeline.images import Preprocessing
 
 SIZE = 16
@@ -165,7 +166,8 @@ def run(model: Method | Model, judge: Method | Model | None = None, split: Split
     model = model if isinstance(model, Model) else Model(model)
     judge = judge if isinstance(judge, Model) or judge is None else Model(judge, source="runs/seer")
     keywords.setdefault("tables", ("swap",))
-    return evaluate(model, judge, planted() if split is None else split, batch_size=50, open_loader=MemoryLoader, **keywords)
+    split = planted() if split is None else split
+    return evaluate(model, judge, split, batch_size=50, open_loader=MemoryLoader, **keywords)
 
 
 # --- table 1 ---------------------------------------------------------------------------------------------------------
@@ -186,13 +188,13 @@ def test_an_oracle_scores_one_and_an_identity_none_under_a_judge_that_is_right()
 
 def test_swaps_scored_with_the_original_labels_are_caught(monkeypatch):
     """The defect of a public implementation: decoding with the image's own labels, so that nothing is ever swapped."""
-    swaps = evaluation.swaps
+    swaps = measure.swaps
 
     def original(attributes, labels):
         for j, step, _, target in swaps(attributes, labels):
             yield j, step, labels, target
 
-    monkeypatch.setattr(evaluation, "swaps", original)
+    monkeypatch.setattr(measure, "swaps", original)
     with pytest.raises(AssertionError):
         test_an_oracle_scores_one_and_an_identity_none_under_a_judge_that_is_right()
     with pytest.raises(AssertionError):
@@ -432,8 +434,8 @@ def test_the_probe_learns_what_no_straight_line_can():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(3000, 2, generator=generator)
     labels = ((points[:, 0] > 0) ^ (points[:, 1] > 0)).long()[:, None]
-    preds, kinds = evaluation.probe(points[:2000], labels[:2000], points[2000:], [2], seed=0)
-    assert evaluation.PROBES[int(kinds[0])] == "mlp"
+    preds, kinds = probe.answers(points[:2000], labels[:2000], points[2000:], [2], seed=0)
+    assert probe.PROBES[int(kinds[0])] == "mlp"
     assert (preds[:, 0].long() == labels[2000:, 0]).double().mean() > 0.95
 
 
@@ -442,8 +444,8 @@ def test_the_probe_finds_a_rare_attribute_among_many_features():
     labels = (torch.rand(3000, 1, generator=generator) < 0.06).long()
     latents = torch.randn(3000, 200, generator=generator)
     latents[:, 7] = 3 * labels[:, 0] + 0.3 * latents[:, 7]
-    preds, _ = evaluation.probe(latents[:2000], labels[:2000], latents[2000:], [2], seed=0)
-    assert evaluation.metrics.balanced_accuracy(preds[:, 0], labels[2000:, 0], 2) > 0.95
+    preds, _ = probe.answers(latents[:2000], labels[:2000], latents[2000:], [2], seed=0)
+    assert metrics.balanced_accuracy(preds[:, 0], labels[2000:, 0], 2) > 0.95
 
 
 def test_an_attribute_with_one_value_in_training_is_not_probed():
@@ -456,9 +458,9 @@ def test_an_attribute_with_one_value_in_training_is_not_probed():
 
 def test_all_that_the_decoder_reads_is_probed():
     latent = (torch.ones(2, 3, 2, 2), {"skip": [torch.zeros(2, 5)], "name": "x"})
-    assert evaluation.flat_latent(latent).shape == (2, 17)
+    assert measure.flat_latent(latent).shape == (2, 17)
     with pytest.raises(ValueError, match="without any tensor"):
-        evaluation.flat_latent("x")
+        measure.flat_latent("x")
 
 
 # --- table 4 ---------------------------------------------------------------------------------------------------------
@@ -500,7 +502,7 @@ def test_classes_of_one_attribute_or_of_several():
     split = planted(records=300, unknown=0.05)
     report = run(Oracle(), Reader(), split, tables=("distribution",), classes=[["Smiling"], ["Smiling", "Hair"]])
     rows = {(c.images, c.classes): c for c in report.conditional}
-    assert set(rows) == {(i, c) for i in evaluation.IMAGES for c in (("Smiling",), ("Smiling", "Hair"))}
+    assert set(rows) == {(i, c) for i in IMAGES for c in (("Smiling",), ("Smiling", "Hair"))}
     assert {c.num_classes for c in report.conditional} == {2, 6}
     for c in report.conditional:
         assert c.inception == pytest.approx(c.between * c.within) and c.within == pytest.approx(1, abs=1e-3)
@@ -517,7 +519,7 @@ def test_classes_of_one_attribute_or_of_several():
 
 
 def test_a_record_moves_to_another_class_and_never_to_its_own():
-    definition = evaluation._class_definitions(ATTRIBUTES, [["Hair", "Smiling"]])[0]
+    definition = distribution.class_definitions(ATTRIBUTES, [["Hair", "Smiling"]])[0]
     split = planted(records=600, unknown=0.05)
     labels = torch.from_numpy(split.labels)
     moved = definition.moved(labels, Batch.alone(None, labels).draws)
@@ -576,7 +578,8 @@ def test_cost_counts_parameters_and_operations_worked_by_hand():
     class Small(Oracle):
         def __init__(self):
             super().__init__()
-            self.networks = {"encoder": torch.nn.Conv2d(3, 8, 4, 2, 1), "decoder": torch.nn.ConvTranspose2d(8, 3, 4, 2, 1)}
+            encoder, decoder = torch.nn.Conv2d(3, 8, 4, 2, 1), torch.nn.ConvTranspose2d(8, 3, 4, 2, 1)
+            self.networks = {"encoder": encoder, "decoder": decoder}
 
         def encode(self, images, labels):
             return self.networks["encoder"](images)
@@ -646,6 +649,17 @@ def test_every_rank_gets_the_numbers_of_one(world_size):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_numbers_of_the_cpu():
+    train, method = planted("train", 150, seed=1), fader()
+    given = {"tables": evaluation.TABLES, "probe_split": train, "classes": [["Smiling", "Hair"]]}
+    reader = Reader()
+    cpu, gpu = (run(method, reader, device=device, **given).metrics() for device in ("cpu", "cuda"))
+    assert cpu.keys() == gpu.keys()
+    for name, value in cpu.items():  # a record at the border of a judgement may fall on the other side
+        assert gpu[name] == pytest.approx(value, rel=1e-2, abs=0.05 if "leak" in name else 0.02), name
 
 
 # --- quick -----------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_frechet_and_kernel_distance_agree_with_torchmetrics():
 
 
 def test_frechet_distance_of_fewer_records_than_features():
-    """A singular covariance: its root is the sum of singular values of factors, here against eigenvalues clipped at 0."""
+    """Singular covariances: the sum of singular values of the factors against eigenvalues clipped at 0."""
     a, b = gaussian_features(10, 64, 0), gaussian_features(12, 64, 1, shift=0.5)
     first, second = torch.cov(a.T), torch.cov(b.T)
     root = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sort().values[-9:].sum()

@@ -1,0 +1,197 @@
+"""Table 4: how decoded images lie among real ones, whole and by class, as features of a network see them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fader.attributes import Attribute, Attributes
+from pipeline import metrics
+from pipeline.evaluation.measure import hard
+from pipeline.evaluation.report import Conditional, Distance
+
+if TYPE_CHECKING:
+    from fader.draws import Draws
+    from pipeline.registry import Model
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the distribution table compares: images [N, C, H, W] in [-1, 1] to [N, F] float32, and what it is called."""
+
+    name: str
+    extract: Callable[[Tensor], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.extract(images)
+
+
+def inception_features(file: Path, device: torch.device) -> Features:
+    """Features of the TorchScript network in a file, which takes uint8 [N, 3, H, W] and does its own resizing.
+
+    The published Inception-v3 of 2015-12-05 in TorchScript is such a file; where its forward takes `return_features`,
+    that is asked for.
+
+    Raises:
+        ValueError: the file is not there, is no TorchScript, or does not give [N, F].
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; name the TorchScript file of an Inception network")
+    try:
+        network = torch.jit.load(str(file), map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{file} is not readable as TorchScript: {str(error).strip().splitlines()[0]}") from None
+    options = {argument.name for argument in network.forward.schema.arguments}
+    keywords = {"return_features": True} if "return_features" in options else {}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def extract(images: Tensor) -> Tensor:
+        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+        found = network(pixels, **keywords)
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{file} gives {shape} for {len(images)} images; features must be [N, F]")
+        return found.float()
+
+    return Features(f"{file.name} (sha256 {digest[:12]}), images rounded to uint8, resized by the network", extract)
+
+
+def judge_features(judge: Model) -> Features:
+    """What the last linear layer of a judge reads.
+
+    Raises:
+        ValueError: the judge has no linear layer.
+    """
+    layers = [module for network in judge.method.networks.values() for module in network.modules()]
+    linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+    if not linear:
+        raise ValueError(f"{judge.source} has no linear layer to take features from; name a network with --inception")
+    read: list[Tensor] = []
+
+    def extract(images: Tensor) -> Tensor:
+        hook = linear[-1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            judge.method.judge(images)  # type: ignore[attr-defined]
+        finally:
+            hook.remove()
+        return read.pop().flatten(1).float()
+
+    name = f"the last layer's input of the judge {judge.source}: not to be compared with published FID"
+    return Features(name, extract)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A definition of class: the joint values of some attributes. columns: theirs in the model's labels."""
+
+    names: tuple[str, ...]
+    columns: tuple[int, ...]
+    attributes: tuple[Attribute, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.names)
+
+    @property
+    def num(self) -> int:
+        return math.prod(attribute.k for attribute in self.attributes)
+
+    def of(self, labels: Tensor) -> Tensor:
+        """[N] int64 class of labels [N, A]; -1 where one of its attributes is unknown."""
+        number = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
+        unknown = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        for column, attribute in zip(self.columns, self.attributes):
+            label = hard(attribute, labels[:, column])
+            number = number * attribute.k + label
+            unknown |= label < 0
+        return torch.where(unknown, -1, number)
+
+    def moved(self, labels: Tensor, draws: Draws) -> Tensor:
+        """Labels [N, A] with each record moved to another class, drawn for the record; unknown stays unknown."""
+        start = self.of(labels)
+        target = (start + 1 + draws.integers(f"class.{self.name}", self.num - 1)) % self.num
+        changed = labels.clone()
+        for column, attribute in zip(reversed(self.columns), reversed(self.attributes)):
+            changed[:, column] = torch.where(start < 0, labels[:, column], (target % attribute.k).to(labels.dtype))
+            target = target // attribute.k
+        return changed
+
+    def probabilities(self, code: Tensor, slices: Sequence[slice]) -> Tensor:
+        """[N, num]: the product of the judge's probabilities [N, code_width] of the attributes' values."""
+        joint = torch.ones(len(code), 1, dtype=torch.float64, device=code.device)
+        for column in self.columns:
+            joint = (joint[:, :, None] * code[:, slices[column]].double()[:, None, :]).flatten(1)
+        return joint
+
+
+def class_definitions(attributes: Attributes, given: Sequence[Sequence[str]] | None) -> tuple[Classes, ...]:
+    found = []
+    for names in given or [(name,) for name in attributes.names]:
+        columns = tuple(attributes.index(name) for name in names)
+        found.append(Classes(tuple(names), columns, tuple(attributes[c] for c in columns)))
+    return tuple(found)
+
+
+def distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], seed: int) -> list[Distance]:
+    """FID and KID of everything decoded against real images."""
+
+    def distance(images: str, attribute: str | None, to: str | None, made: Tensor, real: Tensor) -> Distance:
+        if min(len(made), len(real)) < 2:
+            return Distance(images, attribute, to, len(made), len(real), math.nan, math.nan, math.nan)
+        fid = metrics.frechet_distance(metrics.Gaussian.fit(made), metrics.Gaussian.fit(real))
+        kid = metrics.kernel_distance(made, real, seed=seed)
+        return Distance(images, attribute, to, len(made), len(real), fid, *kid)
+
+    real = rows["features/real"]
+    found = [distance("reconstruction", None, None, rows["features/reconstruction"], real)]
+    for j, attribute in enumerate(attributes):
+        label = hard(attribute, labels[:, j])
+        for value in attribute.values:
+            parts = []
+            for step in range(1, attribute.k):
+                start = (value - step) % attribute.k
+                parts.append(rows[f"features/{attribute.name}/{step}"][label == start])
+            made, held = torch.cat(parts), real[label == value]
+            found.append(distance("swap", attribute.name, attribute.value_name(value), made, held))
+    if "features/sample" in rows:
+        found.append(distance("sample", None, None, rows["features/sample"], real))
+    return found
+
+
+def conditional(
+    attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], classes: Sequence[Classes]
+) -> list[Conditional]:
+    """IS, BCIS, WCIS, BCFID and WCFID for each definition of class."""
+    slices, found = attributes.code_slices(), []
+    for definition in classes:
+        own = definition.of(labels)
+        known = own >= 0
+        sets = {name: (name, own) for name in ("real", "reconstruction", "sample") if f"features/{name}" in rows}
+        groups = {name: [entry] for name, entry in sets.items()}
+        if len(definition.columns) > 1:
+            groups["swap"] = [(definition.name, rows[f"classes/{definition.name}"].long())]
+        else:
+            k = definition.num
+            steps = [(f"{definition.name}/{step}", (own.clamp(min=0) + step) % k) for step in range(1, k)]
+            groups["swap"] = steps
+        real = rows["features/real"]
+        for images in ("real", "reconstruction", "swap", "sample"):
+            if images not in groups or not known.any():
+                continue
+            made = torch.cat([rows[f"features/{name}"][known] for name, _ in groups[images]])
+            judged = torch.cat([rows[f"probabilities/{name}"][known] for name, _ in groups[images]])
+            asked = torch.cat([of[known] for _, of in groups[images]])
+            both = [c for c in range(definition.num) if min((asked == c).sum(), (own == c).sum()) > 1]
+            fid = (math.nan, math.nan)
+            if images != "real" and both:
+                fid = metrics.conditional_frechet([real[own == c] for c in both], [made[asked == c] for c in both])
+            scores = metrics.inception_scores(definition.probabilities(judged, slices), asked)
+            found.append(Conditional(images, definition.names, len(both), len(made), *scores, *fid))
+    return found

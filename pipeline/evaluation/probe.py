@@ -1,0 +1,193 @@
+"""Table 3: what fresh probes read of the attributes from frozen latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fader.method import Batch, ReduceSum
+from pipeline import metrics
+from pipeline.evaluation.measure import PROBE_RECORDS, Pass, flat_latent, hard
+from pipeline.evaluation.report import Leak
+
+if TYPE_CHECKING:
+    from pipeline.shards import Split
+
+
+def leaks(
+    pass_: Pass,
+    probe_split: Split,
+    run: Callable[[Split, int, Callable[[Batch], None]], None],
+    labels: Tensor,
+    reduce_sum: ReduceSum,
+    rank: int,
+    seed: int,
+    warnings: list[str],
+) -> list[Leak]:
+    """Probes learn from the training split's latents and answer for the evaluated split's.
+
+    Args:
+        run: sends the first so many records of a split through a function, batch by batch, this rank's share of them.
+        labels: [N, A] of the evaluated split.
+        warnings: what cannot be probed is added here.
+    """
+    attributes = pass_.attributes
+    num_train = min(PROBE_RECORDS, len(probe_split))
+    train_labels = torch.from_numpy(probe_split.columns(attributes)[:num_train].copy()).float()
+    pass_.allocate("probe_latent", (num_train, pass_.kept["latent"].shape[1]), torch.float32)
+
+    def encode(batch: Batch) -> None:
+        latent = pass_.method.encode(batch.images, batch.attributes)  # type: ignore[attr-defined]
+        pass_.put("probe_latent", batch.index, flat_latent(latent))
+
+    run(probe_split, num_train, encode)
+    train = reduce_sum(pass_.kept.pop("probe_latent")).cpu()
+    test = reduce_sum(pass_.kept.pop("latent")).cpu()
+    labels = labels[: len(test)]
+    hard_train = torch.stack([hard(a, train_labels[:, j]) for j, a in enumerate(attributes)], 1)
+    hard_test = torch.stack([hard(a, labels[:, j]) for j, a in enumerate(attributes)], 1)
+    preds = torch.zeros(len(test), len(attributes), dtype=torch.float64)
+    kinds = torch.zeros(len(attributes), dtype=torch.float64)
+    if rank == 0:  # training amplifies rounding, so one rank does it for all
+        preds, kinds = answers(train, hard_train, test, [a.k for a in attributes], seed=seed)
+    preds = reduce_sum(preds.to(pass_.device)).cpu().long()
+    kinds = reduce_sum(kinds.to(pass_.device)).cpu()
+    found = []
+    for j, attribute in enumerate(attributes):
+        if kinds[j] < 0:
+            warnings.append(f"{attribute.name}: its training labels hold one value only; no probe can learn it")
+            continue
+        mask = torch.stack([hard_test[:, j] == value for value in attribute.values], 1)
+        bits = torch.stack([preds[:, j] == value for value in attribute.values], 1)
+        some = mask.any(0)
+        resampled = metrics.bootstrap_means(bits, mask, seed=seed)[:, some].nanmean(1)
+        found.append(
+            Leak(
+                attribute.name,
+                metrics.balanced_accuracy(preds[:, j], hard_test[:, j], attribute.k),
+                *metrics.interval(resampled),
+                chance=1 / attribute.k,
+                probe=PROBES[int(kinds[j])],
+                probe_records=int((hard_train[:, j] >= 0).sum()),
+                records=int((hard_test[:, j] >= 0).sum()),
+            )
+        )
+    return found
+
+
+PROBES = ("linear", "mlp")
+_STRENGTHS = (1.0, 0.1, 0.01, 0.001)  # of the L2 penalty of the linear probes, beside a mean loss
+
+Classifier = Callable[[Tensor], Tensor]
+
+
+def answers(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    ks: Sequence[int],
+    *,
+    seed: int,
+    epochs: int = 30,
+    hidden: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """What fresh classifiers, trained on frozen latents, say of other latents.
+
+    Logistic regressions with several strengths of L2 and a network with one hidden layer learn every attribute with
+    class-balanced cross-entropy, on latents standardised by what they learn from. For each attribute the classifier
+    (and the network's epoch) is chosen by balanced accuracy on the last fifth of the training records, from which none
+    of them learns. A pure function of its arguments.
+
+    Args:
+        train, test: [N, F] and [M, F] float32.
+        train_labels: [N, A] int64, -1 = unknown (left out).
+        ks: values of each attribute.
+        seed: of the network's first weights and of the order of its batches.
+
+    Returns:
+        preds [M, A] float64; the index in PROBES of the classifier chosen [A] float64, -1 where the part learnt from
+        holds fewer than two values.
+    """
+    num_learn = max(1, len(train) - len(train) // 5)
+    mean, std = train[:num_learn].mean(0), train[:num_learn].std(0, correction=0)
+    scale = torch.where(std > 1e-6 * std.max().clamp(min=1e-30), 1 / std.clamp(min=1e-30), 0.0)
+    learn, held, test = ((part - mean) * scale for part in (train[:num_learn], train[num_learn:], test))
+    labels, held_labels = train_labels[:num_learn], train_labels[num_learn:]
+    weights = []
+    for j, k in enumerate(ks):
+        counts = torch.stack([(labels[:, j] == value).sum() for value in range(k)]).float()
+        weights.append(torch.where(counts > 0, counts.sum() / (k * counts.clamp(min=1)), 0.0))
+    learnable = [int((weight > 0).sum()) >= 2 for weight in weights]
+    best = [(-1.0, 0)] * len(ks)
+    preds = torch.zeros(len(test), len(ks), dtype=torch.float64)
+
+    def loss(logits: Tensor, rows: Tensor | slice) -> Tensor:
+        """Mean over these rows, weighted so that the values of an attribute count alike; summed over attributes."""
+        total = logits.new_zeros(())
+        for j, block in enumerate(logits.split(list(ks), 1)):
+            if learnable[j]:
+                total = total + torch.nn.functional.cross_entropy(
+                    block, labels[rows, j], weights[j], ignore_index=-1, reduction="sum"
+                )
+        return total / len(logits)
+
+    def consider(kind: str, classifier: Classifier) -> None:
+        with torch.no_grad():
+            held_blocks, test_blocks = (classifier(part).split(list(ks), 1) for part in (held, test))
+        for j, k in enumerate(ks):
+            value = metrics.balanced_accuracy(held_blocks[j].argmax(1), held_labels[:, j], k)
+            if learnable[j] and value > best[j][0]:
+                best[j] = (value, PROBES.index(kind))
+                preds[:, j] = test_blocks[j].argmax(1).double()
+
+    if any(learnable):
+        with torch.inference_mode(False), torch.enable_grad():
+            for classifier in _linear_probes(learn, loss, sum(ks)):
+                consider("linear", classifier)
+            for classifier in _mlp_probe(learn, loss, sum(ks), hidden, epochs, seed):
+                consider("mlp", classifier)
+    kinds = [kind if can else -1 for (_, kind), can in zip(best, learnable)]
+    return preds, torch.tensor(kinds, dtype=torch.float64)
+
+
+def _linear_probes(learn: Tensor, loss: Callable[..., Tensor], width: int) -> Iterator[Classifier]:
+    """A logistic regression for each strength of L2, from strong to weak, each from where the last one ended."""
+    weight = torch.zeros(learn.shape[1], width, requires_grad=True)
+    bias = torch.zeros(width, requires_grad=True)
+    for strength in _STRENGTHS:
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss(learn @ weight + bias, slice(None)) + strength / 2 * weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        yield lambda latents: latents @ weight + bias
+
+
+def _mlp_probe(
+    learn: Tensor, loss: Callable[..., Tensor], width: int, hidden: int, epochs: int, seed: int
+) -> Iterator[Classifier]:
+    """A network with one hidden layer after each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def layer(num_in: int, num_out: int) -> torch.nn.Linear:
+        made = torch.nn.utils.skip_init(torch.nn.Linear, num_in, num_out)
+        with torch.no_grad():
+            made.weight.uniform_(-(num_in**-0.5), num_in**-0.5, generator=generator)
+            made.bias.zero_()
+        return made
+
+    network = torch.nn.Sequential(layer(learn.shape[1], hidden), torch.nn.ReLU(), layer(hidden, width))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.1)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(learn), generator=generator).split(256):
+            optimizer.zero_grad()
+            loss(network(learn[rows]), rows).backward()
+            optimizer.step()
+        yield network
