@@ -120,11 +120,12 @@ class Plan:
         return out
 
     def _epoch(self, stream: str, epoch: int) -> np.ndarray:
-        """[size] int64: the rows at positions epoch·size … (epoch+1)·size - 1 of the stream."""
+        """[size] integers: the rows at positions epoch·size … (epoch+1)·size - 1 of the stream."""
         with self._lock:
             key = (stream, epoch)
             if key not in self._epochs:
-                self._epochs[key] = self._order(stream, epoch)
+                order = self._order(stream, epoch)
+                self._epochs[key] = order.astype(np.int32) if self.size < 2**31 else order
                 while len(self._epochs) > _EPOCHS_KEPT:
                     self._epochs.popitem(last=False)
             self._epochs.move_to_end(key)
@@ -152,7 +153,7 @@ def _permutation(words, size: int) -> np.ndarray:
 
 
 def share(rows: Rows, rank: int, world_size: int) -> Rows:
-    """This rank's contiguous part of a global batch: the parts in rank order are the whole, sizes differ by at most one.
+    """This rank's contiguous part of a global batch: in rank order they are the whole, sizes differ by at most one.
 
     Raises:
         ValueError: rank is not one of world_size.
@@ -262,7 +263,8 @@ class SplitLoader:
         prefetch: batches made ahead of the one being used.
 
     Raises:
-        ValueError: the split lacks an attribute, the crop does not take a picture's size, threads or prefetch is below 1.
+        ValueError: the split lacks an attribute, the crop does not take a picture's size, threads or prefetch is below
+            1, or rank is not one of world_size.
     """
 
     def __init__(

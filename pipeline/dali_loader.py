@@ -81,7 +81,7 @@ class DaliLoader(SplitLoader):
             if available is not None and num_bytes > available:
                 raise ValueError(
                     f"{split.name} decoded at {size} pixels takes {num_bytes / 1e9:.1f} GB and {self.device} has "
-                    f"{available / 1e9:.1f} GB free; turn the cache off to stream it"
+                    f"{available / 1e9:.1f} GB free; set data.cache=false to stream it"
                 )
         logger.info(
             "%s: %s records at %d pixels, decoded by DALI on %s (%d threads), %s",
@@ -90,7 +90,7 @@ class DaliLoader(SplitLoader):
         )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """See `Loader`. Streamed, DALI's threads decode `prefetch` batches ahead; kept, a batch is gathered when asked."""
+        """See `Loader`. Streamed, DALI decodes `prefetch` batches ahead; kept, batches are gathered when asked for."""
         if not self.cache:
             yield from self._decoded(
                 requests,
@@ -142,9 +142,9 @@ class DaliLoader(SplitLoader):
     ) -> Iterator[Result]:
         """`consume(request, pixels [N, S, S, C] on the device)` of each request, in order, decoding ahead.
 
-        DALI asks `source` for its inputs whenever its queue has room: `prefetch` times at the first `schedule_run`, once
-        at each later one. When there is nothing to hand out now, StopIteration tells DALI to finish what it has, and
-        after `reset` it asks again. That happens at the end; at a batch larger than the pipeline was built for; and
+        DALI asks `source` for its inputs whenever its queue has room: `prefetch` times at the first `schedule_run`, and
+        once at each later one. When there is nothing to hand out now, StopIteration tells DALI to finish what it has,
+        and after `reset` it asks again. That happens at the end; at a batch larger than the pipeline was built for; and
         where many requests in a row have no images, because those would otherwise be read ahead without end.
         """
         requests = iter(requests)
@@ -273,7 +273,7 @@ class DaliLoader(SplitLoader):
         assert self._copying is not None
         with torch.cuda.stream(self._copying):
             copy = torch.empty((len(waiting[0].rows), *self._shape), dtype=torch.uint8, device=self.device)
-            feed_ndarray(pixels, copy, cuda_stream=self._copying)
+            feed_ndarray(pixels.as_tensor(), copy, cuda_stream=self._copying)
         self._copying.synchronize()
         copy.record_stream(torch.cuda.current_stream(self.device))
         return copy

@@ -1,4 +1,4 @@
-"""Pillow on the CPU: the reference that other decoders are held against, and the fallback. The stock webdataset stream."""
+"""Pillow on the CPU: the reference for other decoders, and the fallback. The stock webdataset stream."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_a_batch_belongs_to_its_records(pixels):
 
 @pytest.mark.parametrize("size", [16, 5])
 def test_normalising_is_to_float_and_flip_to_the_bit(size):
-    pixels = torch.arange(256, dtype=torch.uint8).repeat(3 * size * size)[: 3 * size * size * 10].view(10, size, size, 3)
+    pixels = torch.arange(10 * size * size * 3).remainder(256).to(torch.uint8).view(10, size, size, 3)
     mirrored = torch.arange(10) % 3 == 0
     planes = pixels.permute(0, 3, 1, 2)
     assert torch.equal(normalised(pixels, None), to_float(planes))

@@ -415,7 +415,7 @@ def test_a_failure_of_requests_reaches_the_caller(train):
 
 def test_a_cache_larger_than_memory_is_refused_at_once(train, monkeypatch):
     monkeypatch.setattr(dali_loader, "_available_memory", lambda device: 1000)
-    with pytest.raises(ValueError, match="cpu has 0.0 GB free; turn the cache off"):
+    with pytest.raises(ValueError, match="cpu has 0.0 GB free; set data.cache=false"):
         made(("dali", True), train)
     made(("dali", False), train)
 
@@ -444,7 +444,9 @@ def test_a_loader_says_what_it_does(train, caplog):
     caplog.set_level(logging.INFO)
     list(made(("dali", True), train).batches(requests(40, range(2))))
     made(("dali", False), train)
-    assert "train: 40 records at 64 pixels, decoded by DALI on cpu (2 threads), once, and kept there: 0.5 MB" in caplog.text
+    assert "train: 40 records at 64 pixels, decoded by DALI on cpu (2 threads), once, and kept there: 0.5 MB" in (
+        caplog.text
+    )
     assert "train: decoded 40 records in" in caplog.text
     assert "3 batches ahead" in caplog.text
 
