@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -584,6 +585,11 @@ def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, ru
     if run_id is not None:
         output = mlflow.entities.LoggedModelOutput(logged.model_id, step=card["images_seen"])
         client.log_outputs(run_id, [output])
+        about = {"timestamp": int(time.time() * 1000), "step": card["images_seen"], "model_id": logged.model_id}
+        metric = mlflow.entities.Metric
+        rows = [metric(_tag(key), value, run_id=run_id, **about) for key, value in card["metrics"].items()]
+        for first in range(0, len(rows), 500):
+            client.log_batch(run_id, metrics=rows[first : first + 500])
     try:
         client.create_registered_model(name)
     except mlflow.exceptions.MlflowException as error:

@@ -227,6 +227,8 @@ def registered(runs, tmp_path_factory):
         patch.setenv("MLFLOW_TRACKING_URI", make_store(folder))
         client = MlflowClient()
         run_id = client.create_run(client.create_experiment("fader", str(folder / "artifacts"))).info.run_id
+        (runs / "fader" / "report").mkdir(exist_ok=True)
+        (runs / "fader" / "report" / "evaluation-test.json").write_text('{"metrics": {"test/swap_accuracy": 0.875}}')
         spool = runs / "fader" / "spool"
         spool.mkdir(exist_ok=True)
         targets = {f"sqlite:///{folder}/mlflow.db": {"run_id": run_id}}
@@ -284,6 +286,9 @@ def test_a_version_is_linked_tagged_and_never_pickled(registered):
     assert found.tags["data_digest"] == "d" * 64 and found.tags["attributes"] == "Smiling, Eyeglasses, Beard"
     outputs = MlflowClient().get_run(version.run_id).outputs.model_outputs
     assert len(outputs) == 1, "the run's page shows no model"
+    assert found.tags["metric.test/swap_accuracy"] == "0.875"
+    [metric] = MlflowClient().get_logged_model(outputs[0].model_id).metrics
+    assert (metric.key, metric.value, metric.step) == ("test/swap_accuracy", 0.875, 3200)
     files = [path.name for path in (folder / "artifacts").rglob("*") if path.is_file()]
     assert "model.safetensors" in files and "MLmodel" in files and "input_example.json" in files
     assert not [name for name in files if name.endswith((".pkl", ".pt", ".pth", ".bin"))]
