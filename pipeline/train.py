@@ -178,6 +178,7 @@ class _Run:
         card = {
             "name": experiment.name,
             "method": experiment.method_name,
+            "attributes": self.method.attributes.to_list(),
             "data_digest": shards.digest,
             "config_digest": experiment.digest,
             "commit": commit(),
@@ -188,7 +189,7 @@ class _Run:
         self.writer = checkpoint.Writer(self.folder, experiment.run.keep)
         self.tracker.start(self.started_at)
         self.tracker.params(experiment.to_dict())
-        self.tracker.tags({key: str(value) for key, value in card.items()})
+        self.tracker.tags({key: str(value) for key, value in card.items() if key != "attributes"})
         self.tracker.artifact(self.folder / "config.yaml")
 
     # --- the loop ---------------------------------------------------------------------------------------------------

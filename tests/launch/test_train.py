@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from tests.commands import ROOT, command, environment, launch
 CONFIG = """
 name: tiny
 method: {name: fader, preset: small, init_channels: 4, max_channels: 16, hidden_channels: 16, num_layers: 3,
-         images: 2400, lambda_max: 0.01, ramp_images: 1000, ema_half_life: 200, encoder_dropout: 0.1}
+         images: 1600, lambda_max: 0.01, ramp_images: 1000, ema_half_life: 200, encoder_dropout: 0.1}
 data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1}
 batch_size: 8
 precision: PRECISION
@@ -41,7 +42,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
     last = checkpoints(run)[-1]
-    assert last.name.endswith("2400"), last
+    assert last.name.endswith("1600"), last
     return {f"{part}:{k}": v for part in ("networks", "ema", "optimizers") for k, v in load_file(last / f"{part}.safetensors").items()}
 
 
@@ -52,7 +53,7 @@ def unbroken(config, tmp_path_factory):
     for processes in (1, 2):
         run = tmp_path_factory.mktemp("unbroken") / f"run{processes}"
         done = launch("launch.train", config, f"run.folder={run}", processes=processes)
-        assert re.search(r"2,400 / 2,400 images +[\d,]+ images/s +0:00:00 left", done.stderr), done.stderr
+        assert re.search(r"1,600 / 1,600 images +[\d,]+ images/s +0:00:00 left", done.stderr), done.stderr
         states[processes] = final_state(run)
     return states
 
@@ -67,7 +68,11 @@ def break_off(config: Path, run: Path, processes: int, number: signal.Signals) -
     while not checkpoints(run):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
-    os.killpg(process.pid, number)
+    if number == signal.SIGKILL:  # the launcher's workers live in sessions of their own
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
+    else:
+        os.killpg(process.pid, number)
     output = process.communicate(timeout=300)[0]
     assert process.returncode != 0, output
     return output
@@ -78,7 +83,7 @@ def break_off(config: Path, run: Path, processes: int, number: signal.Signals) -
 def test_a_run_that_was_broken_off_ends_bit_for_bit_as_the_unbroken_one(config, unbroken, tmp_path, processes, number):
     run = tmp_path / "run"
     output = break_off(config, run, processes, number)
-    assert not [path for path in checkpoints(run) if path.name.endswith("2400")], "it ended before the signal came"
+    assert not [path for path in checkpoints(run) if path.name.endswith("1600")], "it ended before the signal came"
     if number == signal.SIGINT:
         assert "Traceback" not in output or processes > 1, output  # the launcher of several ranks prints its own
         stopped = int(re.search(r"after ([\d,]+) images, state saved", output).group(1).replace(",", ""))
@@ -144,12 +149,12 @@ def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(config, unbroken, tmp_path):
     run = tmp_path / "run"
     break_off(config, run, 1, signal.SIGINT)
-    launch("launch.train", "--resume", run, "method.images=2000")
+    launch("launch.train", "--resume", run, "method.images=1200")
     damaged = checkpoints(run)[-1] / "networks.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    done = launch("launch.train", "--resume", run, "method.images=2400")
+    done = launch("launch.train", "--resume", run, "method.images=1600")
     assert "does not match its digest" in done.stderr
     resumed, whole = final_state(run), unbroken[1]
     assert [key for key in whole if not torch.equal(resumed[key], whole[key])] == []
