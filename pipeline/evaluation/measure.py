@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.distribution import Classes, Features
     from pipeline.registry import Model
 
-SLIDER_RECORDS = 512
+SLIDER_RECORDS = 256
 PROBE_RECORDS = 4000
 
 

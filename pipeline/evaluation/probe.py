@@ -155,19 +155,19 @@ def answers(
 
 def _linear_probes(learn: Tensor, loss: Callable[..., Tensor], width: int) -> Iterator[Classifier]:
     """A logistic regression for each strength of L2, from strong to weak, each from where the last one ended."""
-    weight = torch.zeros(learn.shape[1], width, requires_grad=True)
+    weight = torch.zeros(width, learn.shape[1], requires_grad=True)  # this way round both products run along rows
     bias = torch.zeros(width, requires_grad=True)
     for strength in _STRENGTHS:
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            value = loss(learn @ weight + bias, slice(None)) + strength / 2 * weight.square().sum()
+            value = loss(torch.nn.functional.linear(learn, weight, bias), slice(None)) + strength / 2 * weight.square().sum()
             value.backward()
             return value
 
         optimizer.step(closure)
-        yield lambda latents: latents @ weight + bias
+        yield lambda latents: torch.nn.functional.linear(latents, weight, bias)
 
 
 def _mlp_probe(
