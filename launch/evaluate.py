@@ -184,14 +184,15 @@ def _print(table: Table) -> None:
 
 
 def _write_into_run(report: Report) -> list[Path]:
-    """RUN/report/evaluation-<split>.json and .md, when the model is a run."""
+    """RUN/report/evaluation-<split>.json and .md, when the model is a run; under a name of its own for part of a split."""
     run = Path(report.model)
     if not (run / "config.yaml").is_file():
         return []
-    folder = run / "report"
+    part = f"-first-{report.records}" if report.records < report.split_records else ""
+    stem = run / "report" / f"evaluation-{report.split}{part}"
     return [
-        _write(folder / f"evaluation-{report.split}.json", _json([report])),
-        _write(folder / f"evaluation-{report.split}.md", report.markdown()),
+        _write(stem.with_name(f"{stem.name}.json"), _json([report])),
+        _write(stem.with_name(f"{stem.name}.md"), report.markdown()),
     ]
 
 

@@ -154,5 +154,8 @@ def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(s
     assert (fader / "report" / "evaluation-test.md").read_text().startswith("# Evaluation")
     assert registry.load(fader).card["metrics"] == content["metrics"]
     other = make_run(tmp_path / "other", JUDGE, data={"path": str(shards), "image_size": 32, "crop": "center"})
+    code, _, _ = run(capsys, monkeypatch, fader, "--limit", "20", "--tables", "swap", "--device", "cpu")
+    assert code == 0 and json.loads(report.read_text()) == content, "part of a split must not pass for the split"
+    assert json.loads((fader / "report" / "evaluation-test-first-20.json").read_text())["records"] == 20
     code, _, err = run(capsys, monkeypatch, fader, "--judge", other)
     assert code == 2 and f"error: the judge {other} sees images as image_size 32" in err.splitlines()[-1]
