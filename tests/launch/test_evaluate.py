@@ -111,6 +111,21 @@ def test_what_the_numbers_rest_on_is_said(shams, capsys, monkeypatch):
     assert "TRAINING" in out and "50 of the 60 records" in out and "another data set" in out
 
 
+def test_training_images_cannot_pass_for_test_images(shams, capsys, monkeypatch):
+    """The defect of two public implementations, planted: asked for the test split, the set hands out training records."""
+    split = ShardSet.split
+    monkeypatch.setattr(ShardSet, "split", lambda self, name: split(self, "train"))
+    code, out, _ = run(capsys, monkeypatch, "oracle", "--tables", "swap", "--device", "cpu")
+    assert code == 0 and "TRAINING" in out
+    with pytest.raises(AssertionError):
+        test_what_a_fair_evaluation_says(shams, capsys, monkeypatch)
+
+
+def test_what_a_fair_evaluation_says(shams, capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "oracle", "--tables", "swap", "--device", "cpu")
+    assert code == 0 and "TRAINING" not in out and "note:" not in out
+
+
 def test_a_judge_is_evaluated_alone(shams, capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "seer", "--device", "cpu")
     assert code == 0 and "real" in out and "1.000" in out and "judge=seer" in out
