@@ -98,6 +98,8 @@ class _Run:
         self.total_images = sum(-(-s.images // experiment.batch_size) * experiment.batch_size for s in self.stages)
         self._check_folder(resume, shards)
         self.judge = registry.load(experiment.judge) if experiment.judge and experiment.run.evaluate_images else None
+        if self.judge is not None:
+            evaluation.check_judge(self.judge, self.method.attributes, experiment.data.preprocessing(), experiment.name)
         self.valid = shards.split("valid") if experiment.run.evaluate_images or experiment.run.picture_images else None
         self.engine = Engine(self.method, precision=experiment.precision, seed=experiment.seed)
         self._check_batch_size()
@@ -110,6 +112,7 @@ class _Run:
         self.loader = self._open_loader(self.split, experiment.data.cache)
         self.valid_loader = self._open_loader(self.valid, False) if self.judge else None
         self._open_folder(shards)
+        self.rate = 0.0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.stopped_by = 0
@@ -262,7 +265,7 @@ class _Run:
         metrics = self.engine.mean({name: total / self.counts[name] for name, total in self.sums.items()})
         self.sums, self.counts = {}, {}
         now, clock = time.monotonic(), self.position.clock
-        rate = (clock.images - self.logged_images) / max(now - self.logged_at, 1e-9)
+        self.rate = rate = (clock.images - self.logged_images) / max(now - self.logged_at, 1e-9)
         self.logged_at, self.logged_images = now, clock.images
         self._refuse_nonfinite(metrics)
         self.tracker.log({**metrics, "run/images_per_second": rate}, clock.images, clock.updates)
@@ -333,7 +336,7 @@ class _Run:
         )
         self.tracker.log(metrics, self.position.clock.images, self.position.clock.updates)
         if self.engine.is_main and self.watch:
-            self.watch(Progress(self.position.clock, self.total_images, 0.0, metrics))
+            self.watch(Progress(self.position.clock, self.total_images, self.rate, metrics))
 
 
 def _due(before: Clock, after: Clock, interval: int) -> bool:

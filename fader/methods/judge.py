@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fader.attributes import Attributes, Head
 from fader.classifier import Classifier
 from fader.layers import wide
 from fader.losses import accuracies, attribute_loss
-from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
+from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, ReduceSum, Stage, register
 from fader.normalization import Norm
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -32,6 +33,8 @@ class JudgeSettings:
         norm: "global" or "local" batch norm (an instance of one pixel cannot be normalised).
         head: "softmax", two logits a binary attribute, or "sigmoid", one.
         dropout: after each convolution.
+        prior: "uniform" takes the training labels' frequencies out of the logits when it judges, so that a rare value
+            is not given away against a common one (it raises balanced accuracy); "data" judges as it was trained.
         clip_norm: L2 norm of all gradients; 0 = no clipping.
     """
 
@@ -43,6 +46,7 @@ class JudgeSettings:
     norm: Literal["global", "local"] = "global"
     head: Head = "softmax"
     dropout: float = 0.0
+    prior: Literal["uniform", "data"] = "uniform"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.5, 0.999)
     weight_decay: float = 0.0
@@ -61,9 +65,34 @@ class JudgeSettings:
         return {**PRESETS[self.preset], **{name: size for name, size in given.items() if size is not None}}
 
 
+class LabelCounts(nn.Module):
+    """How often training saw each value of each attribute, over all ranks; starts at one each, so that none is 0."""
+
+    def __init__(self, attributes: Attributes) -> None:
+        super().__init__()
+        self.slices = attributes.code_slices()
+        self.register_buffer("counts", torch.ones(attributes.code_width, dtype=torch.float64))
+
+    @torch.no_grad()
+    def add(self, attributes: Attributes, labels: Tensor, reduce_sum: ReduceSum) -> None:
+        """Count a batch of labels [N, A] of every rank, in train mode; unknown ones are left out."""
+        if not self.training:
+            return
+        known = torch.cat([(labels[:, j : j + 1] >= 0).expand(-1, a.k) for j, a in enumerate(attributes)], 1)
+        seen = torch.where(known, attributes.code(labels), 0.0).sum(0)
+        self.counts += reduce_sum(seen.to(self.counts.dtype))
+
+    def log_frequencies(self) -> list[Tensor]:
+        """One [k] float32 block an attribute."""
+        return [(self.counts[part] / self.counts[part].sum()).log().float() for part in self.slices]
+
+
 @register
 class Judge(Method):
-    """One network: classifier."""
+    """Networks: classifier, and label_counts, which learns nothing and counts.
+
+    Source of the uniform prior: Menon et al. 2021, arXiv:2007.07314, post-hoc logit adjustment with τ = 1.
+    """
 
     name = "judge"
     Settings = JudgeSettings
@@ -82,11 +111,12 @@ class Judge(Method):
                 dropout=settings.dropout,
                 norm=norm,
                 **settings.sizes(),
-            )
+            ),
+            "label_counts": LabelCounts(attributes),
         }
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("judge", (Phase(("classifier",), self.classifier_loss),), self.settings.images),)
+        return (Stage("judge", (Phase(("classifier",), self.classifier_loss, refreshes=("label_counts",)),), self.settings.images),)
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         s = self.settings
@@ -101,6 +131,7 @@ class Judge(Method):
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """Cross-entropy of real images' attributes; unknown labels are left out."""
+        networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
         logits = networks["classifier"](batch.images)
         loss = attribute_loss(self.attributes, logits, batch.attributes, batch.known, self.settings.head)
         right = accuracies(self.attributes, logits, batch.attributes, batch.known, self.settings.head)
@@ -109,4 +140,17 @@ class Judge(Method):
 
     def judge(self, images: Tensor) -> Tensor:
         """Images [N, C, S, S] in [-1, 1] to logits [N, attributes.logits_width(head)], before softmax or sigmoid."""
-        return wide(self.networks["classifier"](images))
+        logits = wide(self.networks["classifier"](images))
+        if self.settings.prior == "data":
+            return logits
+        blocks = []
+        for attribute, block, log_p in zip(
+            self.attributes,
+            self.attributes.blocks(logits, self.settings.head),
+            self.networks["label_counts"].log_frequencies(),
+        ):
+            if attribute.kind == "continuous":
+                blocks.append(block)
+            else:
+                blocks.append(block - (log_p if block.shape[1] > 1 else log_p[1] - log_p[0]))
+        return torch.cat(blocks, 1)

@@ -39,7 +39,7 @@ def test_each_phase_moves_only_its_networks(name, changes, phase):
         assert all(held) if network in trains else not any(held), network
     parameters = [p for n in trains for p in method.networks[n].parameters()]
     torch.optim.SGD(parameters, 0.1).step()
-    assert changed(before, method) == set(trains)
+    assert changed(before, method) == {*trains, *phases(method)[phase].refreshes}
 
 
 @pytest.mark.parametrize("name, changes, phase", cases())
@@ -358,3 +358,20 @@ def test_the_judge_gives_float32_logits_of_its_attributes_width(head):
     with torch.autocast("cpu", torch.bfloat16):
         logits = method.judge(planted().images)
     assert logits.shape == (12, MIXED.logits_width(head)) and logits.dtype == torch.float32
+
+
+def test_a_judges_uniform_prior_takes_the_label_frequencies_out_of_its_logits():
+    """A classifier that knows nothing but the prior judges at even odds; unknown labels are not counted."""
+    method = tiny("judge")
+    counts = method.networks["label_counts"]
+    labels = torch.zeros(99, len(MIXED))
+    labels[:9, 0] = 1
+    labels[:50, 1] = -1
+    counts.train().add(MIXED, labels, lambda total: total)
+    assert counts.counts[:2].tolist() == [91, 10]
+    logits = torch.cat(counts.log_frequencies())[None].repeat(2, 1)
+    method.networks["classifier"] = lambda images: logits
+    for p in MIXED.probabilities(method.judge(torch.zeros(2, 3, 32, 32)), "softmax"):
+        torch.testing.assert_close(p, torch.full_like(p, 1 / p.shape[1]))
+    counts.eval().add(MIXED, labels, lambda total: total)
+    assert counts.counts[:2].tolist() == [91, 10], "counting stops in eval mode"
