@@ -39,13 +39,17 @@ _FILL_BATCH = 128  # records decoded at once while the memory is filled
 _LOOK_AHEAD = 16  # requests without images that may stand between two with images before decoding ahead pauses
 
 
+_Inputs = tuple[list[np.ndarray] | np.ndarray, ...]
+"""What DALI reads for a batch: see `DaliLoader._inputs`."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Job:
     """A request, the rows of it that this process decodes, and what DALI reads while it does."""
 
     request: Request
     rows: np.ndarray
-    inputs: tuple[list[np.ndarray], np.ndarray, np.ndarray] | None
+    inputs: _Inputs | None
 
 
 class DaliLoader(SplitLoader):
@@ -73,8 +77,9 @@ class DaliLoader(SplitLoader):
         self._shape = (size, size, channels)
         self._kept: Tensor | None = None
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        sides = self.boxes[:, 2] - self.boxes[:, 0]
+        sides = (self.boxes[:, 2:] - self.boxes[:, :2]).max(1)
         self._resizes = any(kernel(int(side), size) != "none" for side in np.unique(sides))
+        self._pads = bool((preprocessing.resized(self.boxes) != size).any())
         num_bytes = len(split) * size * size * channels
         if cache:
             available = _available_memory(self.device)
@@ -161,7 +166,7 @@ class DaliLoader(SplitLoader):
                 job = _Job(request, rows, self._inputs(rows) if len(rows) else None)
             return job
 
-        def source() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        def source() -> _Inputs:
             nonlocal held
             for _ in range(_LOOK_AHEAD):
                 job = take()
@@ -202,12 +207,19 @@ class DaliLoader(SplitLoader):
         finally:
             pipeline = None  # ends DALI's threads; what they read is kept alive by `waiting`, and that by `source`
 
-    def _inputs(self, rows: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Encoded bytes, and int32 [N, 2] (top, left) and (height, width) of the crop."""
+    def _inputs(self, rows: np.ndarray) -> _Inputs:
+        """Encoded bytes; int32 [N, 2] (top, left) and (height, width) of the crop. Where pictures are letter-boxed also
+        float32 [N, 2] (height, width) to which it is resized; int32 [N, 2] (top, left) at which the square begins, seen
+        from the resized crop: zero or negative."""
         box = self.boxes[rows].astype(np.int32)
         data = [self.split.bytes(row) for row in rows.tolist()]
         start = np.ascontiguousarray(box[:, [1, 0]])
-        return data, start, np.ascontiguousarray(box[:, [3, 2]] - start)
+        inputs = (data, start, np.ascontiguousarray(box[:, [3, 2]] - start))
+        if not self._pads:
+            return inputs
+        sizes = self.preprocessing.resized(box)[:, ::-1]
+        corner = np.ascontiguousarray(-self.preprocessing.margins(sizes), np.int32)
+        return *inputs, np.ascontiguousarray(sizes, np.float32), corner
 
     def _empty(self, request: Request) -> Tensor | None:
         """Pixels of a request that needs no decoding: none, or those of a share without records."""
@@ -226,13 +238,14 @@ class DaliLoader(SplitLoader):
             prefetch_queue_depth=self.prefetch,
         )
         def decoding():
-            data, start, shape = fn.external_source(
+            kinds = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32][: 5 if self._pads else 3]
+            data, start, shape, *letterbox = fn.external_source(
                 source=source,
-                num_outputs=3,
+                num_outputs=len(kinds),
                 batch=True,
                 no_copy=True,
-                dtype=[types.UINT8, types.INT32, types.INT32],
-                ndim=[1, 1, 1],
+                dtype=kinds,
+                ndim=[1] * len(kinds),
             )
             if on_gpu:
                 images = fn.decoders.image(data, device="mixed", affine=False, jpeg_fancy_upsampling=True)
@@ -244,11 +257,14 @@ class DaliLoader(SplitLoader):
             if self._resizes:  # a square that has the size already comes out of the kernels unchanged
                 images = fn.resize(
                     images,
-                    resize_x=size,
-                    resize_y=size,
+                    size=letterbox[0] if self._pads else (size, size),
                     mag_filter=types.INTERP_LANCZOS3,
                     min_filter=types.INTERP_LINEAR,
                     antialias=True,
+                )
+            if self._pads:
+                images = fn.slice(
+                    images, letterbox[1], [size, size], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
                 )
             if channels == 1:
                 images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)

@@ -55,8 +55,16 @@ def _center_boxes(width: np.ndarray, height: np.ndarray) -> np.ndarray:
     return np.stack([left, top, left + side, top + side], 1)
 
 
-CROPS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"celeba": _celeba_boxes, "center": _center_boxes}
-"""Crop rules by name: (widths [N], heights [N]) to square boxes [N, 4] (left, top, right, bottom)."""
+def _whole_boxes(width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    return np.stack([0 * width, 0 * height, width, height], 1)
+
+
+CROPS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "celeba": _celeba_boxes,
+    "center": _center_boxes,
+    "letterbox": _whole_boxes,
+}
+"""Crop rules by name: (widths [N], heights [N]) to boxes [N, 4] (left, top, right, bottom)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class Preprocessing:
 
     Args:
         image_size: pixels a side of the result.
-        crop: a name in CROPS: "celeba" (rows 20:-20 of 178x218) or "center" (the largest centred square).
+        crop: a name in CROPS: "celeba" (rows 20:-20 of 178x218), "center" (the largest centred square), or "letterbox"
+            (the whole picture, its long side image_size, centred on black). Nothing is ever distorted.
         channels: 3 for colour, 1 for grey.
 
     Raises:
@@ -85,7 +94,8 @@ class Preprocessing:
             raise ValueError(f"channels is {self.channels}; pictures have 3 (colour) or 1 (grey)")
 
     def boxes(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-        """What is cut out of pictures of these sizes: [N, 4] int64, (left, top, right, bottom), always square.
+        """What is cut out of pictures of these sizes: [N, 4] int64, (left, top, right, bottom); square, or the whole
+        picture under "letterbox".
 
         Raises:
             ValueError: the crop rule does not take a size; the message names it.
@@ -97,6 +107,16 @@ class Preprocessing:
         left, top, right, bottom = self.boxes(np.array([width]), np.array([height]))[0].tolist()
         return left, top, right, bottom
 
+    def resized(self, boxes: np.ndarray) -> np.ndarray:
+        """The width and height that each box [N, 4] is resized to: [N, 2] int64, the longer of them image_size."""
+        sides = np.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], 1)
+        longest = sides.max(1, keepdims=True)
+        return np.maximum(1, (2 * sides * self.image_size + longest) // (2 * longest))
+
+    def margins(self, sizes: np.ndarray) -> np.ndarray:
+        """Where a resized box of [N, 2] (width, height) begins in the square: [N, 2] (left, top), centred."""
+        return (self.image_size - sizes) // 2
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -106,7 +126,7 @@ class Preprocessing:
 
 
 def kernel(side: int, image_size: int) -> Literal["lanczos", "triangular", "none"]:
-    """The one resize kernel for a square of `side` pixels that becomes `image_size`.
+    """The one resize kernel for a box whose longer side is `side` pixels and becomes `image_size`.
 
     Pillow calls the antialiased triangle BILINEAR; DALI calls it triangular with antialias on. Neither the area filter
     of OpenCV, which the official code used to shrink, nor its Lanczos of 8 taps exists in both.
@@ -142,7 +162,10 @@ def decode(data: bytes | memoryview | np.ndarray) -> Image.Image:
     try:
         image = _open(data)
         image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would cut off what is above 255
+            upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return upright.convert("RGB")
     except _DAMAGE as error:
         raise _unreadable(data, error) from error
 
@@ -169,19 +192,27 @@ def check(data: bytes) -> tuple[int, int, str]:
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Crop, then resize with one kernel, rounded to uint8: [image_size, image_size, channels].
+    """Crop, then resize with one kernel, rounded to uint8, centred on black: [image_size, image_size, channels].
 
     Raises:
         ValueError: the crop rule does not take the picture's size.
     """
-    box = preprocessing.box(*image.size)
+    boxes = preprocessing.boxes(np.array([image.width]), np.array([image.height]))
+    sizes = preprocessing.resized(boxes)
+    (box,), ((width, height),) = boxes.tolist(), sizes.tolist()
     size = preprocessing.image_size
     image = image.crop(box)
-    name = kernel(box[2] - box[0], size)
+    name = kernel(max(image.size), size)
     if name != "none":
-        image = image.resize((size, size), _PILLOW_KERNELS[name])
+        image = image.resize((width, height), _PILLOW_KERNELS[name])
     array = np.asarray(image.convert("RGB" if preprocessing.channels == 3 else "L"))
-    return array.reshape(size, size, preprocessing.channels)
+    array = array.reshape(height, width, preprocessing.channels)
+    if width == height:
+        return array
+    out = np.zeros((size, size, preprocessing.channels), np.uint8)
+    left, top = preprocessing.margins(sizes)[0].tolist()
+    out[top : top + height, left : left + width] = array
+    return out
 
 
 def to_float(images: Tensor) -> Tensor:
