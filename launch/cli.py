@@ -12,6 +12,7 @@ from launch.command import main as run
 COMMANDS = {
     "demo": "draw faces, shard, train a judge and a Fader network, evaluate, register: the whole way in minutes",
     "prepare": "an attribute-labelled image set to WebDataset tars with a manifest",
+    "inspect": "what a shard set holds: counts, balance, sizes, duplicates, in text and pictures",
     "verify": "read a shard set back and hold it against its manifest",
     "train": "train what a config says; --resume RUN goes on",
     "evaluate": "does it slide? tables over a split",

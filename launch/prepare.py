@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,22 +19,39 @@ if TYPE_CHECKING:
     from pipeline.datasets.workers import Progress
 
 app = typer.Typer(
-    help="Write a data set as WebDataset shards with a manifest.",
+    help="Write a data set as WebDataset shards with a manifest. What is read may lie here, or at an address "
+    "that fsspec knows (https://, s3://, …).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+_MOST_SHOWN = 10
+
 Out = Annotated[Path, typer.Argument(help="Folder for the shards: absent, empty, or one that an interrupted run left.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong and list it in dataset.json.")]
 ShardRecords = Annotated[int, typer.Option(min=1, help="Records a tar.")]
+Split = Annotated[
+    str | None, typer.Option(help="Split anew, by a hash of the key: percent of train/valid/test, as 80/10/10.")
+]
+Group = Annotated[str | None, typer.Option(help="Column whose equal values stand in one split: identity, camera.")]
+Columns = Annotated[str, typer.Option(help="Columns to take as attributes, parted by commas; by default all others.")]
+KindOf = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What a column is where its cells do not say: NAME=binary, NAME=binary:ABSENT,PRESENT, NAME=k-way, "
+        "NAME=k-way:FIRST,SECOND,THIRD, NAME=continuous:LOW:HIGH. '*' names all others. May be given several times."
+    ),
+]
+SplitColumn = Annotated[str | None, typer.Option(help="Column that says train, valid or test.")]
+KeyColumn = Annotated[str | None, typer.Option(help="Column that names the record.")]
 
 
 @app.command()
 def celeba(
     source: Annotated[
-        Path, typer.Argument(help="Folder with list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/.")
+        str, typer.Argument(help="Folder with list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/.")
     ],
     out: Out,
     workers: Workers = None,
@@ -42,9 +59,102 @@ def celeba(
     shard_records: ShardRecords = 4096,
 ) -> None:
     """CelebA as it is published."""
-    from pipeline.datasets import DATASETS
+    _prepare("celeba", {"source": source}, out, workers, skip_bad, shard_records)
 
-    _prepare(lambda: DATASETS["celeba"](source, skip_bad=skip_bad), out, workers, skip_bad, shard_records)
+
+@app.command()
+def mnist(
+    source: Annotated[str, typer.Argument(help="Folder with the four idx files, gzipped or not.")],
+    out: Out,
+    attribute: Annotated[str, typer.Option(help="What to call the label.")] = "digit",
+    split: Split = None,
+    workers: Workers = None,
+    shard_records: ShardRecords = 4096,
+) -> None:
+    """MNIST, and sets in its file format: one k-way attribute."""
+    options = {"source": source, "attribute": attribute, "shares": split}
+    _prepare("mnist", options, out, workers, False, shard_records)
+
+
+@app.command()
+def digits(out: Out, split: Split = None, workers: Workers = None, shard_records: ShardRecords = 4096) -> None:
+    """scikit-learn's 1,797 handwritten digits; nothing is downloaded."""
+    _prepare("digits", {"shares": split}, out, workers, False, shard_records)
+
+
+@app.command()
+def folders(
+    source: Annotated[str, typer.Argument(help="Folder with trainA, trainB, testA, testB; or a folder a class.")],
+    out: Out,
+    attribute: Annotated[
+        str | None, typer.Option(help="What to call the attribute; by default the second class, or 'class'.")
+    ] = None,
+    names: Annotated[str, typer.Option(help="What to call the classes, in the order of their folders: a,b.")] = "",
+    split: Split = None,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    shard_records: ShardRecords = 4096,
+) -> None:
+    """Pictures sorted into folders: two classes make a binary attribute, more a k-way one."""
+    options = {"source": source, "attribute": attribute, "names": _parts(names), "shares": split}
+    _prepare("folders", options, out, workers, skip_bad, shard_records)
+
+
+@app.command()
+def daynight(
+    source: Annotated[str, typer.Argument(help="Folder with labels.csv (path, label, camera) or day/ and night/.")],
+    out: Out,
+    labels: Annotated[str, typer.Option(help="Column that says day or night.")] = "label",
+    camera: Annotated[str | None, typer.Option(help="Column of cameras; found by itself when it is called so.")] = None,
+    split: Split = None,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    shard_records: ShardRecords = 4096,
+) -> None:
+    """Webcam photos by day and by night: no camera stands on both sides of a split, where cameras are known."""
+    options = {"source": source, "labels": labels, "camera": camera, "shares": split}
+    _prepare("daynight", options, out, workers, skip_bad, shard_records)
+
+
+@app.command()
+def table(
+    source: Annotated[str, typer.Argument(help="CSV or Parquet file with a column of picture paths.")],
+    out: Out,
+    images: Annotated[str | None, typer.Option(help="Where the paths start; by default beside the file.")] = None,
+    path: Annotated[str, typer.Option(help="Column of picture paths.")] = "path",
+    key: KeyColumn = None,
+    split_column: SplitColumn = None,
+    group: Group = None,
+    attributes: Columns = "",
+    kind: KindOf = None,
+    split: Split = None,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    shard_records: ShardRecords = 4096,
+) -> None:
+    """Any CSV or Parquet file with a column of paths; binary, k-way and continuous attributes."""
+    columns = {"key": key, "split": split_column, "group": group, "attributes": _parts(attributes), "kinds": kind or ()}
+    options = {"source": source, "images": images, "path": path, **columns, "shares": split}
+    _prepare("table", options, out, workers, skip_bad, shard_records)
+
+
+@app.command()
+def wds(
+    source: Annotated[str, typer.Argument(help="Folder of WebDataset tars, or one tar; img2dataset's output.")],
+    out: Out,
+    key: KeyColumn = None,
+    split_column: SplitColumn = None,
+    group: Group = None,
+    attributes: Columns = "",
+    kind: KindOf = None,
+    split: Split = None,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    shard_records: ShardRecords = 4096,
+) -> None:
+    """WebDataset tars that exist already: a picture and a JSON file a record; fields of the JSON are the columns."""
+    columns = {"key": key, "split": split_column, "group": group, "attributes": _parts(attributes), "kinds": kind or ()}
+    _prepare("wds", {"source": source, **columns, "shares": split}, out, workers, skip_bad, shard_records)
 
 
 @app.command()
@@ -62,15 +172,34 @@ def faces(
         with progress_bar("drawing faces") as progress:
             return DATASETS["faces"](out / "source", count=count, seed=seed, workers=workers, progress=progress)
 
-    _prepare(draw, out, workers, False, shard_records)
+    _write(draw, out, workers, False, shard_records)
 
 
-def _prepare(read: Callable[[], Dataset], out: Path, workers: int | None, skip_bad: bool, shard_records: int) -> None:
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _prepare(
+    name: str, options: dict[str, Any], out: Path, workers: int | None, skip_bad: bool, shard_records: int
+) -> None:
+    from pipeline.datasets import DATASETS, Shares
+
+    if options.get("shares"):
+        options["shares"] = Shares.parse(options["shares"])
+    _write(lambda: DATASETS[name](**options, skip_bad=skip_bad), out, workers, skip_bad, shard_records)
+
+
+def _write(read: Callable[[], Dataset], out: Path, workers: int | None, skip_bad: bool, shard_records: int) -> None:
     from pipeline import shards
 
     try:
         dataset = read()
         typer.echo(f"{dataset.name}: {len(dataset):,} records to {out}, {shard_records:,} a shard")
+        for entry in dataset.attribute_list if len(dataset.attribute_list) <= _MOST_SHOWN else ():
+            values = ": " + ", ".join(entry["categories"]) if entry["categories"] else ""
+            typer.echo(f"  {entry['name']}, {entry['kind']}{values}")
+        if "split" in dataset.source:
+            typer.echo(f"  split {dataset.source['split']}")
         with progress_bar("writing shards") as progress:
             written = shards.prepare(
                 dataset, out, shard_records=shard_records, workers=workers, skip_bad=skip_bad, progress=progress
@@ -93,7 +222,7 @@ def _tell(written: ShardSet) -> None:
     if info["left_out"]:
         first, where = info["left_out"][0]["reason"], written.path / "dataset.json"
         typer.echo(f"left out: {len(info['left_out']):,}, listed in {where}; the first: {first}")
-    typer.echo(f"next: fader verify {written.path}")
+    typer.echo(f"next: fader inspect {written.path}, or fader verify {written.path}")
 
 
 @contextlib.contextmanager

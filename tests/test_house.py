@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fader", "pipeline", "launch")
 ORDER = (
-    "images config datasets shards batches steps tar_loader dali_loader engine tracking metrics checkpoint registry "
-    "evaluation train app"
+    "images config datasets shards inspection batches steps tar_loader dali_loader engine tracking metrics checkpoint "
+    "registry evaluation train app"
 ).split()
 HOMES = {
     "accelerate": {"engine"},
@@ -20,7 +20,9 @@ HOMES = {
     "nvidia": {"dali_loader"},
     "mlflow": {"tracking", "registry"},
     "webdataset": {"shards", "tar_loader"},
-    "pyarrow": {"shards"},
+    "pyarrow": {"shards", "datasets"},
+    "fsspec": {"shards", "datasets"},
+    "sklearn": {"datasets"},
     "yaml": {"config"},
     "gradio": {"app"},
 }

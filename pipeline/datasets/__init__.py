@@ -5,9 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.datasets.celeba import read_celeba
+from pipeline.datasets.daynight import read_daynight
+from pipeline.datasets.digits import read_digits
 from pipeline.datasets.faces import read_faces
+from pipeline.datasets.folders import read_folders
+from pipeline.datasets.mnist import read_mnist
 from pipeline.datasets.record import SPLITS, Dataset, LeftOut, Record
+from pipeline.datasets.splits import Shares
+from pipeline.datasets.table import read_table
+from pipeline.datasets.wds import read_wds
 
-DATASETS: dict[str, Callable[..., Dataset]] = {"celeba": read_celeba, "faces": read_faces}
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "celeba": read_celeba,
+    "daynight": read_daynight,
+    "digits": read_digits,
+    "faces": read_faces,
+    "folders": read_folders,
+    "mnist": read_mnist,
+    "table": read_table,
+    "wds": read_wds,
+}
 
-__all__ = ["DATASETS", "SPLITS", "Dataset", "LeftOut", "Record"]
+__all__ = ["DATASETS", "SPLITS", "Dataset", "LeftOut", "Record", "Shares"]

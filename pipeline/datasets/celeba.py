@@ -17,12 +17,13 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
 
-from pipeline.datasets.record import Dataset, LeftOut, key_fault
+from pipeline.datasets.record import Dataset, Faults, LeftOut, key_fault
+from pipeline.datasets.source import Place, Reader
 
 ANNOTATION = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt")
 PARTITION = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
@@ -34,30 +35,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FolderReader:
-    """Reads a file of one folder by its name."""
-
-    folder: str
-
-    def __call__(self, name: str) -> bytes:
-        with open(f"{self.folder}/{name}", "rb", buffering=0) as file:
-            return file.read()
-
-
-class _Faults:
-    """Raises at the first fault, or collects them all when told to skip."""
-
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
-        self.left_out: list[LeftOut] = []
-
-    def add(self, key: str | None, place: str, reason: str) -> None:
-        if not self.skip:
-            raise ValueError(f"{place}: {reason}; mend the file, or leave such records out with --skip-bad")
-        self.left_out.append(LeftOut(key, f"{place}: {reason}"))
-
-
-@dataclass(frozen=True)
 class _Table:
     """An annotation file: its attributes, and for each key the line and the labels."""
 
@@ -66,7 +43,7 @@ class _Table:
 
 
 def read_celeba(
-    source: Path | str,
+    source: PathLike[str] | str,
     *,
     skip_bad: bool = False,
     name: str = "celeba",
@@ -87,11 +64,11 @@ def read_celeba(
             or one that is neither 1 nor -1; a key stands twice, is no plain name, or has no partition. The message
             names file and line.
     """
-    source = Path(source)
-    images = _find(source, IMAGES, "folder of pictures", Path.is_dir)
-    annotation = _find(source, ANNOTATION, "annotation file", Path.is_file)
-    partition = _find(source, PARTITION, "partition file", Path.is_file)
-    faults = _Faults(skip_bad)
+    source = Place(fspath(source))
+    images = _find(source, IMAGES, "folder of pictures", Place.is_dir)
+    annotation = _find(source, ANNOTATION, "annotation file", Place.is_file)
+    partition = _find(source, PARTITION, "partition file", Place.is_file)
+    faults = Faults(skip_bad)
 
     files = [annotation, partition]
     table = _read_table(annotation, _binary_attributes, faults)
@@ -126,24 +103,24 @@ def read_celeba(
         locations=locations,
         labels=np.array(labels, np.float32).reshape(len(keys), len(attribute_list)),
         places=places,
-        read=FolderReader(str(images)),
+        read=Reader(images),
         left_out=faults.left_out,
     )
 
 
-def _find(source: Path, candidates: tuple[str, ...], what: str, exists: Callable[[Path], bool]) -> Path:
+def _find(source: Place, candidates: tuple[str, ...], what: str, exists: Callable[[Place], bool]) -> Place:
     for candidate in candidates:
         if exists(source / candidate):
             return source / candidate
     hint = ""
-    if what == "folder of pictures" and list(source.glob("**/img_align_celeba.zip")):
+    if what == "folder of pictures" and any((source / f"{name}.zip").is_file() for name in candidates):
         hint = "; img_align_celeba.zip lies there: unzip it first"
     elif not source.is_dir():
         hint = "; there is no such folder"
     raise ValueError(f"{source} has no {what} {' or '.join(candidates)}{hint}")
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Place) -> list[str]:
     """The lines without their ends; trailing empty lines are dropped.
 
     Raises:
@@ -176,7 +153,7 @@ def _kway_attributes(header: list[str]) -> list[tuple[dict[str, Any], dict[str, 
 
 
 def _read_table(
-    path: Path, attributes_of: Callable[[list[str]], list[tuple[dict[str, Any], dict[str, int]]]], faults: _Faults
+    path: Place, attributes_of: Callable[[list[str]], list[tuple[dict[str, Any], dict[str, int]]]], faults: Faults
 ) -> _Table:
     """An annotation file. `attributes_of` turns its header into attributes and the meaning of their values."""
     lines = _lines(path)
@@ -234,7 +211,7 @@ def _name_fault(name: str) -> str | None:
     return f"{name[:-4]!r} {reason}" if reason else None
 
 
-def _read_partition(path: Path, faults: _Faults) -> dict[str, str]:
+def _read_partition(path: Place, faults: Faults) -> dict[str, str]:
     """Picture name to split."""
     out: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -252,7 +229,7 @@ def _read_partition(path: Path, faults: _Faults) -> dict[str, str]:
     return out
 
 
-def _missing_rows(splits: dict[str, str], table: _Table, annotation: Path, partition: Path, faults: _Faults) -> None:
+def _missing_rows(splits: dict[str, str], table: _Table, annotation: Place, partition: Place, faults: Faults) -> None:
     """Pictures with a partition and no labels: listed when skipping, else only said: they are no part of the set."""
     names = [name for name in splits if name not in table.rows]
     if names and faults.skip:

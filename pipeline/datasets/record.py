@@ -103,6 +103,34 @@ class Dataset:
         return digest.hexdigest()
 
 
+class Faults:
+    """Raises at the first fault of an index, or collects them all when told to skip."""
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.left_out: list[LeftOut] = []
+
+    def add(self, key: str | None, place: str, reason: str) -> None:
+        if not self.skip:
+            raise ValueError(f"{place}: {reason}; mend the file, or leave such records out with --skip-bad")
+        self.left_out.append(LeftOut(key, f"{place}: {reason}"))
+
+
+def key_of(name: str) -> str:
+    """The key of a picture that has a file name and no key: the name without its extension, folders parted by `__`.
+
+    Where the name has other letters than a key may have, or is too long, a digest of it keeps the key its own: the key
+    depends on the name alone, so it stays when the set grows.
+    """
+    folder, _, last = name.rpartition("/")
+    stem = f"{folder}/{last.rpartition('.')[0] or last}" if folder else last.rpartition(".")[0] or last
+    plain = stem.replace("/", "__")
+    if not key_fault(plain) and "__" not in stem:
+        return plain
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_-]+', '-', plain).strip('-')[-70:]}-{digest}"
+
+
 def key_fault(key: str) -> str | None:
     """Why a key cannot name members of a tar, or None: it must be a plain name, so that nothing escapes a folder."""
     if _KEY.fullmatch(key):

@@ -1,0 +1,237 @@
+"""Where a set is read from: a path of this machine, or any address that fsspec knows (s3://, https://, zip://)."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+Result = TypeVar("Result")
+
+RETRIES, FIRST_WAIT_SECONDS = 4, 0.5
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+"""Extensions of what counts as a picture when a folder is listed."""
+
+
+def is_remote(address: str | os.PathLike[str]) -> bool:
+    """Whether fsspec has to be asked: an address with a protocol, rather than a path."""
+    return "://" in os.fspath(address)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder, here or elsewhere; the few things that readers of sets ask of one. It pickles.
+
+    Remote reading is tried again a few times, with longer and longer pauses, unless the answer is that there is no such
+    file or that it may not be read.
+    """
+
+    address: str
+
+    def __truediv__(self, name: str) -> Place:
+        if is_remote(name) or os.path.isabs(name):
+            return Place(name)
+        if not self.remote:
+            return Place(os.path.join(self.address, name))
+        first, chain, rest = self.address.partition("::")
+        return Place(f"{first if first.endswith('://') else first.rstrip('/') + '/'}{name}{chain}{rest}")
+
+    def __str__(self) -> str:
+        return self.address
+
+    @property
+    def remote(self) -> bool:
+        return is_remote(self.address)
+
+    @property
+    def name(self) -> str:
+        return self.address.partition("::")[0].rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> Place:
+        if not self.remote:
+            return Place(os.path.dirname(self.address.rstrip("/")) or ".")
+        first, chain, rest = self.address.partition("::")
+        protocol, slashes, path = first.partition("://")
+        return Place(f"{protocol}{slashes}{path.rstrip('/').rpartition('/')[0]}{chain}{rest}")
+
+    def with_name(self, name: str) -> Place:
+        return self.parent / name
+
+    def is_file(self) -> bool:
+        return self._asked(lambda system, path: system.isfile(path)) if self.remote else os.path.isfile(self.address)
+
+    def is_dir(self) -> bool:
+        return self._asked(lambda system, path: system.isdir(path)) if self.remote else os.path.isdir(self.address)
+
+    def read_bytes(self) -> bytes:
+        """The whole file: for pictures and annotations.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.remote:
+            return self._asked(lambda system, path: system.cat_file(path))
+        with open(self.address, "rb", buffering=0) as file:
+            return file.read()
+
+    def open(self) -> BinaryIO:
+        """The file, to be read part by part.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return self._asked(lambda system, path: system.open(path, "rb")) if self.remote else open(self.address, "rb")
+
+    def read_part(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on; fewer where the file ends before.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.remote:
+            return self._asked(lambda system, path: system.cat_file(path, start=offset, end=offset + size))
+        with open(self.address, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+    def folders(self) -> list[str]:
+        """Names of the folders in this one, sorted, without hidden ones.
+
+        Raises:
+            OSError: it cannot be listed.
+        """
+        if self.remote:
+            entries = self._asked(lambda system, path: system.ls(path, detail=True))
+            names = [e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory"]
+        else:
+            with os.scandir(self.address) as listing:
+                names = [entry.name for entry in listing if entry.is_dir()]
+        return sorted(name for name in names if not name.startswith("."))
+
+    def files(self, *extensions: str) -> list[str]:
+        """Names of the files of these kinds in this folder and those below it, relative to it, sorted.
+
+        Hidden ones are left out; folders that are links are not entered, so that none is entered for ever.
+
+        Raises:
+            OSError: it cannot be listed.
+        """
+        names = self._asked(_remote_files) if self.remote else list(_local_files(self.address))
+        names = [name for name in names if name.lower().endswith(extensions)]
+        return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+
+    def _asked(self, question: Callable[[AbstractFileSystem, str], Result]) -> Result:
+        """What the file system answers.
+
+        Raises:
+            OSError: it does not, after some trials; libraries behind fsspec raise kinds of their own.
+        """
+        for trial in range(RETRIES):
+            try:
+                return question(*_file_system(self.address))
+            except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError):
+                raise
+            except (ImportError, ValueError) as error:
+                raise ValueError(f"{self.address} cannot be opened: {error}") from error
+            except Exception as error:
+                if trial == RETRIES - 1:
+                    raise OSError(f"{self.address} cannot be read, tried {RETRIES} times: {_said(error)}") from error
+            time.sleep(FIRST_WAIT_SECONDS * 2**trial)
+        raise AssertionError("unreachable")
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _file_system(address: str) -> tuple[AbstractFileSystem, str]:
+    """fsspec's file system for an address, and the path in it; fsspec keeps its connections, archives are kept here."""
+    first, chain, rest = address.partition("::")
+    if not chain:
+        return _opened(address)
+    protocol, _, path = first.partition("://")
+    return _opened_archive(f"{protocol}://::{rest}")[0], path
+
+
+def _opened(address: str) -> tuple[AbstractFileSystem, str]:
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(address)
+
+
+_opened_archive = lru_cache(maxsize=16)(_opened)
+
+
+def _remote_files(system: AbstractFileSystem, path: str) -> list[str]:
+    root = system._strip_protocol(path).rstrip("/") + "/"
+    return [name.removeprefix(root).lstrip("/") for name in system.find(path)]
+
+
+def _local_files(folder: str) -> Iterator[str]:
+    for root, _, names in os.walk(folder, onerror=_raise):
+        prefix = os.path.relpath(root, folder)
+        for name in names:
+            yield name if prefix == "." else f"{prefix}/{name}"
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads a file of one folder by its name, an absolute path or an address."""
+
+    folder: Place
+
+    def __call__(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+
+def unpacked(place: Place, head_size: int, size_of: Callable[[bytes], int]) -> BinaryIO:
+    """A local file of the same content, gunzipped if it was packed, that can be mapped: itself, or one that vanishes
+    with its last reader. Its memory is the page cache's, so that any number of bytes may come.
+
+    Args:
+        head_size: bytes that say how long the whole is.
+        size_of: how long it is, by those; no more is unpacked (and one byte, so that a longer file shows).
+
+    Raises:
+        ValueError: the packed file is damaged; and what `size_of` raises.
+        OSError: it cannot be read, or the disk is full.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(place.open())
+        try:
+            if place.name.endswith(".gz"):
+                file = stack.enter_context(gzip.GzipFile(fileobj=file))
+            most = size_of(file.read(head_size)) + 1
+            file.seek(0)
+            if not place.remote and not place.name.endswith(".gz"):
+                stack.pop_all()
+                return file
+            out = tempfile.TemporaryFile(prefix="fader-")
+            while most and (part := file.read(min(most, 1 << 20))):
+                out.write(part)
+                most -= len(part)
+        except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{place} is damaged ({error}); fetch it again") from error
+    out.flush()
+    out.seek(0)
+    return out
+
+
+def describe_missing(place: Place, what: str) -> ValueError:
+    """What to say of a source that lacks something: also whether it is there at all."""
+    there = place.is_dir() or place.is_file()
+    return ValueError(f"{place} has no {what}" if there else f"{place} has no {what}; there is no such folder or file")
