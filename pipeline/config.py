@@ -22,6 +22,10 @@ from fader.method import METHODS, Method
 from pipeline.images import CROPS, Preprocessing
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
+WHY_NOT_ZERO_3 = (
+    "ZeRO-3 is refused: it cuts up the weights themselves, and a network that two phases use would be cut up twice; "
+    "at some 20 million parameters there is nothing to save either: use 0, 1 or 2"
+)
 
 
 class DataConfig(BaseModel):
@@ -75,6 +79,31 @@ class RunConfig(BaseModel):
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
 
 
+class EngineConfig(BaseModel):
+    """How updates are spread over processes, and what a larger global batch changes in them."""
+
+    model_config = STRICT
+
+    backend: Literal["auto", "ddp", "deepspeed"] = Field(
+        "auto", description="auto: DeepSpeed when the launcher says so, DDP on several processes otherwise"
+    )
+    zero_stage: int | None = Field(None, description="DeepSpeed's 0, 1 or 2; none = the launcher's, or 1")
+    accumulation: int = Field(1, ge=1, description="parts in which a rank takes its share of a batch")
+    gradient_compression: Literal["none", "bf16"] = Field("none", description="what gradients travel as between ranks")
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        "none", description="learning rates times (batch_size / reference_batch_size) to the power 0, 1/2, 1"
+    )
+    reference_batch_size: int = Field(32, ge=1, description="the batch size that the learning rates were chosen for")
+    warmup_images: int = Field(0, ge=0, description="images of each stage over which learning rates grow from 0")
+
+    @pydantic.field_validator("zero_stage")
+    @classmethod
+    def _stages_that_work(cls, stage: int | None) -> int | None:
+        if stage is not None and stage not in (0, 1, 2):
+            raise ValueError(WHY_NOT_ZERO_3 if stage == 3 else "is none of 0, 1, 2")
+        return stage
+
+
 class TrackingConfig(BaseModel):
     model_config = STRICT
 
@@ -92,9 +121,10 @@ class Experiment(BaseModel):
     method: Any
     data: DataConfig
     batch_size: int = Field(32, ge=1, description="records of one step over all ranks")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp16 scales its losses and needs CUDA")
     seed: int = 0
     judge: str | None = Field(None, description="run, export or models:/ address that evaluates this run")
+    engine: EngineConfig = EngineConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
 

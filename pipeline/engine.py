@@ -1,19 +1,28 @@
-"""Accelerate behind few verbs: update, mean, any, state, load. The only file that knows of several processes.
+"""Accelerate and DeepSpeed behind few verbs: update, mean, any, state, load. Only this file knows of several processes.
 
 A phase's loss is what gets wrapped. For each trained group the engine builds one module whose forward runs a whole loss
 with the raw networks inside, while only the group's parameters require gradients; the back end wraps *that*. So no
 method can call a trained network around its wrapper, autocast covers everything, and a frozen discriminator costs no
-communication.
+communication. Back ends: one process, DDP, and DeepSpeed ZeRO-0, 1, 2 (one DeepSpeed engine a trained group).
+
+Accelerate makes the process group and names device and rank on every back end. DeepSpeed is asked for in the experiment
+or by Accelerate's launcher (`--use_deepspeed`, `distributed_type: DEEPSPEED`); the engine reads what that launcher left
+in the environment and starts DeepSpeed itself, because Accelerate's own way takes one model and needs transformers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import datetime
+import json
+import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +34,11 @@ from torch import Tensor, nn
 
 from fader.draws import key_of
 from fader.method import Batch, Clock, Context, Loss, LossFunction, Method, Optimizer, Phase
-from fader.schedules import ema_decay
+from fader.schedules import ema_decay, ramp
+from pipeline.config import WHY_NOT_ZERO_3, EngineConfig
 
-_PRECISION = {"fp32": "no", "bf16": "bf16"}
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_LR_POWER = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
 class AllReduceSum(torch.autograd.Function):
@@ -55,11 +66,25 @@ class GroupLoss(nn.Module):
         return loss(self.networks, batch, context)
 
 
+class _Unfolded(GroupLoss):
+    """The same for DeepSpeed, which finds tensors in tuples but not in dataclasses, and turns an outer autocast off."""
+
+    def __init__(self, networks: nn.ModuleDict, autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
+        super().__init__(networks)
+        self.autocast = autocast
+
+    def forward(self, loss: LossFunction, batch: Batch, context: Context) -> tuple[Tensor, Mapping[str, Any]]:
+        with self.autocast():
+            found = loss(self.networks, batch, context)
+        return found.value, found.report
+
+
 @dataclass
 class State:
     """Everything of the weights and optimizers that a run must restore, by name, on the CPU.
 
-    networks: "network/parameter or buffer". ema: the same names. optimizers: "network/parameter/moment".
+    networks: "network/parameter or buffer". ema: the same names. optimizers: "network/parameter/moment", the step count
+    among them, whole whatever back end and number of ranks held them; and "group/loss_scale" under fp16.
     """
 
     networks: dict[str, Tensor]
@@ -67,8 +92,32 @@ class State:
     optimizers: dict[str, Tensor]
 
 
+class LossScale:
+    """fp16's factor on one group's loss: halved when a gradient overflows, doubled after 2,000 updates without that.
+
+    It lives on the device and is never waited for.
+
+    Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
+    """
+
+    INTERVAL = 2000
+
+    def __init__(self, device: torch.device, scale: float = 65536.0) -> None:
+        self.scale = torch.tensor(scale, device=device)
+        self.good = torch.zeros((), device=device)
+
+    def update(self, finite: Tensor) -> Tensor:
+        """Take note of an update. finite: 1 or 0. Returns 1 where it overflowed although nothing was scaled."""
+        fault = (1.0 - finite) * (self.scale <= 1.0)
+        good = (self.good + 1.0) * finite
+        grown = torch.where(good >= self.INTERVAL, self.scale * 2.0, self.scale)
+        self.scale = torch.where(finite > 0, grown, self.scale * 0.5).clamp(1.0, 2.0**24)
+        self.good = torch.where(good >= self.INTERVAL, 0.0, good)
+        return fault
+
+
 class _Group:
-    """One trained group: its wrapped loss, its optimizer, its moving average."""
+    """One trained group: its wrapped loss, its optimizer, its moving average. This one serves one process and DDP."""
 
     def __init__(self, trains: tuple[str, ...], settings: Optimizer, networks: nn.ModuleDict) -> None:
         self.trains = trains
@@ -76,56 +125,387 @@ class _Group:
         self.names = [f"{name}/{key}" for name in trains for key, _ in networks[name].named_parameters()]
         self.parameters = [p for name in trains for p in networks[name].parameters()]
         self.optimizer = _optimizer(settings, self.parameters)
-        self.wrapped: nn.Module | None = None
+        self.wrapped: Any = None
+        self.loss_scale: LossScale | None = None
         self.ema: dict[str, nn.Module] = {}
         if settings.ema_half_life:
             self.ema = {name: copy.deepcopy(networks[name]).requires_grad_(False).eval() for name in trains}
+
+    def set_rate(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * factor
+
+    def accumulate(self, function: LossFunction, parts: Sequence[Batch], context: Context) -> list[Loss]:
+        """Leave the gradient of the parts' mean loss, averaged over ranks, where `step` looks for it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for number, part in enumerate(parts, 1):
+            with self.wrapped.no_sync() if number < len(parts) and hasattr(self.wrapped, "no_sync") else _NOTHING:
+                loss: Loss = self.wrapped(function, part, context)
+                value = loss.value if len(parts) == 1 else loss.value / len(parts)
+                (value if self.loss_scale is None else value * self.loss_scale.scale).backward()
+            losses.append(loss)
+        return losses
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Clip, and move unless a gradient is not finite. Returns the norm before clipping, and 1 or 0: finite."""
+        self._unscale()
+        norm, finite = _clip(self.parameters, self.settings.clip_norm)
+        self.optimizer.found_inf = 1.0 - finite
+        self.optimizer.step()
+        return norm, finite
+
+    def _unscale(self) -> None:
+        if self.loss_scale is not None:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1.0 / self.loss_scale.scale)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by name, whole, on the CPU."""
+        found = {}
+        for name, parameter in zip(self.names, self.parameters):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"{name}/{key}"] = _cpu(value)
+        return found
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what `moments` gave, by parameter; the weights have been loaded before."""
+        for name, parameter in zip(self.names, self.parameters):
+            self.optimizer.state.pop(parameter, None)
+            if moments[name]:
+                self.optimizer.state[parameter] = {k: _like(parameter, v) for k, v in moments[name].items()}
+
+
+class _DeepSpeedGroup(_Group):
+    """One trained group behind a DeepSpeed engine of its own.
+
+    At stages 1 and 2 each rank holds an equal slice of one flat vector: the group's float32 parameters in order, padded
+    at the end. Its moments are slices of the same cut, so they are gathered and cut by position.
+    """
+
+    stage = 0
+
+    def wrap(self, deepspeed: Any, loss: _Unfolded, settings: dict[str, Any]) -> None:
+        self.stage = settings["zero_optimization"]["stage"]
+        self.wrapped, *_ = deepspeed.initialize(
+            model=loss,
+            optimizer=self.optimizer,
+            model_parameters=self.parameters,
+            config=settings,
+            dist_init_required=False,
+        )
+        if self.stage:
+            with torch.no_grad():
+                held, expected = self._slice, self._cut([p.detach() for p in self.parameters])
+            if not torch.equal(held.detach(), expected):
+                raise RuntimeError("this version of DeepSpeed cuts its weights in a way that checkpoints do not know")
+
+    def accumulate(self, function: LossFunction, parts: Sequence[Batch], context: Context) -> list[Loss]:
+        losses = []
+        if self.stage and self.loss_scale is not None:
+            self.wrapped.optimizer.override_loss_scale(float(self.loss_scale.scale))
+        for number, part in enumerate(parts, 1):
+            value, report = self.wrapped(function, part, context)
+            scaled = value if self.stage or self.loss_scale is None else value * self.loss_scale.scale
+            self.wrapped.backward(scaled)  # it divides by the number of parts itself
+            if number < len(parts):
+                self.wrapped.step()  # counts the part; DeepSpeed moves nothing before the last
+            losses.append(Loss(value, report))
+        return losses
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        if not self.stage:
+            self._unscale()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            finite = torch.isfinite(norm).to(torch.float32)
+            self.optimizer.found_inf = 1.0 - finite
+            self.wrapped.step()
+            return norm, finite
+        self.wrapped.step()  # on every rank it leaves out an update whose norm over all ranks is not finite
+        device = self.parameters[0].device
+        norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float32, device=device).reshape(())
+        return norm, torch.tensor(float(not self.wrapped.optimizer.overflow), device=device)
+
+    @property
+    def _slice(self) -> Tensor:
+        """This rank's float32 part of the flat vector: what the optimizer really moves."""
+        (held,) = self.wrapped.optimizer.single_partition_of_fp32_groups
+        return held
+
+    def _cut(self, tensors: Sequence[Tensor]) -> Tensor:
+        """This rank's slice of the flat vector of one tensor a parameter."""
+        held = self._slice
+        flat = held.new_zeros(held.numel() * dist.get_world_size())
+        torch.cat([t.reshape(-1).to(flat) for t in tensors], out=flat[: sum(t.numel() for t in tensors)])
+        return flat.view(-1, held.numel())[dist.get_rank()].clone()
+
+    def moments(self) -> dict[str, Tensor]:
+        if not self.stage:
+            return super().moments()
+        held, found = self._slice, {}
+        for key, value in self.optimizer.state.get(held, {}).items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape != held.shape:  # the step count, one for all
+                found |= {f"{name}/{key}": _cpu(value) for name in self.names}
+                continue
+            slices = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+            dist.all_gather(slices, value.contiguous())
+            sizes = [p.numel() for p in self.parameters]
+            whole = torch.cat(slices)[: sum(sizes)].split(sizes)
+            found |= {f"{n}/{key}": _cpu(v.view(p.shape)) for n, p, v in zip(self.names, self.parameters, whole)}
+        return found
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if not self.stage:
+            return super().load_moments(moments)
+        self.wrapped.optimizer.refresh_fp32_params()
+        held = self._slice
+        self.optimizer.state.pop(held, None)
+        keys = {key for entries in moments.values() for key in entries}
+        if not keys:
+            return
+        entries: dict[str, Tensor] = {}
+        for key in keys:
+            values = [moments[name].get(key) for name in self.names]
+            known = next(value for value in values if value is not None)
+            if all(v is None or v.shape == p.shape for v, p in zip(values, self.parameters)) and key != "step":
+                known_or_zero = [torch.zeros_like(p) if v is None else v for v, p in zip(values, self.parameters)]
+                entries[key] = self._cut(known_or_zero)
+            else:
+                entries[key] = known.to(held.device, copy=True)
+        self.optimizer.state[held] = entries
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """What Accelerate's launcher left in the environment. deepspeed: its settings, None when it was not asked for."""
+
+    precision: str
+    deepspeed: dict[str, Any] | None
+
+    @staticmethod
+    def read() -> _Launcher:
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") or "no"
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+            return _Launcher(precision, None)
+        file = _launched("CONFIG_FILE")
+        if file:
+            try:
+                return _Launcher(precision, json.loads(Path(file).read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"the launcher's DeepSpeed file {file} is not readable as JSON: {error}") from None
+        tree: dict[str, Any] = {"zero_optimization": {"stage": int(_launched("ZERO_STAGE") or 2)}}  # as Accelerate
+        for device in ("optimizer", "param"):
+            place = _launched(f"OFFLOAD_{device.upper()}_DEVICE")
+            if place:
+                tree["zero_optimization"][f"offload_{device}"] = {"device": place}
+        for name in ("GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):
+            value = os.environ.get(f"ACCELERATE_{name}", "auto").lower()
+            if value not in ("", "none", "auto"):
+                tree[name.lower()] = float(value)
+        return _Launcher(precision, tree)
+
+    def check_precision(self, precision: str) -> None:
+        """Raises ValueError when the launcher, or its DeepSpeed file, names another precision than the experiment."""
+        named = {"the launcher says mixed precision": self.precision}
+        for kind in ("bf16", "fp16"):
+            if (self.deepspeed or {}).get(kind, {}).get("enabled") is True:
+                named["the launcher's DeepSpeed file enables"] = kind
+        for who, what in named.items():
+            if what not in ("no", _PRECISION[precision]):
+                raise ValueError(
+                    f"{who} {what}, the experiment says precision: {precision}; leave it out of the launcher, "
+                    "the experiment owns it"
+                )
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable has another value while this lasts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _launched(name: str) -> str:
+    value = os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "")
+    return "" if value.lower() in ("none", "auto") else value
+
+
+_OWNED = {  # keys of a DeepSpeed file that say what the experiment says already
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "optimizer": "the method's optimizers",
+    "scheduler": "engine.lr_scaling and engine.warmup_images",
+    "communication_data_type": "engine.gradient_compression",
+    "torch_autocast": "precision",
+}
+_LEFT_OUT = ("bf16", "fp16", "amp", "gradient_accumulation_steps", "gradient_clipping", *_OWNED)
+_REFUSED = ("offload_optimizer", "offload_param", "round_robin_gradients", "parameter_alignment")
+
+
+def _deepspeed_settings(
+    launched: Mapping[str, Any], settings: EngineConfig, clip_norms: Iterable[float]
+) -> dict[str, Any]:
+    """DeepSpeed's settings but for what differs between groups.
+
+    Raises:
+        ValueError: the launcher says something that the experiment says otherwise, or that cannot be.
+    """
+    zero = {key: value for key, value in launched.get("zero_optimization", {}).items() if value != "auto"}
+    stage = zero.pop("stage", None)
+    if stage is not None and settings.zero_stage not in (None, stage):
+        raise ValueError(
+            f"the launcher says ZeRO stage {stage}, the experiment says engine.zero_stage: {settings.zero_stage}; "
+            "leave one of them out"
+        )
+    stage = settings.zero_stage if stage is None else stage
+    stage = 1 if stage is None else stage
+    if stage not in (0, 1, 2):
+        raise ValueError(WHY_NOT_ZERO_3 if stage == 3 else f"ZeRO stage {stage} is none of 0, 1, 2")
+    for key in _REFUSED:
+        value = zero.pop(key, None)
+        if value and not (isinstance(value, Mapping) and value.get("device", "none") == "none"):
+            raise ValueError(f"the launcher's DeepSpeed settings ask for {key}, which has no place here: leave it out")
+    for key, owner in _OWNED.items():
+        if launched.get(key, "auto") != "auto":
+            raise ValueError(f"the launcher's DeepSpeed names {key}; the experiment owns it ({owner}); say auto")
+    steps, clip = launched.get("gradient_accumulation_steps", "auto"), launched.get("gradient_clipping", "auto")
+    if steps not in ("auto", settings.accumulation):
+        raise ValueError(
+            f"the launcher says gradient_accumulation_steps {steps:g}, the experiment says engine.accumulation: "
+            f"{settings.accumulation}; leave it out of the launcher, the experiment owns it"
+        )
+    other = [norm for norm in clip_norms if clip not in ("auto", norm)]
+    if other:
+        raise ValueError(
+            f"the launcher says gradient_clipping {clip:g}, the method clips at {other[0]:g}; say auto in the launcher"
+        )
+    return {
+        "steps_per_print": 10**9,
+        **{key: value for key, value in launched.items() if key not in (*_LEFT_OUT, "zero_optimization")},
+        "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own throughput figures read it
+        "gradient_accumulation_steps": settings.accumulation,
+        "zero_allow_untested_optimizer": True,  # SGD
+        "zero_optimization": {**zero, "stage": stage},
+        **({"communication_data_type": "bf16"} if settings.gradient_compression == "bf16" else {}),
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":  # otherwise it compiles, at the first start on a machine, an operator for inference only
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
 
 
 class Engine:
     """Trains a method's phases on one process or many.
 
+    With `accumulation` k a rank takes its share of each batch in k parts, one after another: k times less memory, the
+    same gradient. Batch norm's statistics are then those of each part over all ranks, so only a method without batch
+    norm ends with the same weights for every k; running statistics move k times an update.
+
     Args:
         method: its networks are moved to the device and trained in place. Every rank must have built them alike.
-        precision: "fp32" or "bf16" (autocast around the whole loss; weights and optimizer stay float32).
+        precision: "fp32", "bf16" or "fp16" (autocast around the whole loss; weights and optimizer stay float32).
         seed: of dropout, which is keyed by (seed, stream, draw, rank).
+        settings: back end and what goes with it.
 
     Raises:
-        ValueError: the launcher names another precision than the experiment; a network stands in two groups.
+        ValueError: launcher and experiment disagree; fp16 without CUDA; a network stands in two groups.
     """
 
-    def __init__(self, method: Method, *, precision: str = "fp32", seed: int = 0) -> None:
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") or "no"
-        if launched not in ("no", _PRECISION[precision]):
-            raise ValueError(
-                f"the launcher says mixed precision {launched}, the experiment says precision: {precision}; "
-                "leave it out of the launcher, the experiment owns it"
-            )
-        AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision=_PRECISION[precision],
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
-            ],
-        )
+    def __init__(
+        self, method: Method, *, precision: str = "fp32", seed: int = 0, settings: EngineConfig = EngineConfig()
+    ) -> None:
+        launcher = _Launcher.read()
+        launcher.check_precision(precision)
+        if precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("precision: fp16 needs CUDA, and there is none here; use bf16 or fp32")
+        if settings.backend == "ddp" and launcher.deepspeed is not None:
+            raise ValueError("the launcher says DeepSpeed, the experiment says engine.backend: ddp; leave one out")
+        self._start_accelerate(precision)
         self.method = method
         self.seed = seed
+        self.settings = settings
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.networks = nn.ModuleDict(method.networks).to(self.device)
         self._reduce_sums()
-        self.groups = {t: _Group(t, settings, self.networks) for t, settings in method.optimizers().items()}
+        deepspeed = settings.backend == "deepspeed" or launcher.deepspeed is not None
+        self.backend = "deepspeed" if deepspeed else "ddp" if self.world_size > 1 else "single"
+        kind = _DeepSpeedGroup if deepspeed else _Group
+        self.groups = {t: kind(t, group, self.networks) for t, group in method.optimizers().items()}
         self._check_phases()
+        for group in self.groups.values():
+            group.loss_scale = LossScale(self.device) if precision == "fp16" else None
+        if deepspeed:
+            self._wrap_in_deepspeed(launcher.deepspeed or {})
+        else:
+            self._wrap_in_accelerate()
+        self._require_gradients(())
+        self._own_statistics = [
+            buffer
+            for module in self.networks.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.world_size > 1
+            for buffer in (module.running_mean, module.running_var)
+            if buffer is not None
+        ]
+
+    def _start_accelerate(self, precision: str) -> None:
+        """Process group and device. Accelerate hears nothing of DeepSpeed: it would ask for transformers."""
+        AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
+        with _environment("ACCELERATE_USE_DEEPSPEED", "false"):
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision=_PRECISION[precision],
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
+                ],
+            )
+
+    def _wrap_in_accelerate(self) -> None:
         for group in self.groups.values():
             self._require_gradients(group.trains)
             with warnings.catch_warnings():  # torch 2.11 knows only the argument that torch 2.13 calls deprecated
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
                 group.wrapped = self.accelerator.prepare_model(GroupLoss(self.networks))
-        self._require_gradients(())
+            if self.backend == "ddp" and self.settings.gradient_compression == "bf16":
+                group.wrapped.register_comm_hook(None, _reduce_in_bf16)
+
+    def _wrap_in_deepspeed(self, launched: Mapping[str, Any]) -> None:
+        shared = _deepspeed_settings(launched, self.settings, [g.settings.clip_norm for g in self.groups.values()])
+        deepspeed = _import_deepspeed(self.device)
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        for group in self.groups.values():
+            self._require_gradients(group.trains)
+            size = sum(p.numel() for p in group.parameters)
+            buckets = {"reduce_bucket_size": size, "allgather_bucket_size": size + size % 2}
+            settings = {
+                **shared,
+                "gradient_clipping": group.settings.clip_norm,  # DeepSpeed clips at 1.0 when nothing is said
+                "zero_optimization": {**buckets, **shared["zero_optimization"]},
+            }
+            with _environment("LOCAL_RANK", str(self.accelerator.local_process_index)):
+                group.wrap(deepspeed, _Unfolded(self.networks, self.accelerator.autocast), settings)
 
     # --- one update -------------------------------------------------------------------------------------------------
 
@@ -136,31 +516,44 @@ class Engine:
 
         Returns:
             The loss's report as detached scalars, this rank's parts of means over the global batch; with
-            NAME/gradient_norm and NAME/skipped (1 when the update was left out).
+            NAME/gradient_norm and NAME/skipped (1 when the update was left out; under fp16, where a scale that is too
+            large costs an update now and then, only when none was too large), and NAME/loss_scale under fp16.
+
+        Raises:
+            ValueError: a rank has fewer records than parts to take them in.
         """
         self._stand(phase)
         torch.manual_seed(key_of(self.seed, "dropout", batch.draws.stream, batch.draws.draw, self.rank))
         context = Context(clock, self.reduce_sum)
         if not phase.trains:
             with torch.no_grad(), self.accelerator.autocast():
-                return _detached(phase.loss(self.networks, batch, context).report)
+                report = _detached(phase.loss(self.networks, batch, context).report)
+            self._average_own_statistics()
+            return report
         group = self.groups[phase.trains]
+        images = batch.size * self.world_size
+        group.set_rate(self._rate_factor(images, clock))
         buffers = [buffer for name in self.networks for buffer in self.networks[name].buffers()]
         before = [buffer.clone() for buffer in buffers]
-        group.optimizer.zero_grad(set_to_none=True)
-        loss: Loss = group.wrapped(phase.loss, batch, context)
-        loss.value.backward()
-        norm, finite = _clip(group.parameters, group.settings.clip_norm)
-        skipped = 1.0 - finite
-        group.optimizer.found_inf = skipped
-        group.optimizer.step()
+        losses = group.accumulate(phase.loss, _parts(batch, self.settings.accumulation), context)
+        norm, finite = group.step()
         for buffer, old in zip(buffers, before):
             buffer.copy_(torch.where(finite > 0, buffer, old))
-        self._follow(group, batch.size * self.world_size, finite)
-        report = _detached(loss.report)
+        self._average_own_statistics()
+        self._follow(group, images, finite)
+        report = _mean_report(losses)
         report[f"{phase.name}/gradient_norm"] = norm
-        report[f"{phase.name}/skipped"] = skipped
+        report[f"{phase.name}/skipped"] = 1.0 - finite
+        if group.loss_scale is not None:
+            report[f"{phase.name}/loss_scale"] = group.loss_scale.scale
+            report[f"{phase.name}/skipped"] = group.loss_scale.update(finite)
         return report
+
+    def _rate_factor(self, images: float, clock: Clock) -> float:
+        """What this batch size, at this moment, makes of the learning rates."""
+        settings = self.settings
+        scale = (images / settings.reference_batch_size) ** _LR_POWER[settings.lr_scaling]
+        return ramp(scale, clock.stage_images + round(images), over=settings.warmup_images)
 
     def _stand(self, phase: Phase) -> None:
         """The phase's networks train; the others stand as it says, and hold no gradient."""
@@ -171,6 +564,17 @@ class Engine:
     def _require_gradients(self, trains: Iterable[str]) -> None:
         for name, network in self.networks.items():
             network.requires_grad_(name in trains)
+
+    @torch.no_grad()
+    def _average_own_statistics(self) -> None:
+        """Running statistics that each rank keeps of its own share (`norm: local`) become their mean over ranks."""
+        if not self._own_statistics:
+            return
+        total = torch.cat(self._own_statistics)
+        dist.all_reduce(total)
+        sizes = [len(buffer) for buffer in self._own_statistics]
+        for buffer, mean in zip(self._own_statistics, (total / self.world_size).split(sizes)):
+            buffer.copy_(mean)
 
     @torch.no_grad()
     def _follow(self, group: _Group, images: float, finite: Tensor) -> None:
@@ -199,7 +603,7 @@ class Engine:
         for stage in self.method.stages():
             for phase in stage.phases:
                 if phase.trains and phase.trains not in self.groups:
-                    raise ValueError(f"{self.method.name}: phase {phase.name} trains {phase.trains}, which no optimizer does")
+                    raise ValueError(f"{self.method.name}: no optimizer trains {phase.trains} of phase {phase.name}")
 
     # --- over all ranks ---------------------------------------------------------------------------------------------
 
@@ -234,20 +638,19 @@ class Engine:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """A copy on the CPU that further training leaves alone."""
+        """A copy on the CPU that further training leaves alone. All ranks ask for it together; all get the whole."""
         networks = {f"{n}/{k}": _cpu(v) for n, m in self.networks.items() for k, v in m.state_dict().items()}
         ema, optimizers = {}, {}
-        for group in self.groups.values():
+        for trains, group in self.groups.items():
             for name, average in group.ema.items():
                 ema |= {f"{name}/{k}": _cpu(v) for k, v in average.state_dict().items()}
-            for name, parameter in zip(group.names, group.parameters):
-                for key, value in group.optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        optimizers[f"{name}/{key}"] = _cpu(value)
+            optimizers |= group.moments()
+            if group.loss_scale is not None:
+                optimizers[f"{'+'.join(trains)}/loss_scale"] = _cpu(group.loss_scale.scale)
         return State(networks, ema, optimizers)
 
     def load(self, state: State) -> None:
-        """Restore what `state` gave, from any number of ranks.
+        """Restore what `state` gave, on any back end and number of ranks.
 
         Raises:
             ValueError: the state is of other networks.
@@ -256,11 +659,54 @@ class Engine:
         for group in self.groups.values():
             if group.ema:
                 _load_networks(nn.ModuleDict(group.ema), state.ema, "checkpoint's moving average")
-            for name, parameter in zip(group.names, group.parameters):
-                prefix = f"{name}/"
-                entries = {k.removeprefix(prefix): v for k, v in state.optimizers.items() if k.startswith(prefix)}
-                if entries:
-                    group.optimizer.state[parameter] = {k: _like(parameter, v) for k, v in entries.items()}
+            moments: dict[str, dict[str, Tensor]] = {name: {} for name in group.names}
+            for path, value in state.optimizers.items():
+                name, _, key = path.rpartition("/")
+                if name in moments:
+                    moments[name][key] = value
+            group.load_moments(moments)
+            scale = state.optimizers.get(f"{'+'.join(group.trains)}/loss_scale")
+            if group.loss_scale is not None and scale is not None:
+                group.loss_scale = LossScale(self.device, float(scale))
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _reduce_in_bf16(state, bucket):
+    """DDP's hook for bf16 gradients on any back end (torch's own takes NCCL only, and reads annotations as objects)."""
+    small = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
+    reduced = dist.all_reduce(small, async_op=True).get_future()
+    return reduced.then(lambda future: bucket.buffer().copy_(future.value()[0]))
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """A rank's share in `count` parts whose losses' mean is its loss."""
+    if count == 1:
+        return [batch]
+    records = len(batch.index)
+    if records < count:
+        raise ValueError(f"{records} records of a rank cannot be taken in {count} parts: lower engine.accumulation")
+    cuts = [slice(records * k // count, records * (k + 1) // count) for k in range(count)]
+    return [
+        dataclasses.replace(
+            batch,
+            images=None if batch.images is None else batch.images[cut],
+            attributes=batch.attributes[cut],
+            index=batch.index[cut],
+            draws=dataclasses.replace(batch.draws, index=batch.draws.index[cut]),
+            size=batch.size / count,
+            known=batch.known / count,
+        )
+        for cut in cuts
+    ]
+
+
+def _mean_report(losses: Sequence[Loss]) -> dict[str, Tensor]:
+    reports = [_detached(loss.report) for loss in losses]
+    if len(reports) == 1:
+        return reports[0]
+    return {name: torch.stack([report[name] for report in reports]).mean(0) for name in reports[0]}
 
 
 def _optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -276,7 +722,7 @@ def _optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.opt
 
 @torch.no_grad()
 def _clip(parameters: list[nn.Parameter], clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale all gradients to an L2 norm of at most `clip_norm` (0 = leave them). Returns the norm before, and 1 or 0: finite."""
+    """Scale all gradients to an L2 norm of at most `clip_norm` (0 = leave them). Returns norm before; 1 if finite."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if clip_norm:

@@ -101,7 +101,9 @@ class _Run:
         if self.judge is not None:
             evaluation.check_judge(self.judge, self.method.attributes, experiment.data.preprocessing(), experiment.name)
         self.valid = shards.split("valid") if experiment.run.evaluate_images or experiment.run.picture_images else None
-        self.engine = Engine(self.method, precision=experiment.precision, seed=experiment.seed)
+        self.engine = Engine(
+            self.method, precision=experiment.precision, seed=experiment.seed, settings=experiment.engine
+        )
         self._check_batch_size()
         self.position = Position()
         self.started_at = 0
@@ -138,9 +140,11 @@ class _Run:
             )
 
     def _check_batch_size(self) -> None:
-        if self.experiment.batch_size % self.engine.world_size:
+        size, ranks, parts = self.experiment.batch_size, self.engine.world_size, self.experiment.engine.accumulation
+        if size // ranks < parts:
             raise ValueError(
-                f"batch_size {self.experiment.batch_size} cannot be cut into {self.engine.world_size} equal shares"
+                f"batch_size {size} leaves a rank of {ranks} with {size // ranks} records, and engine.accumulation: {parts} "
+                f"needs at least {parts}: raise batch_size to {parts * ranks}"
             )
 
     def _restore(self) -> None:
@@ -186,6 +190,7 @@ class _Run:
             "config_digest": experiment.digest,
             "commit": commit(),
             "world_size": self.engine.world_size,
+            "backend": self.engine.backend,
         }
         (self.folder / "config.yaml").write_text(experiment.dump())
         (self.folder / "run.json").write_text(json.dumps(card, indent=1))

@@ -11,8 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(module: str, *words: str | Path, processes: int = 1) -> list[str]:
-    """`python -m MODULE …`, or the same on several CPU ranks through `accelerate launch`."""
+def command(
+    module: str, *words: str | Path, processes: int = 1, launcher: Sequence[str | Path] = ()
+) -> list[str]:
+    """`python -m MODULE …`, the same on several CPU ranks, or through `accelerate launch` with `launcher`'s words."""
+    if launcher:
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch", *map(str, launcher)]
+        free = [] if "--main_process_port" in launcher else ["--main_process_port", "0"]
+        return [*accelerate, *free, "-m", module, *map(str, words)]
     if processes == 1:
         return [sys.executable, "-m", module, *map(str, words)]
     config = ROOT / "launch/accelerate/cpu.yaml"
@@ -26,10 +32,16 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def launch(
-    module: str, *words: str | Path, processes: int = 1, cwd: Path = ROOT, code: int = 0, **extra: str
+    module: str,
+    *words: str | Path,
+    processes: int = 1,
+    launcher: Sequence[str | Path] = (),
+    cwd: Path = ROOT,
+    code: int = 0,
+    **extra: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end and hold the exit code."""
-    line: Sequence[str] = command(module, *words, processes=processes)
+    line: Sequence[str] = command(module, *words, processes=processes, launcher=launcher)
     done = subprocess.run(line, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=900)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

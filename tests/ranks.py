@@ -1,48 +1,122 @@
 """Runs small methods for a number of steps on however many ranks it is launched with, and writes what came of it.
 
-    python -m tests.ranks OUT                                                        one process
-    accelerate launch --config_file launch/accelerate/cpu.yaml -m tests.ranks OUT    two, and every planted fault
+    accelerate launch --config_file launch/accelerate/one_node.yaml -m tests.ranks OUT   every back end, fault and pair
+    accelerate launch --config_file launch/accelerate/X.yaml -m tests.ranks OUT one      one case as the launcher says
 
-Everything is float64 and SGD: Adam would turn rounding into differences as large as a fault's.
+OUT holds one process's states already: tests/pipeline/test_ranks.py writes them before it launches this.
+Parity is held in SGD, because Adam would turn rounding into differences as large as a fault's, and in float64 where the
+back end takes it: DeepSpeed reduces in float32, so its cases run as they do in earnest, in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
 from fader.method import METHODS, Batch, Method
 from pipeline.batches import share
-from pipeline.engine import Engine
+from pipeline.config import EngineConfig
+from pipeline.engine import Engine, State
 from pipeline.steps import Position, steps
 from tests.shams import SHAMS, ShamSettings, registered
 
 ATTRIBUTES = Attributes([Attribute("Smiling"), Attribute("Beard", "k-way", ("none", "short", "long"))])
 IMAGE_SIZE = 16
 GLOBAL_BATCH = 8
+UNEVEN_BATCH = 7
 STEPS = 30
 CLIP_NORM = 0.1  # binds on these small methods, as 5 does on large ones
 METHOD_NAMES = ("fader", "judge", *(sham.name for sham in SHAMS))
+WITHOUT_BATCH_NORM = ("sham_sampler", "sham_penalised")
+BACKENDS = {
+    "ddp": EngineConfig(backend="ddp"),
+    "zero0": EngineConfig(backend="deepspeed", zero_stage=0),
+    "zero1": EngineConfig(backend="deepspeed", zero_stage=1),
+    "zero2": EngineConfig(backend="deepspeed", zero_stage=2),
+}
+KINDS = ("single", "ddp", "zero1", "zero2")  # whose checkpoints must load each other's
+SAVED_AT = (0, 1, 5, 9)  # steps; the sampler's second stage begins at step 7
+GOES_ON = 3  # steps after a load, so that 5 crosses the stage boundary
+POISONED = 2  # the draw that is not finite
+
+Draw = Callable[[str, int], Batch]
+Fault = Callable[[Engine], Draw | None]
 
 
-def build(name: str) -> Method:
+@dataclass(frozen=True)
+class Case:
+    """One run. settings: the engine's. wide: float64. poisoned: one rank's batch of one draw is not finite."""
+
+    method: str
+    settings: EngineConfig = EngineConfig()
+    wide: bool = True
+    batch_size: int = GLOBAL_BATCH
+    fault: Fault | None = None
+    precision: str = "fp32"
+    steps: int = STEPS
+    norm: str = "global"
+    left_out: int | None = None
+    poisoned: bool = False
+
+    def with_(self, **changes: object) -> Case:
+        engine = {k: changes.pop(k) for k in list(changes) if k in EngineConfig.model_fields}
+        return dataclasses.replace(self, settings=self.settings.model_copy(update=engine), **changes)
+
+
+def references() -> dict[str, Case]:
+    """What one process runs, in float64."""
+    cases = {name: Case(name) for name in METHOD_NAMES}
+    cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH) for name in METHOD_NAMES}
+    cases["poisoned"] = Case("sham_quantised", steps=5, left_out=POISONED)
+    return cases
+
+
+def cases_of_ranks() -> dict[str, Case]:
+    """What several ranks run: "back end/reference it must equal", and what is held against it otherwise."""
+    from tests.faults_of_ranks import DEEPSPEED_FAULTS, FAULTS
+
+    cases: dict[str, Case] = {}
+    for backend, settings in BACKENDS.items():
+        wide = backend == "ddp"
+        for name in METHOD_NAMES:
+            cases[f"{backend}/{name}"] = Case(name, settings, wide)
+        for name in WITHOUT_BATCH_NORM:
+            cases[f"{backend}/{name} in parts"] = Case(name, settings, wide).with_(accumulation=2)
+        cases[f"{backend}/poisoned"] = Case("sham_quantised", settings, wide, steps=5, poisoned=True)
+        cases[f"{backend}/fader compressed"] = Case("fader", settings, False).with_(gradient_compression="bf16")
+    for name in METHOD_NAMES:
+        cases[f"ddp/{name} uneven"] = Case(name, BACKENDS["ddp"], batch_size=UNEVEN_BATCH)
+    cases["zero1/fader uneven"] = Case("fader", BACKENDS["zero1"], False, UNEVEN_BATCH)
+    cases["ddp/local norm"] = Case("fader", BACKENDS["ddp"], norm="local", steps=3)
+    cases |= {f"fault/{name}": Case("fader", BACKENDS["ddp"], fault=fault) for name, fault in FAULTS.items()}
+    cases |= {
+        f"deepspeed fault/{name}": Case("fader", BACKENDS["zero1"], False, fault=fault)
+        for name, fault in DEEPSPEED_FAULTS.items()
+    }
+    return cases
+
+
+def build(case: Case) -> Method:
     """A tiny method whose groups all learn by SGD."""
-    kind = METHODS[name]
-    small = {"images": STEPS * GLOBAL_BATCH, "init_channels": 4, "max_channels": 8}
+    kind = METHODS[case.method]
+    small = {"images": STEPS * case.batch_size, "init_channels": 4, "max_channels": 8}
     settings = {
         "fader": lambda: kind.Settings(
-            **small, num_layers=2, hidden_channels=8, lambda_max=0.5, ramp_images=100, latent_dropout=0.0, ema_half_life=64
+            **small, num_layers=2, hidden_channels=8, lambda_max=0.5, ramp_images=100, latent_dropout=0.0,
+            ema_half_life=64, norm=case.norm,
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
-    }.get(name, lambda: ShamSettings(STEPS * GLOBAL_BATCH))()
+    }.get(case.method, lambda: ShamSettings(STEPS * case.batch_size))()  # fmt: skip
     torch.manual_seed(5)
     method = kind(settings, ATTRIBUTES, IMAGE_SIZE)
     groups = {
@@ -51,64 +125,193 @@ def build(name: str) -> Method:
     }
     method.optimizers = lambda: groups
     for network in method.networks.values():
-        network.double()
+        network.to(torch.float64 if case.wide else torch.float32)
     return method
 
 
-def global_batch(stream: str, draw: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images whose brightness follows the labels, the labels (one of them unknown now and then), the record numbers."""
-    index = torch.arange(GLOBAL_BATCH) + 1000 * draw
+def one_share(case: Case, stream: str, draw: int, rank: int, world_size: int) -> Batch:
+    """Images whose brightness follows the labels, one label unknown now and then: a rank's share of them."""
+    dtype = torch.float64 if case.wide else torch.float32
+    index = torch.arange(case.batch_size) + 1000 * draw
     draws = Draws(3, stream, draw, index)
-    labels = torch.stack([draws.integers("a", 2), draws.integers("b", 4) - 1], 1).double()
-    images = draws.normal("pixels", (3, IMAGE_SIZE, IMAGE_SIZE)).double() * 0.3
-    return images + (labels[:, 0] - 0.5)[:, None, None, None], labels, index
-
-
-def one_share(stream: str, draw: int, rank: int, world_size: int) -> Batch:
-    images, labels, index = global_batch(stream, draw)
-    known = (labels >= 0).sum(0).double() / world_size
+    labels = torch.stack([draws.integers("a", 2), draws.integers("b", 4) - 1], 1).to(dtype)
+    images = draws.normal("pixels", (3, IMAGE_SIZE, IMAGE_SIZE)).to(dtype) * 0.3
+    images = images + (labels[:, 0] - 0.5)[:, None, None, None]
+    known = (labels >= 0).sum(0).to(dtype) / world_size
     images, labels, index = (share(part, rank, world_size) for part in (images, labels, index))
-    return Batch(images, labels, index, Draws(3, stream, draw, index), GLOBAL_BATCH / world_size, known)
+    if case.poisoned and draw == POISONED and rank == world_size - 1:
+        images = images * torch.nan
+    return Batch(images, labels, index, Draws(3, stream, draw, index), case.batch_size / world_size, known)
 
 
-def run(name: str, fault: Callable[[Engine], Callable[[str, int], Batch] | None] | None = None) -> dict[str, torch.Tensor]:
-    """Train one method for its steps; the state as named tensors."""
-    method = build(name)
-    engine = Engine(method, seed=7)
-    draw = lambda stream, k: one_share(stream, k, engine.rank, engine.world_size)  # noqa: E731
-    draw = (fault(engine) if fault else None) or draw
-    for step in steps(method.stages(), GLOBAL_BATCH, Position()):
-        for turn in step.turns:
+def train(
+    engine: Engine, draw: Draw, position: Position, until: int, batch_size: int, skip: int | None = None
+) -> Position:
+    """Every step up to a number of steps; `skip` leaves one out."""
+    for step in steps(engine.method.stages(), batch_size, position):
+        if position.clock.updates >= until:
+            break
+        for turn in step.turns if step.clock.updates != skip else ():
             batch = draw(turn.stream, turn.draw)
             if turn.phase.source == "labels":
                 batch = dataclasses.replace(batch, images=None)
             engine.update(turn.phase, batch, step.clock)
-    state = engine.state()
-    return {f"{name}:{key}": value for part in (state.networks, state.ema) for key, value in part.items()} | {
-        f"{name}:ema:{key}": value for key, value in state.ema.items()
+        position = step.after
+    return position
+
+
+def run(case: Case) -> dict[str, torch.Tensor]:
+    """Train one case to its end; the state as named tensors."""
+    engine = Engine(build(case), precision=case.precision, seed=7, settings=case.settings)
+    draw = (case.fault(engine) if case.fault else None) or (
+        lambda stream, k: one_share(case, stream, k, engine.rank, engine.world_size)
+    )
+    stages = len(engine.method.stages())
+    train(engine, draw, Position(), case.steps * stages, case.batch_size, case.left_out)
+    return flat(engine.state())
+
+
+def flat(state: State) -> dict[str, torch.Tensor]:
+    parts = ("networks", "ema", "optimizers")
+    return {f"{part}:{key}": value for part in parts for key, value in getattr(state, part).items()}
+
+
+def unflat(tensors: dict[str, torch.Tensor]) -> State:
+    parts: dict[str, dict[str, torch.Tensor]] = {"networks": {}, "ema": {}, "optimizers": {}}
+    for key, value in tensors.items():
+        part, _, name = key.partition(":")
+        parts[part][name] = value
+    return State(**parts)
+
+
+# --- who loads whose checkpoints --------------------------------------------------------------------------------------
+
+STAGE = Case("sham_sampler", wide=False, batch_size=GLOBAL_BATCH)
+
+
+def engine_of(kind: str, method_name: str = "sham_sampler") -> Engine:
+    """Adam, in float32, as training has it; the sampler's stages are 7 steps long."""
+    method = build(STAGE.with_(method=method_name))
+    if method_name == "sham_sampler":
+        method = METHODS[method_name](ShamSettings(7 * GLOBAL_BATCH), ATTRIBUTES, IMAGE_SIZE)
+        torch.manual_seed(5)
+        for parameter in (p for network in method.networks.values() for p in network.parameters()):
+            parameter.data.normal_(0, 0.3)
+    groups = {
+        trains: dataclasses.replace(optimizer, kind="adam", learning_rate=0.01, weight_decay=0.01)
+        for trains, optimizer in method.optimizers().items()
     }
+    method.optimizers = lambda: groups
+    return Engine(method, seed=7, settings=BACKENDS.get(kind, EngineConfig()))
+
+
+def go_on(engine: Engine, position: Position, until: int) -> Position:
+    case = STAGE.with_(method=engine.method.name)
+    draw = lambda stream, k: one_share(case, stream, k, engine.rank, engine.world_size)  # noqa: E731
+    return train(engine, draw, position, until, GLOBAL_BATCH)
+
+
+def write_states(kind: str, folder: Path) -> None:
+    """One unbroken run, its state at some steps and at GOES_ON steps after each; and Fader's after five steps."""
+    engine, position = engine_of(kind), Position()
+    for step in sorted({*SAVED_AT, *(k + GOES_ON for k in SAVED_AT)}):
+        position = go_on(engine, position, step)
+        _save(engine, folder / f"{kind}-{step}.safetensors")
+    engine = engine_of(kind, "fader")
+    go_on(engine, Position(), 5)
+    _save(engine, folder / f"{kind}-fader.safetensors")
+
+
+def _save(engine: Engine, path: Path) -> None:
+    state = flat(engine.state())
+    if engine.is_main:
+        save_file(state, path)
+    engine.wait()
+
+
+def position_at(step: int) -> Position:
+    """Where the sampler's run stands after so many steps."""
+    position = Position()
+    stages = METHODS["sham_sampler"](ShamSettings(7 * GLOBAL_BATCH), ATTRIBUTES, IMAGE_SIZE).stages()
+    for done in steps(stages, GLOBAL_BATCH, position):
+        if position.clock.updates >= step:
+            break
+        position = done.after
+    return position
+
+
+def load_states(kind: str, others: tuple[str, ...], folder: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Load others' states into a run that has gone elsewhere: what it holds then, and GOES_ON steps later."""
+    engine = engine_of(kind)
+    go_on(engine, Position(), 2)
+    for other in others:
+        for step in SAVED_AT:
+            engine.load(unflat(load_file(folder / f"{other}-{step}.safetensors")))
+            yield f"{other} to {kind} at {step}", flat(engine.state())
+            go_on(engine, position_at(step), step + GOES_ON)
+            yield f"{other} to {kind} past {step}", flat(engine.state())
+    engine = engine_of(kind, "fader")
+    go_on(engine, Position(), 2)
+    for other in others:
+        engine.load(unflat(load_file(folder / f"{other}-fader.safetensors")))
+        yield f"{other} to {kind} fader", flat(engine.state())
+
+
+# --- the launches -----------------------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    """All that two ranks are tried with. `folder` holds one process's states already."""
+    tensors = {}
+    for name, case in cases_of_ranks().items():
+        tensors |= {f"{name}|{key}": value for key, value in run(case).items()}
+    for kind in KINDS[1:]:
+        write_states(kind, folder)
+    for kind in KINDS[1:]:
+        for name, state in load_states(kind, KINDS, folder):
+            tensors |= {f"{name}|{key}": value for key, value in state.items()}
+    return tensors | {"autocast": torch.tensor(autocast_inside_deepspeed())}
+
+
+def autocast_inside_deepspeed() -> bool:
+    """Whether a loss under DeepSpeed with precision bf16 runs in autocast to bfloat16."""
+    case = Case("sham_penalised", BACKENDS["zero1"], wide=False, precision="bf16")
+    method = build(case)
+    seen, loss = [], method.critic_loss
+
+    def watched(networks, batch, context):
+        seen.append(torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.bfloat16)
+        return loss(networks, batch, context)
+
+    method.critic_loss = watched
+    engine = Engine(method, precision="bf16", settings=case.settings)
+    draw = lambda stream, k: one_share(case, stream, k, engine.rank, engine.world_size)  # noqa: E731
+    train(engine, draw, Position(), 2, GLOBAL_BATCH)
+    return all(seen) and len(seen) == 2
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launched() -> dict[str, torch.Tensor]:
+    """One case on whatever back end the launcher chose, which the tensors name."""
+    case = Case("fader", wide=False, steps=5)
+    engine = Engine(build(case), settings=case.settings)
+    tensors = {f"{engine.backend}/fader|{key}": value for key, value in run(case).items()}
+    stage = max((getattr(group, "stage", -1) for group in engine.groups.values()), default=-1)
+    return tensors | {"stage": torch.tensor(stage)}
 
 
 def main() -> None:
-    from tests.faults_of_ranks import FAULTS
-
     out = Path(sys.argv[1])
-    tensors: dict[str, torch.Tensor] = {}
-    with registered():
-        for name in METHOD_NAMES:
-            tensors |= run(name)
-    rank, world_size = _place()
-    for name, fault in FAULTS.items() if world_size > 1 else ():
-        tensors |= {key.replace("fader", name, 1): value for key, value in run("fader", fault).items()}
-    tensors["world_size"] = torch.tensor(world_size)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / f"rank{rank}.safetensors")
-
-
-def _place() -> tuple[int, int]:
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+    with registered():
+        tensors = launched() if "one" in sys.argv[2:] else everything(out)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    save_file({**tensors, "world_size": torch.tensor(world_size)}, out / f"rank{rank}.safetensors")
 
 
 if __name__ == "__main__":

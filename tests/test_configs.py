@@ -11,7 +11,8 @@ from pipeline import config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 CELEBA = "Male Smiling Young Eyeglasses Mouth_Slightly_Open Wearing_Hat Blond_Hair".split()
-AVAILABLE = Attributes([*map(Attribute, CELEBA), Attribute("Beard", "k-way", ("none", "moustache", "full"))])
+K_WAY = (Attribute("Beard", "k-way", ("none", "moustache", "full")), Attribute("digit", "k-way", tuple("0123456789")))
+AVAILABLE = Attributes([*map(Attribute, CELEBA), *K_WAY, Attribute("Night")])
 
 
 def test_there_are_configs():
@@ -69,6 +70,9 @@ GOOD = "name: x\nmethod: {name: fader, preset: small}\ndata: {path: d, attribute
         (["data.attributes=[]"], "needs at least one attribute"),
         (["data.flip=1"], "data.flip"),
         (["precision=fp8"], "precision"),
+        (["engine.zero_stage=3"], "ZeRO-3 is refused"),
+        (["engine.zero_stag=1"], "unknown key engine.zero_stag; did you mean engine.zero_stage?"),
+        (["engine.accumulation=0"], "engine.accumulation"),
         (["=3"], "is not an override"),
         (["seed"], "is not an override"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 
@@ -13,7 +14,8 @@ import torch
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
 from fader.method import METHODS, Batch, Clock, Loss, Method, Optimizer, Phase, Stage
-from pipeline.engine import Engine
+from pipeline.config import EngineConfig
+from pipeline.engine import Engine, LossScale
 from tests.shams import SHAMS, SGD, ShamSettings, registered
 
 ATTRIBUTES = Attributes([Attribute("Smiling"), Attribute("Beard", "k-way", ("none", "short", "long"))])
@@ -202,6 +204,152 @@ def test_a_launcher_that_names_another_precision_is_refused(monkeypatch):
     monkeypatch.setitem(os.environ, "ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="launcher says mixed precision fp16"):
         Engine(tiny("sham_quantised"), precision="bf16")
+
+
+def launcher_says(monkeypatch, **words: str) -> None:
+    """The environment that `accelerate launch --use_deepspeed` leaves its processes."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name, value in words.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "says"),
+    [
+        ({}, {"backend": "ddp"}, "the launcher says DeepSpeed, the experiment says engine.backend: ddp"),
+        ({"DEEPSPEED_ZERO_STAGE": "3"}, {}, "ZeRO-3 is refused: it cuts up the weights themselves"),
+        ({"DEEPSPEED_ZERO_STAGE": "1"}, {"zero_stage": 2}, "the launcher says ZeRO stage 1, the experiment says"),
+        ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "ask for offload_optimizer"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "gradient_accumulation_steps 4, the experiment says"),
+        ({"GRADIENT_CLIPPING": "1.0"}, {}, "gradient_clipping 1, the method clips at 0"),
+        ({"MIXED_PRECISION": "bf16"}, {}, "the launcher says mixed precision bf16, the experiment says"),
+        ({"DEEPSPEED_CONFIG_FILE": "nowhere.json"}, {}, "nowhere.json is not readable as JSON"),
+    ],
+)
+def test_a_launcher_that_contradicts_the_experiment_is_refused(monkeypatch, words, settings, says):
+    launcher_says(monkeypatch, **words)
+    with pytest.raises(ValueError) as error:
+        Engine(tiny("sham_quantised"), settings=EngineConfig(**settings))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "ZeRO-3 is refused"),
+        ({"bf16": {"enabled": True}}, "the launcher's DeepSpeed file enables bf16, the experiment says"),
+        ({"optimizer": {"type": "Adam"}}, "names optimizer; the experiment owns it (the method's optimizers)"),
+        ({"train_batch_size": 64}, "names train_batch_size; the experiment owns it (batch_size)"),
+        ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "ask for offload_param"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_experiment_is_refused(monkeypatch, tmp_path, tree, says):
+    (tmp_path / "ds.json").write_text(json.dumps(tree))
+    launcher_says(monkeypatch, DEEPSPEED_CONFIG_FILE=str(tmp_path / "ds.json"))
+    with pytest.raises(ValueError) as error:
+        Engine(tiny("sham_quantised"))
+    assert says in str(error.value)
+
+
+def test_fp16_without_cuda_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    with pytest.raises(ValueError, match="precision: fp16 needs CUDA"):
+        Engine(tiny("sham_quantised"), precision="fp16")
+
+
+def test_a_loss_scale_halves_on_overflow_and_grows_after_a_while():
+    scale = LossScale(torch.device("cpu"), 4.0)
+    bad, good = torch.tensor(0.0), torch.tensor(1.0)
+    assert [float(scale.update(bad)) for _ in range(3)] == [0.0, 0.0, 1.0], "only where nothing is scaled is it a fault"
+    assert float(scale.scale) == 1.0
+    for _ in range(LossScale.INTERVAL):
+        assert float(scale.scale) == 1.0
+        scale.update(good)
+    assert float(scale.scale) == 2.0 and float(scale.good) == 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "deepspeed"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_reduced_precision_learns_on_cuda_and_its_state_comes_back(backend, precision):
+    settings = EngineConfig(backend=backend, zero_stage=1 if backend == "deepspeed" else None)
+
+    def engine() -> Engine:
+        return Engine(tiny("judge"), precision=precision, settings=settings)
+
+    def update(engine: Engine, k: int) -> dict[str, torch.Tensor]:
+        one = batch(k)
+        on = {name: getattr(one, name).to(engine.device) for name in ("images", "attributes", "index", "known")}
+        draws = dataclasses.replace(one.draws, index=on["index"])
+        one = dataclasses.replace(one, **on, draws=draws)
+        return engine.update(engine.method.stages()[0].phases[0], one, Clock(images=8 * k))
+
+    first = engine()
+    reports = [update(first, k % 2) for k in range(60)]
+    assert float(reports[-1]["classifier/loss"]) < 0.9 * float(reports[0]["classifier/loss"])
+    assert sum(float(report["classifier/skipped"]) for report in reports) == 0
+    second = engine()
+    second.load(first.state())
+    update(first, 60), update(second, 60)
+    a, b = first.state(), second.state()
+    assert a.optimizers.keys() == b.optimizers.keys()
+    assert ("classifier/loss_scale" in a.optimizers) == (precision == "fp16")
+    for key in a.networks:
+        torch.testing.assert_close(a.networks[key], b.networks[key], rtol=1e-3, atol=1e-3)
+
+
+def doubled(name: str) -> Method:
+    method = tiny(name)
+    for network in method.networks.values():
+        network.double()
+    return method
+
+
+@pytest.mark.parametrize("name", ["sham_sampler", "sham_penalised"])
+def test_a_batch_taken_in_parts_is_the_batch(name):
+    """Uneven parts too: three of eight records."""
+    whole, parts = (Engine(doubled(name), settings=EngineConfig(accumulation=k)) for k in (1, 3))
+    for engine in (whole, parts):
+        for k in range(3):
+            for phase in engine.method.stages()[0].phases:
+                one = batch(k)
+                wide = dataclasses.replace(one, images=one.images.double(), attributes=one.attributes.double())
+                report = engine.update(phase, wide, Clock())
+                assert report[f"{phase.name}/skipped"] == 0
+    a, b = whole.state().networks, parts.state().networks
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-12
+
+
+def test_more_parts_than_records_are_refused():
+    engine = Engine(tiny("sham_penalised"), settings=EngineConfig(accumulation=9))
+    with pytest.raises(ValueError, match="8 records of a rank cannot be taken in 9 parts"):
+        engine.update(engine.method.stages()[0].phases[0], batch(), Clock())
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "factor"),
+    [
+        ({}, 0, 1.0),
+        ({"lr_scaling": "linear", "reference_batch_size": 2}, 0, 4.0),
+        ({"lr_scaling": "sqrt", "reference_batch_size": 2}, 0, 2.0),
+        ({"warmup_images": 32}, 0, 0.25),
+        ({"warmup_images": 32}, 8, 0.5),
+        ({"warmup_images": 32}, 64, 1.0),
+        ({"lr_scaling": "linear", "reference_batch_size": 2, "warmup_images": 32}, 8, 2.0),
+    ],
+)
+def test_learning_rates_follow_batch_size_and_warm_up(settings, images, factor):
+    """With SGD and no clipping a step is the rate times the gradient, which is the same in every case."""
+    def moved_by(settings: EngineConfig) -> torch.Tensor:
+        method = tiny("sham_quantised")
+        engine = Engine(method, settings=settings)
+        before = weights(method)["autoencoder"]["1.weight"]
+        engine.update(method.stages()[0].phases[0], batch(), Clock(images=900, stage_images=images))
+        return method.networks["autoencoder"][1].weight.detach() - before
+
+    found, plain = moved_by(EngineConfig(**settings)), moved_by(EngineConfig())
+    torch.testing.assert_close(found, factor * plain, rtol=1e-3, atol=1e-6)
 
 
 def test_dropout_is_keyed_by_stream_and_draw():
