@@ -15,6 +15,9 @@ point that is sent twice is the same row in MLflow. Pictures carry a name made f
 After a resume or a return to an older checkpoint the points past it are superseded. MLflow cannot delete points, so
 they are marked: `points` says of each whether it is superseded, and the MLflow run has a tag `rewound.TIME` that says
 from which images seen back to which, and why: what was logged before TIME past that checkpoint is superseded.
+
+What is found out about a run afterwards (`add`) goes through a spool file of its own, `RUN/spool/later.jsonl`, and the
+same sender. It is no part of the loop's story: it neither supersedes points nor changes the run's status.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -297,12 +300,8 @@ class MlflowTracker:
         elif event["kind"] == "tags":
             event["tags"] = {str(key): str(value) for key, value in event["tags"].items()}
         elif event["kind"] == "picture":
-            png = event["png"]
-            mark = hashlib.sha256(png).hexdigest()[:16]
-            name = f"{_safe(event['name']).replace('/', '~')}-{event['step']:09d}-{mark}.png"
-            (self.spool / "pictures").mkdir(parents=True, exist_ok=True)
-            (self.spool / "pictures" / name).write_bytes(png)
-            event = {key: value for key, value in event.items() if key != "png"} | {"file": f"pictures/{name}"}
+            file = _keep_picture(self.spool, event["name"], event["step"], event["png"])
+            event = {key: value for key, value in event.items() if key != "png"} | {"file": file}
         return json.dumps(event).encode() + b"\n"
 
 
@@ -354,6 +353,15 @@ def open_tracker(
 def _safe(name: str) -> str:
     """A name MLflow takes: letters, digits, underscore, dash, dot, blank, slash."""
     return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
+
+
+def _keep_picture(spool: Path, name: str, images: int, png: bytes) -> str:
+    """Write a picture's bytes into the spool under a name made from its content; that name, relative to the spool."""
+    mark = hashlib.sha256(png).hexdigest()[:16]
+    file = f"pictures/{_safe(name).replace('/', '~')}-{images:09d}-{mark}.png"
+    (spool / "pictures").mkdir(parents=True, exist_ok=True)
+    (spool / file).write_bytes(png)
+    return file
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -692,6 +700,134 @@ def sync(run: str | Path, again: bool = False) -> Delivery:
     return Delivery(answer["uri"], answer["run_id"], answer["sent"], answer["refused"])
 
 
+# --- said of a run afterwards -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What `add` did. spooled: new events; 0 when everything was there before. problem: why they wait in the spool."""
+
+    spooled: int
+    run_id: str | None
+    uri: str | None
+    problem: str | None
+
+
+def add(
+    run: str | Path,
+    metrics: Mapping[str, float],
+    images: int,
+    *,
+    pictures: Mapping[str, bytes] | None = None,
+    files: Sequence[str | Path] = (),
+) -> Addition | None:
+    """Add what was found out about a run to its MLflow run: delivered now, or later by its trainer or `fader sync`.
+
+    What was added before is not added again: metrics with the same values at the same images seen, pictures and files
+    that have not changed since. The run's status stays, and no point counts as superseded.
+
+    Args:
+        run: the run's folder.
+        metrics: numbers at `images` seen.
+        pictures: PNG bytes by name.
+        files: files in the run's folder, kept in MLflow under the folder they have there (RUN/report/a as report/a).
+
+    Returns:
+        None for a run that is not tracked.
+
+    Raises:
+        ValueError: a file lies outside the run's folder.
+    """
+    folder = Path(run).resolve()
+    spool = folder / "spool"
+    if not (spool / "main.jsonl").is_file():
+        return None
+    events: list[dict[str, Any]] = [{"kind": "metrics", "metrics": _numbers(metrics)}] if metrics else []
+    for name, png in (pictures or {}).items():
+        events.append({"kind": "picture", "name": name, "file": _keep_picture(spool, name, images, png)})
+    for file in map(os.path.abspath, files):
+        path = Path(file).resolve()
+        if not path.is_relative_to(folder):
+            raise ValueError(f"{file} is not in the run's folder {folder}: only what stays with the run can be added")
+        place = "/".join(path.relative_to(folder).parts[:-1])
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        events.append({"kind": "artifact", "path": str(path), "folder": place, "digest": content})
+    later = spool / "later.jsonl"
+    there = {_mark(event): event for event, _ in _events(later) if event} if later.is_file() else {}
+    now = int(time.time() * 1000)
+    new = [event | {"step": int(images), "time": now} for event in events]
+    new = [event for event in new if _content(there.get(_mark(event), {})) != _content(event)]
+    log = _Log(later)
+    log.append(b"".join(json.dumps(event).encode() + b"\n" for event in new), sync=True)
+    log.close()
+    if not undelivered(run):
+        return Addition(len(new), run_id_of(run), _State.read(spool).uri, None)
+    if _is_locked(spool):
+        why = "the run's trainer is at work and delivers it"
+        return Addition(len(new), run_id_of(run), _State.read(spool).uri, why)
+    try:
+        delivery = sync(run)
+    except ValueError as error:
+        return Addition(len(new), run_id_of(run), _State.read(spool).uri, str(error))
+    return Addition(len(new), delivery.run_id, delivery.uri, None)
+
+
+def _mark(event: Mapping[str, Any]) -> str:
+    """What an event is about: a newer one about the same takes its place."""
+    if event["kind"] == "artifact":
+        return json.dumps(["artifact", event["path"]])
+    about = sorted(event["metrics"]) if event["kind"] == "metrics" else event["name"]
+    return json.dumps([event["kind"], event["step"], about])
+
+
+def _content(event: Mapping[str, Any]) -> str:
+    """What an event says, without the time at which it is said; a file says the same at every step."""
+    left_out = {"time", "step"} if event.get("kind") == "artifact" else {"time"}
+    return json.dumps({key: value for key, value in event.items() if key not in left_out}, sort_keys=True)
+
+
+def _is_locked(spool: Path) -> bool:
+    """Whether a sender is at work on a spool."""
+    handle = os.open(spool / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A run as MLflow holds it: the newest value of each metric."""
+
+    run_id: str
+    name: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+def stored(run_id: str) -> Stored:
+    """Read a run back from the store in use (MLFLOW_TRACKING_URI, else MLflow's default).
+
+    Raises:
+        ValueError: the store does not answer, or has no such run.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = mlflow.MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        where = without_password(mlflow.get_tracking_uri())
+        raise ValueError(f"{run_id} is neither a run's folder nor a run in {where} ({reason(error)})") from None
+    name = found.info.run_name or run_id
+    return Stored(run_id, name, dict(found.data.params), {key: float(v) for key, v in found.data.metrics.items()})
+
+
 class _Sender:
     """Delivers a spool to one MLflow store, in order, from where the store stands."""
 
@@ -883,7 +1019,7 @@ class _Sender:
         self._client.set_tag(self.state.run_id, "mlflow.loggedImages", True)
 
     def _send_artifact(self, event: dict[str, Any]) -> None:
-        self._client.log_artifact(self.state.run_id, event["path"])
+        self._client.log_artifact(self.state.run_id, event["path"], event.get("folder") or None)
 
     def _send_finish(self, event: dict[str, Any]) -> None:
         self._client.set_terminated(self.state.run_id, event["status"], event["time"])

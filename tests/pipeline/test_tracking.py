@@ -11,6 +11,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -33,6 +34,14 @@ def png(colour: tuple[int, int, int] = (255, 0, 0)) -> bytes:
 
 def spooled(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "spool" / "main.jsonl").read_text().splitlines()]
+
+
+class Delivery:
+    """What `sync` says of what its child process answered."""
+
+    def __init__(self, answer: dict) -> None:
+        assert answer["problem"] is None
+        self.run_id, self.uri = answer["run_id"], answer["uri"]
 
 
 def quiet(run: Path) -> MlflowTracker:
@@ -287,6 +296,67 @@ def test_an_event_the_store_never_takes_does_not_hold_up_the_others(tmp_path, mo
     assert all("access denied" in problem for problem in problems[:4]) and problems[4] is None
     assert sender.state.refused == 1 and tracking.undelivered(tmp_path) == 0
     assert [m.value for m in sender._client.get_metric_history(tracking.run_id_of(tmp_path), "a")] == [1.0]
+
+
+def test_what_is_added_later_changes_neither_status_nor_points(tmp_path, monkeypatch):
+    """Evaluated twice at a checkpoint before the run's last point: every number and file once, the run as it was."""
+    from mlflow import MlflowClient
+
+    uri = make_store(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    # in this process: the child's start takes seconds, and other tests try it
+    monkeypatch.setattr(tracking, "sync", lambda run: Delivery(tracking._deliver_once(run / "spool", False)))
+    run = tmp_path / "run"
+    tracker = quiet(run)
+    tracker.start()
+    for step in (10, 20, 30):
+        tracker.log({"mse": 1.0}, step, step)
+    tracker.finish("FAILED")
+    page = run / "report" / "page.html"
+    page.parent.mkdir()
+    page.write_text("first")
+
+    def add(**more):
+        about = {"pictures": {"sweep": png()}, "files": [page]} | more
+        return tracking.add(run, {"test/swap_accuracy": 0.9}, 20, **about)
+
+    first = add()
+    client = MlflowClient(uri)
+    assert (first.spooled, first.problem) == (3, None) and first.run_id == tracking.run_id_of(run)
+    found = client.get_run(first.run_id)
+    ended = found.info.end_time
+    assert found.info.status == "FAILED" and [p.path for p in client.list_artifacts(first.run_id, "report")]
+    assert add().spooled == 0, "the same again is nothing new"
+    page.write_text("second")
+    assert add().spooled == 1, "a file that changed is sent again"
+    [point] = client.get_metric_history(first.run_id, "test/swap_accuracy")
+    assert (point.value, point.step) == (0.9, 20)
+    found = client.get_run(first.run_id)
+    assert (found.info.status, found.info.end_time) == ("FAILED", ended)
+    assert not any(name.startswith("rewound.") for name in found.data.tags)
+    assert tracking.stored(first.run_id).metrics["test/swap_accuracy"] == 0.9
+
+    tracker = quiet(run)  # resumed before the place where it was evaluated: only the loop's own points are superseded
+    tracker.start(images=10)
+    tracker.finish("FINISHED")
+    assert [(p.step, p.superseded) for p in tracking.points(run)] == [(10, False), (20, True), (30, True)]
+    start = [event for event in spooled(run) if event["kind"] == "start"][-1]
+    assert (start["from"], start["step"]) == (30, 10), "the addition at 20 passed for the loop's last point"
+
+
+def test_what_is_added_waits_for_a_trainer_at_work_and_for_a_store(tmp_path, monkeypatch):
+    assert tracking.add(tmp_path, {"a": 1.0}, 1) is None and not list(tmp_path.iterdir()), "not tracked: nothing to do"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tracker = quiet(tmp_path)
+    tracker.start()
+    tracker.finish("FINISHED")
+    with pytest.raises(ValueError, match="not in the run's folder"):
+        tracking.add(tmp_path, {}, 1, files=[__file__])
+    held = tracking._lock(tmp_path / "spool", threading.Event())
+    added = tracking.add(tmp_path, {"a": 1.0}, 1)
+    os.close(held)
+    assert added.spooled == 1 and "trainer is at work" in added.problem and tracking.undelivered(tmp_path) == 3
 
 
 # --- a real server that goes away -------------------------------------------------------------------------------------
