@@ -54,6 +54,7 @@ POLL_SECONDS = 0.5
 BACKOFF_SECONDS = 10.0
 SAMPLE_SECONDS = 10.0  # system metrics
 FSYNC_SECONDS = 5.0
+LOCK_PATIENCE_SECONDS = 20.0
 
 # MLflow's own defaults wait 246 s for a server that is gone (7 retries) and 120 s for one that hangs. Delivery has its
 # own patience, so one short try is right. Set for the sender process only, and only where the user has not set them.
@@ -1088,17 +1089,22 @@ def _sample(spool: Path, node: int | None, stop: threading.Event) -> None:
     log.close()
 
 
-def _lock(spool: Path, give_up: threading.Event) -> int | None:
-    """Hold the spool's lock until the handle is closed or the process ends; None when `give_up` comes first."""
+def _lock(spool: Path, give_up: threading.Event, patience: float = 0.0) -> int | None:
+    """Hold the spool's lock until the handle is closed or the process ends; None `patience` seconds after `give_up`."""
     handle = os.open(spool / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    last = math.inf
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle
         except BlockingIOError:
-            if give_up.wait(POLL_SECONDS):
+            if not give_up.wait(POLL_SECONDS):
+                continue
+            last = min(last, time.monotonic() + patience)
+            if time.monotonic() >= last:
                 os.close(handle)
                 return None
+            time.sleep(POLL_SECONDS)
         except OSError as error:  # a file system without locks: two senders would only do the same work twice
             logger.warning("%s cannot be locked: %s", spool, error)
             return handle
@@ -1125,7 +1131,8 @@ def _serve(spool: Path, parent: int, node: int | None, sample_only: bool) -> Non
     if sample_only:
         over.wait()
         return
-    if _lock(spool, give_up=over) is None:
+    # A short attempt may have finished while the sender of the one before it is still on its way out.
+    if _lock(spool, give_up=over, patience=LOCK_PATIENCE_SECONDS) is None:
         return
     sender: _Sender | None = None
     wait = POLL_SECONDS
