@@ -1,0 +1,53 @@
+"""Every launch file starts what it says, and the engine ends with the weights of one process on whatever it started.
+
+one_node.yaml and cpu.yaml are what the other tests of two ranks start with.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import ranks
+from tests.commands import ROOT, command, environment, launch
+from tests.pipeline.test_ranks import TOLERANCE, State, distance, of
+
+
+@pytest.fixture(scope="module")
+def short() -> State:
+    """Fader after five steps in one process, in float64: the launchers' runs are measured by it."""
+    return ranks.run(ranks.Case("fader", steps=5))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "backend", "stage"),
+    [
+        (["--config_file", "launch/accelerate/deepspeed_zero1.yaml"], "deepspeed", 1),
+        (["--config_file", "launch/accelerate/deepspeed_zero2.yaml"], "deepspeed", 2),
+    ],
+    ids=["deepspeed_zero1", "deepspeed_zero2"],
+)
+def test_the_launchers_back_end_is_taken_over(short, tmp_path, launcher, backend, stage):
+    launch("tests.ranks", tmp_path, "one", launcher=launcher)
+    for rank in range(2):
+        found = load_file(tmp_path / f"rank{rank}.safetensors")
+        assert (int(found["world_size"]), int(found["stage"])) == (2, stage)
+        assert distance(short, of(found, f"{backend}/fader")) < TOLERANCE["zero1"]
+
+
+def test_two_launchers_with_the_same_command_are_one_run_of_four_ranks(short, tmp_path):
+    """many_nodes.yaml as it stands; the port alone is another, so that tests may run beside each other."""
+    words = ["--config_file", "launch/accelerate/many_nodes.yaml", "--main_process_port", str(ranks.free_port())]
+    line = command("tests.ranks", tmp_path, "one", launcher=words)
+    nodes = [
+        subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=900)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    for rank in range(4):
+        found = load_file(tmp_path / f"rank{rank}.safetensors")
+        assert int(found["world_size"]) == 4
+        assert distance(short, of(found, "ddp/fader")) < TOLERANCE["zero1"]
