@@ -175,6 +175,18 @@ def faces(
     _write(draw, out, workers, False, shard_records)
 
 
+@app.command()
+def upload(
+    source: Annotated[Path, typer.Argument(help="Folder of a finished shard set.")],
+    address: Annotated[str, typer.Argument(help="Where to copy it, as fsspec knows it: s3://bucket/name, gs://…")],
+) -> None:
+    """Copy a finished shard set to an address; data.path of a config may name it, and tars are fetched when needed."""
+    from pipeline import shards
+
+    shards.upload(source, address)
+    typer.echo(f"{source} lies at {address} now\nnext: fader train CONFIG data.path={address}")
+
+
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

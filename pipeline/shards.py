@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.datasets import SPLITS, Dataset, LeftOut
+from pipeline.datasets.source import Place, is_remote
 from pipeline.images import check
 from pipeline.datasets.workers import Progress, in_processes, locked, silent, tick
+from pipeline.remote import Remote, cache_folder, fetch, publish
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
     import pyarrow as pa
@@ -43,6 +45,7 @@ MANIFEST, DESCRIPTION, WORK = "manifest.parquet", "dataset.json", ".prepare"
 SHARD_NAME = re.compile(r"(train|valid|test)-\d{6}\.tar")
 FIXED_COLUMNS = ("key", "split", "shard", "offset", "size", "digest", "width", "height", "extension")
 _BLOCK, _RECORD = 512, 10240
+_MAP_TRIALS = 20
 
 logger = logging.getLogger(__name__)
 
@@ -494,18 +497,28 @@ def _size_fault(path: Path, size: int) -> str | None:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A finished shard set. digest: the data digest: what the data is, not how it was cut or where it lies."""
+    """A finished shard set. digest: the data digest: what the data is, not how it was cut or where it lies.
+
+    path: its folder; of a set that lies elsewhere the folder of the cache, and `remote` fetches its tars to there.
+    """
 
     path: Path
     info: dict[str, Any] = field(repr=False)
+    remote: Remote | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> ShardSet:
         """Open a set; sizes of all files and the manifest's digest are checked, the tars are not read (`verify` does).
 
+        Args:
+            path: a folder, or an address that fsspec knows.
+
         Raises:
             ValueError: not there, not finished, or damaged.
+            OSError: the address does not answer.
         """
+        if is_remote(path):
+            return _open_remote(Place(os.fspath(path)))
         path = Path(path)
         info = _read_description(path)
         faults = [_size_fault(path / shard["file"], shard["size"]) for shard in _shards_of(info)]
@@ -586,7 +599,47 @@ class ShardSet:
             height=table["height"].to_numpy(),
             shards=[self.path / shard for shard in names],
             digest=_data_digest(attribute_list, table),
+            remote=self.remote,
         )
+
+
+def _open_remote(place: Place) -> ShardSet:
+    """The set at an address. Its description is always fetched, its manifest when the cache has another or none.
+
+    Raises:
+        ValueError, OSError: as `ShardSet.open`.
+    """
+    folder = cache_folder() / hashlib.sha256(place.address.encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        description = (place / DESCRIPTION).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{place} holds no finished shard set: {DESCRIPTION} is missing") from error
+    if not (folder / DESCRIPTION).is_file() or (folder / DESCRIPTION).read_bytes() != description:
+        for stale in (*folder.glob("*.tar"), folder / MANIFEST):
+            stale.unlink(missing_ok=True)
+        with _replacing(folder / DESCRIPTION, folder) as file:
+            file.write(description)
+    info = _read_description(folder)
+    manifest = info["manifest"]
+    if _size_fault(folder / MANIFEST, manifest["size"]) or _file_sha256(folder / MANIFEST) != manifest["digest"]:
+        fetch(place / MANIFEST, folder / MANIFEST, manifest["size"], manifest["digest"])
+    files = {shard["file"]: (shard["size"], shard["digest"]) for shard in _shards_of(info)}
+    return ShardSet(folder, info, Remote(place, folder, files))
+
+
+def upload(path: Path | str, address: str) -> None:
+    """Copy a finished set to an address, its description last, so that nobody takes a part of it for the whole.
+
+    Raises:
+        ValueError: `path` is no finished set, or another set lies at the address.
+        OSError: the address cannot be written to.
+    """
+    whole, place = ShardSet.open(path), Place(address)
+    there = place / DESCRIPTION
+    if there.is_file() and there.read_bytes() != (whole.path / DESCRIPTION).read_bytes():
+        raise ValueError(f"{address} already holds another set; choose another address, or remove it first")
+    publish(whole.path, place, [*(shard["file"] for shard in _shards_of(whole.info)), MANIFEST, DESCRIPTION])
 
 
 @dataclass(frozen=True, eq=False)
@@ -609,6 +662,7 @@ class Split:
     height: np.ndarray
     shards: list[Path]
     digest: str
+    remote: Remote | None = None
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -632,9 +686,22 @@ class Split:
         number = int(self.shard[row])
         tar = self._maps.get(number)
         if tar is None:
-            tar = self._maps.setdefault(number, np.memmap(self.shards[number], np.uint8, "r"))
+            tar = self._maps.setdefault(number, self._mapped(self.shards[number]))
         offset = int(self.offset[row])
         return tar[offset : offset + int(self.size[row])]
+
+    def _mapped(self, path: Path) -> np.ndarray:
+        """A tar, mapped; fetched first where the set lies elsewhere."""
+        if self.remote is None:
+            return np.memmap(path, np.uint8, "r")
+        gone = [number for number in list(self._maps) if not self.shards[number].exists()]
+        for number in gone:  # another process, or this one, needed the room: give the disk back
+            self._maps.pop(number, None)
+        for _ in range(_MAP_TRIALS):
+            local = self.remote.fetch(path.name)
+            with contextlib.suppress(FileNotFoundError):  # it made room for another tar before it was mapped
+                return np.memmap(local, np.uint8, "r")
+        raise OSError(f"the cache has no room for {path.name} beside what others read; raise FADER_CACHE_GB")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
@@ -715,6 +782,8 @@ def verify(path: Path | str, *, workers: int | None = None, progress: Progress =
     Raises:
         ValueError: not there, not finished, or damaged; names what is (the first 20 places).
     """
+    if is_remote(path):
+        raise ValueError(f"{path} lies elsewhere; verify reads local sets, and what is fetched is checked as it comes")
     path = Path(path)
     info = _read_description(path)
     shards = _shards_of(info)

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fader", "pipeline", "launch")
 ORDER = (
-    "images config datasets shards inspection batches steps tar_loader dali_loader engine tracking metrics checkpoint "
-    "registry evaluation train app"
+    "images config datasets remote shards inspection batches steps tar_loader dali_loader engine tracking metrics "
+    "checkpoint registry evaluation train app"
 ).split()
 HOMES = {
     "accelerate": {"engine"},

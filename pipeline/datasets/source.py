@@ -104,6 +104,24 @@ class Place:
         with open(self.address, "rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
 
+    def write_file(self, path: str | os.PathLike[str]) -> None:
+        """Copy a local file to this address; left alone when one of the same size is there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+
+        def put(system: AbstractFileSystem, there: str) -> None:
+            size = os.stat(path).st_size
+            if not system.exists(there) or system.size(there) != size:
+                system.makedirs(system._parent(there), exist_ok=True)
+                system.put_file(os.fspath(path), there)
+                system.invalidate_cache()
+                if system.size(there) != size:
+                    raise OSError(f"{there} was written short")
+
+        self._asked(put)
+
     def folders(self) -> list[str]:
         """Names of the folders in this one, sorted, without hidden ones.
 
