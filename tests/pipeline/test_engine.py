@@ -151,7 +151,8 @@ def test_the_moving_average_has_the_half_life_it_was_given():
     state = engine.state()
     half = 0.5 ** (8 / 16)
     torch.testing.assert_close(state.ema["net/0.weight"], half * start + (1 - half) * state.networks["net/0.weight"])
-    assert torch.equal(state.ema["net/1.running_mean"], state.networks["net/1.running_mean"])
+    torch.testing.assert_close(state.ema["net/1.running_mean"], (1 - half) * state.networks["net/1.running_mean"])
+    assert torch.equal(state.ema["net/1.num_batches_tracked"], state.networks["net/1.num_batches_tracked"])
 
 
 def test_clipping_bounds_the_whole_groups_norm():
