@@ -37,6 +37,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU when there is one")] = "auto",
     threads: Annotated[int, typer.Option(help="decoding threads", min=1)] = 2,
     seed: Annotated[int, typer.Option(help="of the bootstrap and of the probe")] = 0,
+    report_page: Annotated[
+        bool, typer.Option("--report", help="also a page with sweeps, best and worst cases and curves into RUN/report")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all reports here")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the tables here")] = None,
 ) -> None:
@@ -45,6 +48,8 @@ def evaluate(
     from pipeline.shards import ShardSet
 
     asked = tuple(name.strip() for name in tables.split(",") if name.strip())
+    if report_page:
+        _only_runs(models)
     loaded = [registry.load(source, own_judge=judge is None) for source in models]
     judged_tables = {"swap", "distribution"} & set(asked)
     seer = _judge(loaded, judge) if judged_tables else _named_judge(judge)
@@ -80,15 +85,35 @@ def evaluate(
             report.warnings.append(f"it was trained on another data set ({digests})")
         reports.append(report)
     for table in evaluation.as_tables(reports):
-        _print(table)
+        show(table)
     for report in reports:
         for warning in report.warnings:
             typer.echo(f"note: {report.model}: {warning}")
-    written = [file for report in reports for file in _write_into_run(report)]
+    written = []
+    for model, report in zip(loaded, reports):
+        files = _write_into_run(report)
+        if report_page:
+            typer.echo(f"drawing the report of {report.model}", err=True)
+            run = Path(report.model)
+            files.append(
+                evaluation.page.write(
+                    report,
+                    model,
+                    seer if _slides(model) else None,
+                    records,
+                    run / "report",
+                    run=run,
+                    device=place,
+                    threads=threads,
+                    batch_size=batch_size,
+                )
+            )
+        _track(report, files)
+        written += files
     if json_file:
-        written.append(_write(json_file, _json(reports)))
+        written.append(write(json_file, _json(reports)))
     if markdown_file:
-        written.append(_write(markdown_file, evaluation.markdown(reports)))
+        written.append(write(markdown_file, evaluation.markdown(reports)))
     for file in written:
         typer.echo(f"wrote {file}")
     typer.echo(_next(loaded))
@@ -166,7 +191,8 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _print(table: Table) -> None:
+def show(table: Table) -> None:
+    """Draw a table in the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as Drawn
@@ -186,14 +212,40 @@ def _print(table: Table) -> None:
 def _write_into_run(report: Report) -> list[Path]:
     """RUN/report/evaluation-<split>.json and .md, when the model is a run; under a name of its own for part of a split."""
     run = Path(report.model)
-    if not (run / "config.yaml").is_file():
+    if not _is_run(report.model):
         return []
     part = f"-first-{report.records}" if report.records < report.split_records else ""
     stem = run / "report" / f"evaluation-{report.split}{part}"
     return [
-        _write(stem.with_name(f"{stem.name}.json"), _json([report])),
-        _write(stem.with_name(f"{stem.name}.md"), report.markdown()),
+        write(stem.with_name(f"{stem.name}.json"), _json([report])),
+        write(stem.with_name(f"{stem.name}.md"), report.markdown()),
     ]
+
+
+def _is_run(source: str) -> bool:
+    return (Path(source) / "config.yaml").is_file()
+
+
+def _only_runs(models: list[str]) -> None:
+    """Raises ValueError unless every model is a run, into whose folder its report goes."""
+    for source in models:
+        if not _is_run(source):
+            raise ValueError(f"--report writes into a run's folder, and {source} is none: name its run")
+
+
+def _track(report: Report, files: list[Path]) -> None:
+    """Add numbers and files to the run's MLflow run; those of a part of a split would pass for the whole there."""
+    from pipeline import tracking
+
+    if not files or report.records < report.split_records:
+        return
+    added = tracking.add(report.model, report.metrics(), report.images_seen or 0, files=files)
+    if added is None:
+        return
+    if added.problem:
+        typer.echo(f"note: {report.model}: its numbers wait in its spool: {added.problem}")
+    else:
+        typer.echo(f"added its numbers and files to MLflow run {added.run_id} in {added.uri}")
 
 
 def _json(reports: list[Report]) -> str:
@@ -202,11 +254,11 @@ def _json(reports: list[Report]) -> str:
     return json.dumps(content[0] if len(content) == 1 else content, indent=1, allow_nan=False) + "\n"
 
 
-def _write(path: Path, text: str) -> Path:
+def write(path: Path, content: str | bytes) -> Path:
     """Write a whole file or none: under another name first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
     return path
 

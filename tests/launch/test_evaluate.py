@@ -13,7 +13,7 @@ from PIL import Image
 
 from launch.command import main
 from launch.evaluate import evaluate
-from pipeline import registry
+from pipeline import registry, tracking
 from pipeline.datasets import Dataset
 from pipeline.images import Preprocessing, to_uint8
 from pipeline.shards import ShardSet, prepare
@@ -174,3 +174,33 @@ def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(s
     assert json.loads((fader / "report" / "evaluation-test-first-20.json").read_text())["records"] == 20
     code, _, err = run(capsys, monkeypatch, fader, "--judge", other)
     assert code == 2 and f"error: the judge {other} sees images as image_size 32" in err.splitlines()[-1]
+
+
+def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_path, capsys, monkeypatch):
+    data = {"path": str(shards), **DATA}
+    judge = make_run(tmp_path / "judge", JUDGE, data=data)
+    fader = make_run(tmp_path / "fader", FADER, data=data, judge=str(judge))
+    words = [fader, "--tables", "swap,fidelity", "--device", "cpu"]
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0 and "MLflow" not in out and not (fader / "spool").exists(), "a run that was not tracked stays so"
+    assert not list((fader / "report").glob("*.html")), "a page is drawn when it is asked for"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody there: what is spooled can be looked at
+    tracker = tracking.MlflowTracker(fader, "experiment", "fader", deliver=False)
+    tracker.start()
+    tracker.finish("FINISHED")
+    monkeypatch.setattr(tracking, "sync", refuse)
+    code, out, _ = run(capsys, monkeypatch, *words, "--report")
+    page = fader / "report" / "report-test.html"
+    assert code == 0 and f"wrote {page}" in out and "numbers wait in its spool: nobody there" in out
+    events = [json.loads(line) for line in (fader / "spool" / "later.jsonl").read_text().splitlines()]
+    assert events[0]["step"] == 3200 and events[0]["metrics"]["test/mse"] > 0
+    files = {Path(event["path"]).name: event["folder"] for event in events if event["kind"] == "artifact"}
+    assert files == dict.fromkeys(("evaluation-test.json", "evaluation-test.md", "report-test.html"), "report")
+    code, _, _ = run(capsys, monkeypatch, *words, "--limit", "20")
+    assert code == 0 and len((fader / "spool" / "later.jsonl").read_text().splitlines()) == len(events)
+    code, _, err = run(capsys, monkeypatch, "models:/x@y", "--report")
+    assert code == 2 and "models:/x@y is none: name its run" in err
+
+
+def refuse(_):
+    raise ValueError("nobody there")
