@@ -16,6 +16,7 @@ COMMANDS = {
     "verify": "read a shard set back and hold it against its manifest",
     "train": "train what a config says; --resume RUN goes on",
     "evaluate": "does it slide? tables over a split",
+    "compare": "runs side by side, and what their swaps cost in reconstruction",
     "register": "export a run and register it as a version in MLflow",
     "edit": "move the sliders on photos",
     "sync": "send what tracking could not deliver",

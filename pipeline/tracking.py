@@ -297,7 +297,7 @@ class MlflowTracker:
         if event["kind"] == "metrics":
             event["metrics"] = _numbers(event["metrics"])
         elif event["kind"] == "params":
-            event["params"] = dict(_flatten(event["params"]))
+            event["params"] = dict(flatten(event["params"]))
         elif event["kind"] == "tags":
             event["tags"] = {str(key): str(value) for key, value in event["tags"].items()}
         elif event["kind"] == "picture":
@@ -375,11 +375,11 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested mappings to dotted keys; everything else as text."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value)
 
