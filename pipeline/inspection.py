@@ -19,8 +19,9 @@ from pipeline.shards import ShardSet, Split
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RARE_SHARE = 0.1
-"""Values below this share of the known are called rare: without balance a network may pass them over."""
+RARE_SHARE = 0.2
+"""Values below this part of an even share (10% of a binary attribute, 2% of a 10-way one) are called rare: without
+balance a network may pass them over."""
 _MOST_READ = 20_000  # pictures whose quality is looked up
 _MOST_ROWS, _ROW_LENGTH, _CELL = 16, 10, 96
 _LUMINANCE = np.array(
@@ -133,13 +134,12 @@ def _balance(splits: Sequence[Split], values: dict[str, _Values], attribute_list
     for j, name in enumerate(names):
         cells = "".join(f"{'-':>10}" if np.isnan(s[j]) else f"{s[j]:>10.1%}" for s in shares)
         lines.append(f"{name:{wide}}{cells}{int(unknown[j]):>10,}")
-    binary = {entry["name"] for entry in attribute_list if entry["kind"] == "binary"}
-    rare = [
-        f"{name} ({min(share, 1 - share) if name in binary else share:.1%})"
-        for name, share in zip(names, shares[0])
-        if (min(share, 1 - share) if name in binary else share) < RARE_SHARE
-    ]
-    return [*lines, f"\nrare in {splits[0].name} (below {RARE_SHARE:.0%}): {', '.join(rare) or 'none'}"]
+    even = [1 / len(entry["categories"]) if entry["categories"] else 0.5 for entry in attribute_list]
+    even = [share for share, entry in zip(even, attribute_list) for _ in entry["categories"] or [""]]
+    least = [min(s, 1 - s) if e == 0.5 else s for s, e in zip(shares[0], even)]
+    rare = [f"{name} ({s:.1%})" for name, s, e in zip(names, least, even) if s < RARE_SHARE * e]
+    words = f"rare in {splits[0].name} (below {RARE_SHARE:.0%} of an even share)"
+    return [*lines, f"\n{words}: {', '.join(rare) or 'none'}"]
 
 
 def _spread(what: str, values: np.ndarray, unit: str) -> str:

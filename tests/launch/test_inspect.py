@@ -43,7 +43,7 @@ def test_counts_rarity_sizes_quality_and_duplicates_are_true(planted):
     assert "table: 60 records" in text and "train 30 (50%), valid 15 (25%), test 15 (25%)" in text
     line = next(line for line in text.splitlines() if line.startswith("age > 0.5"))
     assert line.split()[-1] == "12"
-    assert "rare in train (below 10%): Hat (3.3%)" in text
+    assert "rare in train (below 20% of an even share): Hat (3.3%)" in text
     assert "width: 30 to 40 pixels" in text and "height: 40 pixels everywhere" in text and "formats: jpg 60" in text
     assert "read off the tables of 60: 60 to 90 of 100" in text
     assert "2 pictures in 1 groups of equal bytes; 1 of them stand in several splits" in text
