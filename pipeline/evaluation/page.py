@@ -177,10 +177,12 @@ def _sheet(rows: Sequence[Sequence[np.ndarray | None]], above: Sequence[str], ga
     """Cells [S, S, 3] in rows with a line of words above each column; None leaves a cell blank; a gap before some."""
     size = next(cell.shape[0] for row in rows for cell in row if cell is not None)
     zoom = 2 if size <= 64 else 1
-    side, gap, line = size * zoom, 4, 18
+    side, gap = size * zoom, 4
+    letters = max(12, side // 7)
+    line = letters + 8
     lefts = [gap + i * (side + gap) + 20 * sum(g <= i for g in gaps) for i in range(len(above))]
     sheet = Image.new("RGB", (lefts[-1] + side + gap, line + len(rows) * (side + gap)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(letters)
     for left, words in zip(lefts, above):
         pen.text((left + side / 2, line / 2), words, "#333", font=font, anchor="mm")
     for r, row in enumerate(rows):
