@@ -243,7 +243,7 @@ class _DeepSpeedGroup(_Group):
         if not self.stage:
             return super().moments()
         held, found = self._slice, {}
-        for key, value in self.optimizer.state.get(held, {}).items():
+        for key, value in sorted(self.optimizer.state.get(held, {}).items()):  # every rank gathers in the same order
             if not isinstance(value, Tensor):
                 continue
             if value.shape != held.shape:  # the step count, one for all
@@ -262,7 +262,7 @@ class _DeepSpeedGroup(_Group):
         self.wrapped.optimizer.refresh_fp32_params()
         held = self._slice
         self.optimizer.state.pop(held, None)
-        keys = {key for entries in moments.values() for key in entries}
+        keys = sorted({key for entries in moments.values() for key in entries})
         if not keys:
             return
         entries: dict[str, Tensor] = {}

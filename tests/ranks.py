@@ -247,6 +247,7 @@ def load_states(kind: str, others: tuple[str, ...], folder: Path) -> Iterator[tu
     for other in others:
         for step in SAVED_AT:
             engine.load(unflat(load_file(folder / f"{other}-{step}.safetensors")))
+            _hold_moments_in_another_order(engine)
             yield f"{other} to {kind} at {step}", flat(engine.state())
             go_on(engine, position_at(step), step + GOES_ON)
             yield f"{other} to {kind} past {step}", flat(engine.state())
@@ -255,6 +256,13 @@ def load_states(kind: str, others: tuple[str, ...], folder: Path) -> Iterator[tu
     for other in others:
         engine.load(unflat(load_file(folder / f"{other}-fader.safetensors")))
         yield f"{other} to {kind} fader", flat(engine.state())
+
+
+def _hold_moments_in_another_order(engine: Engine) -> None:
+    """One rank's optimizers name their moments in reverse, which must not matter to what all ranks gather."""
+    for group in engine.groups.values() if engine.rank % 2 else ():
+        for held, moments in list(group.optimizer.state.items()):
+            group.optimizer.state[held] = dict(reversed(list(moments.items())))
 
 
 # --- the launches -----------------------------------------------------------------------------------------------------
