@@ -10,8 +10,8 @@ from tests import golden
 
 GOLDEN = json.loads(golden.FILE.read_text())
 FAMILIES = golden.families()
-# Processors round differently, and Adam turns that into differences.
-RELATIVE, ABSOLUTE = 1e-3, 1e-6
+# Processors and thread counts round differently, and Adam amplifies that: measured below 1e-6 in float64.
+RELATIVE, ABSOLUTE = 1e-4, 1e-7
 
 
 def off(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> list[str]:
