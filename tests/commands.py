@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,11 @@ def command(
 def environment(**extra: str) -> dict[str, str]:
     """This environment with the project in reach, one thread a process, and no colours."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **extra}
+
+
+def interruptible() -> None:
+    """For `preexec_fn`: the child takes Ctrl-C also where the tests run as a background job, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def launch(

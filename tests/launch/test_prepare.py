@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.datasets.celeba import read_celeba
 from pipeline.shards import ShardSet, prepare, verify
-from tests.commands import command, environment, launch
+from tests.commands import command, environment, interruptible, launch
 from tests.pipeline.planted import jpeg, write_celeba
 
 COUNT = 400
@@ -95,7 +95,8 @@ def test_workers_of_a_killed_command_die_with_it(source, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_with_130_and_one_line_how_to_go_on(source, unbroken, tmp_path, workers):
     out = tmp_path / "set"
-    process = start("celeba", source, out, "--shard-records", 8, "--workers", workers, start_new_session=True)
+    words = ["celeba", source, out, "--shard-records", 8, "--workers", workers]
+    process = start(*words, start_new_session=True, preexec_fn=interruptible)
     wait_for(out, 2, process)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the children, too
     _, errors = process.communicate(timeout=30)

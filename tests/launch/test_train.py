@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.commands import ROOT, command, environment, launch
+from tests.commands import ROOT, command, environment, interruptible, launch
 
 CONFIG = """
 name: tiny
@@ -62,7 +62,14 @@ def break_off(config: Path, run: Path, processes: int, number: signal.Signals) -
     """Start a run, wait for its first checkpoint, and send a signal to all its processes, as a terminal does."""
     words = command("launch.train", config, f"run.folder={run}", processes=processes)
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        words,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=interruptible,
     )
     deadline = time.monotonic() + 300
     while not checkpoints(run):
