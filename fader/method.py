@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fader.attributes import Attributes
 from fader.draws import Draws
+from fader.similarity import Similarity
 
 Networks = Mapping[str, nn.Module]
 ReduceSum = Callable[[Tensor], Tensor]
@@ -149,6 +150,8 @@ class Optimizer:
 
     betas are Adam's, momentum is SGD's. clip_norm: largest L2 norm of all its gradients together, 0 = none.
     ema_half_life: images after which an old weight counts half in the exponential moving average; 0 keeps none.
+    decay_from, decay_images: from so many images of a stage on the learning rate falls, in a straight line, to 0 within
+    decay_images; 0 = never.
     """
 
     kind: Literal["adam", "sgd"] = "adam"
@@ -158,6 +161,19 @@ class Optimizer:
     weight_decay: float = 0.0
     clip_norm: float = 5.0
     ema_half_life: int = 0
+    decay_from: int = 0
+    decay_images: int = 0
+
+    @classmethod
+    def of(cls, settings: Any) -> Optimizer:
+        """What a method's settings say of it, by the same names; the rest as here."""
+        return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls) if hasattr(settings, f.name)})
+
+    def rate(self, stage_images: int) -> float:
+        """The learning rate after so many images of a stage."""
+        if not self.decay_images or stage_images < self.decay_from:
+            return self.learning_rate
+        return self.learning_rate * max(0.0, 1 - (stage_images - self.decay_from) / self.decay_images)
 
 
 class Method:
@@ -172,6 +188,7 @@ class Method:
 
     name: ClassVar[str]
     Settings: ClassVar[type]
+    learns_geometry: ClassVar[bool] = False  # its truth is where things stand in a picture, so augmentation must not move them
 
     def __init__(self, settings: Any, attributes: Attributes, image_size: int, channels: int = 3) -> None:
         if not isinstance(settings, self.Settings):
@@ -232,3 +249,13 @@ class Judges(Protocol):
     """judge(images [N,C,H,W]) -> logits [N, attributes.logits_width(head)], blocks in attribute order."""
 
     def judge(self, images: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Aligns(Protocol):
+    """align(windows [N,C,S,S]) -> N similarities by which the faces in them are off; window: where it lies in a picture."""
+
+    window: Similarity
+    window_size: int
+
+    def align(self, windows: Tensor) -> Similarity: ...

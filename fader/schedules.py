@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
+Rise = Literal["linear", "cosine", "step", "constant"]
+
 
 def ramp(value: float, images: int, *, over: int) -> float:
     """A weight that grows linearly from 0 to `value` in `over` images and stays there; `value` at once if over = 0.
@@ -14,6 +19,34 @@ def ramp(value: float, images: int, *, over: int) -> float:
     if over < 0 or images < 0:
         raise ValueError(f"a ramp over {over} images, after {images}: neither can be negative")
     return value if images >= over else value * images / over
+
+
+def risen(value: float, images: int, *, rise: Rise, over: int, after: int = 0) -> float:
+    """A weight that is 0 for `after` images and then rises to `value` as its shape says.
+
+    Args:
+        rise: "linear" as in `ramp`; "cosine" (1 - cos π t)/2, slow at both ends; "step" 0 and then all at once, when
+            the `over` images are through; "constant" all at once, when they begin.
+        over: images from 0 to `value`.
+        after: images before them.
+
+    Raises:
+        ValueError: a number of images is negative, or there is no such shape.
+    """
+    if after < 0:
+        raise ValueError(f"a weight that waits for {after} images; that cannot be negative")
+    since = images - after
+    if since < 0:
+        return 0.0
+    if rise == "linear":
+        return ramp(value, since, over=over)
+    if rise == "cosine":
+        return value * (1 - math.cos(math.pi * ramp(1.0, since, over=over))) / 2
+    if rise == "step":
+        return value if since >= over else 0.0
+    if rise == "constant":
+        return value
+    raise ValueError(f"rise {rise!r} is none of linear, cosine, step, constant")
 
 
 def ema_decay(half_life: int, images: int) -> float:

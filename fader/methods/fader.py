@@ -6,8 +6,9 @@ defaults follow the code.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from fader.attributes import Attributes, Head
 from fader.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset
 from fader.classifier import Classifier
+from fader.counts import LeakControl
 from fader.discriminators import LatentDiscriminator, PatchDiscriminator
 from fader.layers import Deconv, wide
 from fader.losses import accuracies, attribute_loss, fool_loss, patch_losses, squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.normalization import Norm
-from fader.schedules import ramp
+from fader.schedules import Rise, risen
 
 Mode = Literal["eval", "train"]
 
@@ -37,10 +39,18 @@ class FaderSettings:
         lambda_reconstruction: weight of the mean squared error.
         lambda_max: weight of the fool loss after the ramp.
         ramp_images: images over which lambda_max, lambda_patch and lambda_classifier grow from 0; 0 = none.
+        warmup_images: images before that, in which they are 0 and only reconstruction is learnt.
+        lambda_shape: how they grow: "linear" as published, "cosine", "step" (0, and all at once after ramp_images) or
+            "constant". "feedback": lambda_max times a factor that holds the leak at leak_target (see `LeakControl`);
+            the other two grow linearly.
+        leak_target: share of the labels' entropy that the latent discriminator may read, mean over the attributes.
+        feedback_images: images over which a leak one unit above its target multiplies λ by e.
         lambda_patch, lambda_classifier: weights of the patch discriminator's and the classifier's verdict on images
             decoded with random attributes; at 0 these networks do not exist.
         smooth_label: the patch discriminator's targets are this and one minus this. Codes are never smoothed.
         learning_rate: of encoder and decoder, and of each other network that names none of its own.
+        decay_share: the last share of training, in which the learning rate of encoder and decoder falls, in a straight
+            line, to 0 while the discriminator keeps its own and catches up; 0 = none.
         clip_norm: L2 norm of all gradients of one trained group; 0 = no clipping.
         ema_half_life: of encoder's and decoder's moving average, in images; 0 = none.
         discriminator_steps, patch_steps, classifier_steps: updates of each in a step.
@@ -65,6 +75,10 @@ class FaderSettings:
     lambda_reconstruction: float = 1.0
     lambda_max: float = 1e-4
     ramp_images: int = 16_000_000
+    warmup_images: int = 0
+    lambda_shape: Rise | Literal["feedback"] = "linear"
+    leak_target: float = 0.05
+    feedback_images: int = 2_000
     lambda_patch: float = 0.0
     lambda_classifier: float = 0.0
     smooth_label: float = 0.2
@@ -72,6 +86,7 @@ class FaderSettings:
     latent_discriminator_learning_rate: float | None = None
     patch_discriminator_learning_rate: float | None = None
     classifier_learning_rate: float | None = None
+    decay_share: float = 0.0
     betas: tuple[float, float] = (0.5, 0.999)
     clip_norm: float = 5.0
     ema_half_life: int = 0
@@ -85,9 +100,13 @@ class FaderSettings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is none of {', '.join(PRESETS)}")
-        for name in ("lambda_reconstruction", "lambda_max", "lambda_patch", "lambda_classifier", "ramp_images"):
+        for name in ("lambda_reconstruction", "lambda_max", "lambda_patch", "lambda_classifier", "ramp_images", "warmup_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.lambda_shape not in (*get_args(Rise), "feedback"):
+            raise ValueError(f"lambda_shape {self.lambda_shape!r} is none of {', '.join(get_args(Rise))}, feedback")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"decay_share is {self.decay_share}; it must be from 0 to 1")
         if not 0 <= self.smooth_label < 0.5:
             raise ValueError(f"smooth_label is {self.smooth_label}; it must be at least 0 and below 0.5")
 
@@ -100,7 +119,8 @@ class FaderSettings:
 
 @register
 class Fader(Method):
-    """Networks: encoder, decoder, latent_discriminator; patch_discriminator and classifier where their λ is above 0."""
+    """Networks: encoder, decoder, latent_discriminator; patch_discriminator and classifier where their λ is above 0;
+    leak_control, which learns nothing, where λ is set by feedback."""
 
     name = "fader"
     Settings = FaderSettings
@@ -120,6 +140,8 @@ class Fader(Method):
                 layout, num_logits, s.hidden_channels, s.latent_dropout, batch_norm
             ),
         }
+        if s.lambda_shape == "feedback":
+            self.networks["leak_control"] = LeakControl(attributes, s.leak_target, s.feedback_images)
         sizes = {"init_channels": layout.init_channels, "max_channels": layout.max_channels, "norm": batch_norm}
         if s.lambda_patch > 0:
             self.networks["patch_discriminator"] = PatchDiscriminator(image_size, channels, **sizes)
@@ -138,8 +160,9 @@ class Fader(Method):
         if "classifier" in self.networks:
             learners.append(("classifier", self.classifier_loss, s.classifier_steps))
         stream = "fader" if s.shared_batch else ""
+        watching = {"latent_discriminator": ("leak_control",)} if "leak_control" in self.networks else {}
         phases = [
-            Phase((name,), loss, others=s.discriminator_others, repeat=steps, stream=stream)
+            Phase((name,), loss, others=s.discriminator_others, repeat=steps, stream=stream, refreshes=watching.get(name, ()))
             for name, loss, steps in learners
         ]
         phases.append(Phase(("encoder", "decoder"), self.autoencoder_loss, others=s.autoencoder_others, stream=stream))
@@ -148,9 +171,9 @@ class Fader(Method):
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         s = self.settings
 
-        def adam(own: float | None, ema_half_life: int = 0) -> Optimizer:
+        def adam(own: float | None) -> Optimizer:
             rate = s.learning_rate if own is None else own
-            return Optimizer(learning_rate=rate, betas=s.betas, clip_norm=s.clip_norm, ema_half_life=ema_half_life)
+            return Optimizer(learning_rate=rate, betas=s.betas, clip_norm=s.clip_norm)
 
         rates = {
             "latent_discriminator": s.latent_discriminator_learning_rate,
@@ -158,13 +181,21 @@ class Fader(Method):
             "classifier": s.classifier_learning_rate,
         }
         groups = {(name,): adam(rate) for name, rate in rates.items() if name in self.networks}
-        return {**groups, ("encoder", "decoder"): adam(None, s.ema_half_life)}
+        decay_images = round(s.decay_share * s.images)
+        decay = {"decay_from": s.images - decay_images, "decay_images": decay_images}
+        autoencoder = dataclasses.replace(adam(None), ema_half_life=s.ema_half_life, **decay)
+        return {**groups, ("encoder", "decoder"): autoencoder}
 
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The latent discriminator learns to read the attributes off the latent; the encoder is only looked at."""
         with torch.no_grad():
             latent = networks["encoder"](batch.images)
         logits = networks["latent_discriminator"](latent)
+        if "leak_control" in networks:
+            losses = self.attributes.losses(logits.detach(), batch.attributes, batch.known, self.settings.head)
+            networks["leak_control"].observe(
+                self.attributes, losses, batch.attributes, batch.known, context.reduce_sum
+            )
         return self._recognition("latent_discriminator", logits, batch)
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
@@ -190,7 +221,10 @@ class Fader(Method):
         mse = batch.mean(squared_errors(reconstruction, batch.images))
         logits = networks["latent_discriminator"](latent)
         fool = fool_loss(self.attributes, logits, batch.attributes, batch.known, batch.draws, s.head)
-        weight = ramp(s.lambda_max, images, over=s.ramp_images)
+        if "leak_control" in networks:
+            weight = s.lambda_max * networks["leak_control"].factor() if images >= s.warmup_images else 0.0
+        else:
+            weight = self._risen(s.lambda_max, images)
         loss = s.lambda_reconstruction * mse + weight * fool
         report: dict[str, Tensor | float] = {"mse": mse.detach(), "fool": fool.detach(), "lambda": weight}
 
@@ -199,14 +233,19 @@ class Fader(Method):
             swap = networks["decoder"](latent, code)
             if "patch_discriminator" in networks:
                 patch = batch.mean(patch_losses(networks["patch_discriminator"](swap), 1 - s.smooth_label))
-                loss = loss + ramp(s.lambda_patch, images, over=s.ramp_images) * patch
+                loss = loss + self._risen(s.lambda_patch, images) * patch
                 report["patch"] = patch.detach()
             if "classifier" in networks:
                 every = torch.full_like(batch.known, batch.size)
                 verdict = attribute_loss(self.attributes, networks["classifier"](swap), labels, every, s.head)
-                loss = loss + ramp(s.lambda_classifier, images, over=s.ramp_images) * verdict
+                loss = loss + self._risen(s.lambda_classifier, images) * verdict
                 report["classifier"] = verdict.detach()
         return Loss(loss, {f"autoencoder/{name}": value for name, value in report.items()})
+
+    def _risen(self, weight: float, images: int) -> float:
+        s = self.settings
+        rise: Rise = "linear" if s.lambda_shape == "feedback" else s.lambda_shape
+        return risen(weight, images, rise=rise, over=s.ramp_images, after=s.warmup_images)
 
     def _random_code(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Labels [N, A] drawn uniformly over every attribute's values, and their code."""

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fader.attributes import Attributes, Head
 from fader.classifier import Classifier
+from fader.counts import LabelCounts
 from fader.layers import wide
 from fader.losses import accuracies, attribute_loss
-from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, ReduceSum, Stage, register
+from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.normalization import Norm
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -65,28 +66,6 @@ class JudgeSettings:
         return {**PRESETS[self.preset], **{name: size for name, size in given.items() if size is not None}}
 
 
-class LabelCounts(nn.Module):
-    """How often training saw each value of each attribute, over all ranks; starts at one each, so that none is 0."""
-
-    def __init__(self, attributes: Attributes) -> None:
-        super().__init__()
-        self.slices = attributes.code_slices()
-        self.register_buffer("counts", torch.ones(attributes.code_width, dtype=torch.float64))
-
-    @torch.no_grad()
-    def add(self, attributes: Attributes, labels: Tensor, reduce_sum: ReduceSum) -> None:
-        """Count a batch of labels [N, A] of every rank, in train mode; unknown ones are left out."""
-        if not self.training:
-            return
-        known = torch.cat([(labels[:, j : j + 1] >= 0).expand(-1, a.k) for j, a in enumerate(attributes)], 1)
-        seen = torch.where(known, attributes.code(labels), 0.0).sum(0)
-        self.counts += reduce_sum(seen.to(self.counts.dtype))
-
-    def log_frequencies(self) -> list[Tensor]:
-        """One [k] float32 block an attribute."""
-        return [(self.counts[part] / self.counts[part].sum()).log().float() for part in self.slices]
-
-
 @register
 class Judge(Method):
     """Networks: classifier, and label_counts, which learns nothing and counts.
@@ -119,15 +98,7 @@ class Judge(Method):
         return (Stage("judge", (Phase(("classifier",), self.classifier_loss, refreshes=("label_counts",)),), self.settings.images),)
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
-        s = self.settings
-        optimizer = Optimizer(
-            learning_rate=s.learning_rate,
-            betas=s.betas,
-            weight_decay=s.weight_decay,
-            clip_norm=s.clip_norm,
-            ema_half_life=s.ema_half_life,
-        )
-        return {("classifier",): optimizer}
+        return {("classifier",): Optimizer.of(self.settings)}
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """Cross-entropy of real images' attributes; unknown labels are left out."""

@@ -10,11 +10,13 @@ import torch
 
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
-from fader.method import METHODS, Batch, Clock, Context, Decodes, Encodes, Judges
+from fader.method import METHODS, Aligns, Batch, Clock, Context, Decodes, Encodes, Judges
+from fader.methods import Fader
 from tests.fader.tiny import MIXED, changed, loss_of, phases, planted, stand, tiny, tiny_fader, weights
 
 FULL = {"lambda_patch": 0.1, "lambda_classifier": 0.1}
 CASES = [(name, {}) for name in sorted(METHODS)] + [("fader", FULL), ("fader", {"head": "sigmoid", "num_skips": 1})]
+CASES.append(("fader", {"lambda_shape": "feedback"}))
 
 
 def cases(wanted=lambda changes, phase: True) -> list:
@@ -63,7 +65,7 @@ def test_reports_are_detached_scalars(name, changes, phase):
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_forty_steps_on_one_batch_lower_the_loss(name, kind):
-    """Reconstruction, or the judge's loss, halves at least."""
+    """Reconstruction, or the judge's loss, or the aligner's error, halves at least."""
     method, batch = tiny(name), planted()
     groups = method.optimizers()
     optimizers = {
@@ -71,8 +73,9 @@ def test_forty_steps_on_one_batch_lower_the_loss(name, kind):
         for trains, group in groups.items()
         for p in [[q for n in trains for q in method.networks[n].parameters()]]
     }
-    assert isinstance(method, (Encodes, Judges))
+    assert isinstance(method, (Encodes, Judges, Aligns))
     watched = "autoencoder/mse" if isinstance(method, Encodes) else "classifier/loss"
+    watched = "regressor/error" if isinstance(method, Aligns) else watched
     history = []
     for step in range(40):
         clock = Clock(12 * step)
@@ -154,8 +157,8 @@ def test_a_loss_repeats_itself_on_the_same_batch_and_draws(name, changes, phase)
 
 
 def reads_labels_only(changes: dict, phase: str) -> bool:
-    """Verdicts on images decoded with random codes read no label, so every record counts in them."""
-    return phase != "patch_discriminator" and not (phase == "encoder+decoder" and "lambda_patch" in changes)
+    """Verdicts on images decoded with random codes, and the aligner, read no label, so every record counts in them."""
+    return phase not in ("patch_discriminator", "regressor") and not (phase == "encoder+decoder" and "lambda_patch" in changes)
 
 
 @pytest.mark.parametrize("name, changes, phase", cases(reads_labels_only))
@@ -266,6 +269,91 @@ def test_the_autoencoders_loss_is_its_formula():
         assert part["lambda"] == pytest.approx(0.3 * share)
         extra = 0.1 * part["patch"] + 0.1 * part["classifier"] + 0.3 * part["fool"]
         assert loss.value.item() == pytest.approx(2 * part["mse"] + share * extra, rel=1e-5)
+
+
+def test_lambda_rises_in_the_shape_that_is_asked_for_after_a_warmup():
+    for shape, share in (("linear", 0.25), ("cosine", (1 - math.cos(math.pi / 4)) / 2), ("step", 0.0), ("constant", 1.0)):
+        method = tiny_fader(**FULL, lambda_max=0.3, lambda_shape=shape, ramp_images=400, warmup_images=100)
+        for images, part in ((99, 0.0), (200, share), (500, 1.0)):
+            loss = loss_of(method, "encoder+decoder", planted(), Clock(images))
+            r = {key.split("/")[1]: float(value) for key, value in loss.report.items()}
+            assert r["lambda"] == pytest.approx(0.3 * part)
+            assert loss.value.item() == pytest.approx(
+                r["mse"] + part * (0.3 * r["fool"] + 0.1 * r["patch"] + 0.1 * r["classifier"]), rel=1e-5
+            )
+
+
+def test_the_autoencoders_rate_falls_to_nothing_at_the_end_and_the_discriminators_stays():
+    method = tiny_fader(images=1000, decay_share=0.4, learning_rate=2e-3, latent_discriminator_learning_rate=5e-3)
+    rates = {trains[0]: [o.rate(images) for images in (0, 600, 800, 1000)] for trains, o in method.optimizers().items()}
+    assert rates["encoder"] == pytest.approx([2e-3, 2e-3, 1e-3, 0.0])
+    assert rates["latent_discriminator"] == [5e-3] * 4
+    with pytest.raises(ValueError, match="decay_share is 1.5"):
+        tiny_fader(decay_share=1.5)
+
+
+def feedback(attributes: Attributes = MIXED, **changes) -> Fader:
+    return tiny_fader(attributes, lambda_max=0.5, lambda_shape="feedback", leak_target=0.1, feedback_images=100, **changes)
+
+
+def test_feedback_raises_lambda_while_the_discriminator_reads_and_lowers_it_when_it_is_fooled():
+    """Planted logits: certain and right, certain and wrong, and the label frequencies, which tell nothing."""
+    two = Attributes([Attribute("Smiling")])
+    labels = torch.tensor([[0.0], [1.0]]).repeat(50, 1)
+    known = torch.tensor([100.0])
+    moved = {}
+    for name, margin in (("reads", 20.0), ("nothing", 0.0), ("fooled", -3.0)):
+        control = feedback(two).networks["leak_control"].train()
+        control.log_factor.fill_(-2.0)
+        losses = two.losses(margin * torch.cat([1 - labels, labels], 1), labels, known)
+        control.observe(two, losses, labels, known, lambda total: total)
+        moved[name] = float(control.log_factor) + 2
+    assert moved["reads"] == pytest.approx(0.9), "100 images at a leak of 1, target 0.1, 100 images an e-fold"
+    assert moved["nothing"] == pytest.approx(-0.1)
+    assert moved["fooled"] < -1
+
+
+def test_feedback_starts_at_its_floor_ends_at_lambda_max_and_stands_in_eval_mode():
+    method = feedback(warmup_images=50)
+    control = method.networks["leak_control"]
+
+    def weight(images: int) -> float:
+        return float(loss_of(method, "encoder+decoder", planted(), Clock(images)).report["autoencoder/lambda"])
+
+    assert weight(49) == 0 and weight(50) == pytest.approx(0.5e-3)
+    certain = torch.zeros(3), planted().attributes, torch.full((3,), 12.0), lambda total: total
+    control.eval().observe(MIXED, *certain)
+    assert weight(50) == pytest.approx(0.5e-3), "nothing moves while another network is trained"
+    for _ in range(200):
+        control.train().observe(MIXED, *certain)
+    assert weight(50) == pytest.approx(0.5), "never above lambda_max"
+    before = weights(method)
+    loss_of(method, "latent_discriminator", planted())
+    assert "leak_control" in changed(before, method)
+
+
+def test_feedback_sees_the_global_batch_whatever_the_parts():
+    """Four parts of a batch, a quarter of the divisors each, move the factor as the whole does (up to the counts)."""
+    batch, method = planted(count=48), feedback()
+    logits = torch.randn(48, MIXED.logits_width("softmax"), generator=torch.Generator().manual_seed(1))
+    moved = []
+    for parts in (1, 4):
+        control = feedback().networks["leak_control"].train()
+        control.log_factor.fill_(-3.0)
+        for some, labels in zip(logits.chunk(parts), batch.attributes.chunk(parts)):
+            known = batch.known / parts
+            control.observe(MIXED, method.attributes.losses(some, labels, known), labels, known, lambda total: total)
+        moved.append(float(control.log_factor))
+    assert moved[0] == pytest.approx(moved[1], rel=2e-2) and moved[0] != -3
+
+
+def test_feedback_refuses_what_has_no_entropy():
+    with pytest.raises(ValueError, match="Age is continuous"):
+        feedback(Attributes([Attribute("Age", "continuous")]))
+    with pytest.raises(ValueError, match="target 1.5"):
+        tiny_fader(lambda_shape="feedback", leak_target=1.5)
+    with pytest.raises(ValueError, match="lambda_shape 'wild' is none of linear"):
+        tiny_fader(lambda_shape="wild")
 
 
 def test_reports_carry_the_names_the_tracker_shows():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fader.attributes import Attribute, Attributes
 from fader.autoencoder import Decoder, Encoder, Latent, Layout
 from fader.classifier import Classifier
 from fader.discriminators import LatentDiscriminator, PatchDiscriminator
-from fader.layers import deconvolution, doubling, halvings
+from fader.layers import Down, Up, deconvolution, doubled_to_four, doubling, halvings
 from fader.methods import Fader, FaderSettings, Judge, JudgeSettings
 from tests.fader.tiny import MIXED, planted, tiny_fader
 
@@ -210,3 +211,29 @@ def test_a_decoder_refuses_what_is_not_its_own():
         decoder(Latent(latent, (skip,)), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="takes 1"):
         decoder(Latent(latent), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_convolutions_of_few_pixels_give_what_the_whole_one_gives(side):
+    """Forward and every gradient, in float64; to one pixel the kernel's rim has none."""
+    torch.manual_seed(3)
+    layer = Down(6, 8, None).double()
+    x = torch.randn(5, 6, side, side, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    inputs = (x, layer.conv.weight, layer.conv.bias)
+    whole, got = F.conv2d(*inputs, 2, 1), layer._convolved(x)
+    torch.testing.assert_close(got, whole)
+    wanted, found = (torch.autograd.grad(out.sin().sum(), inputs) for out in (whole, got))
+    torch.testing.assert_close(found, wanted)
+    assert found[1].count_nonzero() == 6 * 8 * (4 if side == 2 else 16)
+
+
+def test_a_transposed_convolution_of_few_pixels_gives_what_the_whole_one_gives():
+    torch.manual_seed(3)
+    up = Up(6, 8, "convtranspose", "instance").double()
+    x = torch.randn(5, 6, 2, 2, dtype=torch.float64, requires_grad=True)
+    whole, got = up.deconv(x), doubled_to_four(x, up.deconv.weight)
+    torch.testing.assert_close(got, whole)
+    inputs = (x, up.deconv.weight)
+    wanted, found = (torch.autograd.grad(out.sin().sum(), inputs) for out in (whole, got))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(up(x), F.relu(up.norm(whole)))

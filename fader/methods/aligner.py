@@ -1,0 +1,180 @@
+"""The aligner: looks at a face that is framed nearly as in training, and says by which similarity it is off.
+
+It needs no landmarks: any set whose pictures are aligned teaches it, because the similarity is drawn, applied and asked
+back. Applied again to the window it has corrected, it comes nearer each time.
+
+Source: iterated regression of a residual warp, Lin, Lucey 2017, arXiv:1612.03897 (here trained on planted warps).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fader.attributes import Attributes
+from fader.classifier import Classifier
+from fader.draws import Draws
+from fader.layers import wide
+from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
+from fader.normalization import Norm
+from fader.similarity import Similarity, positions, sample
+
+_LEVER = 0.4
+_PARAMETERS = 4
+
+
+@dataclass(frozen=True)
+class AlignerSettings:
+    """
+    Args:
+        images: length of training, in images.
+        window: side of the window that the network sees, as a share of the training picture's side.
+        window_below: how far the window's centre lies below the picture's, in half sides of the picture.
+        max_rotation: largest planted turn, in degrees either way.
+        max_zoom: largest planted scale; the smallest is one over it.
+        max_shift: largest planted shift along each axis, in half sides of the window.
+        norm: "global" or "local" batch norm (an instance of one pixel cannot be normalised).
+        clip_norm: L2 norm of all gradients; 0 = no clipping.
+        ema_half_life: of the moving average of the weights, in images; 0 = none.
+    """
+
+    images: int = 300_000
+    window: float = 0.75
+    window_below: float = 0.1
+    max_rotation: float = 30.0
+    max_zoom: float = 1.4
+    max_shift: float = 0.35
+    init_channels: int = 16
+    max_channels: int = 128
+    hidden_channels: int = 128
+    norm: Norm = "global"
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    clip_norm: float = 5.0
+    ema_half_life: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.window <= 1:
+            raise ValueError(f"window is {self.window}; it is a share of the picture's side, above 0 and up to 1")
+        if self.max_zoom < 1 or self.max_rotation < 0 or self.max_shift < 0:
+            raise ValueError(
+                f"max_zoom {self.max_zoom} must be at least 1, max_rotation {self.max_rotation} and max_shift "
+                f"{self.max_shift} at least 0"
+            )
+        if self.norm not in ("global", "local"):
+            raise ValueError(f"norm {self.norm!r} is none of global, local: an aligner halves images down to one pixel")
+
+
+class Regressor(nn.Module):
+    """Windows [N, C, S, S] to [N, 4]: log scale, turn in radians, shift right and down in half sides of the window.
+
+    Every channel of a window is first brought to mean 0 and variance 1, so that light and tint do not matter.
+    """
+
+    def __init__(self, size: int, channels: int, settings: AlignerSettings) -> None:
+        super().__init__()
+        self.layers = Classifier(
+            size,
+            _PARAMETERS,
+            channels,
+            settings.init_channels,
+            settings.max_channels,
+            settings.hidden_channels,
+            norm=settings.norm,
+        )
+
+    def forward(self, windows: Tensor) -> Tensor:
+        windows = wide(windows)
+        mean = windows.mean((2, 3), keepdim=True)
+        deviation = windows.std((2, 3), keepdim=True)
+        return self.layers((windows - mean) / (deviation + 0.02))
+
+
+@register
+class Aligner(Method):
+    """Networks: regressor. Its window has half the pixels of the training pictures, image_size / 2 a side."""
+
+    name = "aligner"
+    Settings = AlignerSettings
+    learns_geometry = True
+    settings: AlignerSettings
+
+    def __init__(
+        self, settings: AlignerSettings, attributes: Attributes, image_size: int, channels: int = 3
+    ) -> None:
+        super().__init__(settings, attributes, image_size, channels)
+        self.window_size = image_size // 2
+        self.networks = {"regressor": Regressor(self.window_size, channels, settings)}
+
+    @property
+    def window(self) -> Similarity:
+        """From window coordinates to the picture's; in both, -1 and 1 are the edges."""
+        return Similarity(complex(self.settings.window), complex(0, self.settings.window_below))
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("aligner", (Phase(("regressor",), self.regressor_loss),), self.settings.images),)
+
+    def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
+        return {("regressor",): Optimizer.of(self.settings)}
+
+    def regressor_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        """How far four points of the window land from where the planted similarity put them.
+
+        The report's error is their mean distance in pixels of the training pictures.
+        """
+        planted = self.planted(batch.draws)
+        found = similarity(networks["regressor"](self.windows(batch.images, planted, batch.draws)))
+        off = torch.stack([(found(corner) - planted(corner)).abs() for corner in _CORNERS], 1)
+        pixels = off.detach().mean(1) * (self.settings.window * self.image_size / 2)
+        return Loss(batch.mean(_rounded(off).mean(1)), {"regressor/error": batch.mean(pixels)})
+
+    def planted(self, draws: Draws) -> Similarity:
+        """One similarity a record, in window coordinates: where a well-framed face's points are to appear.
+
+        All its parts shrink by one factor uniform on [0, 1), so that the small errors left after the first correction
+        are as familiar as the large ones before it.
+        """
+        s = self.settings
+        parts = (draws.uniform("similarity", (_PARAMETERS,)) * 2 - 1) * draws.uniform("strength", (1,))
+        limits = (math.log(s.max_zoom), math.radians(s.max_rotation), s.max_shift, s.max_shift)
+        return similarity(parts * torch.tensor(limits, device=parts.device))
+
+    def windows(self, images: Tensor, planted: Similarity, draws: Draws) -> Tensor:
+        """Pictures [N, C, S, S] to windows [N, C, S/2, S/2] in which the face is off by the planted similarity.
+
+        Beyond the picture's edge, where photos go on and training pictures do not, half of the records see its mirror
+        image and half one flat colour.
+        """
+        seen = positions(self.window_size, images.device)[None]
+        source = self.window @ planted.inverse()
+        points = source.factor[:, None, None] * seen + source.shift[:, None, None]
+        pixels = sample(images, points)
+        colour = draws.uniform("colour", (self.channels,)).to(images.dtype)[:, :, None, None] * 2 - 1
+        beyond = torch.maximum(points.real.abs(), points.imag.abs()) > 1
+        flat = beyond & (draws.uniform("beyond") < 0.5)[:, None, None]
+        return torch.where(flat[:, None], colour, pixels)
+
+    def align(self, windows: Tensor) -> Similarity:
+        """Windows [N, C, S/2, S/2] in [-1, 1] to N similarities: where a well-framed face's points appear in each."""
+        return similarity(wide(self.networks["regressor"](windows)))
+
+
+_CORNERS = tuple(complex(x, y) for x in (-_LEVER, _LEVER) for y in (-_LEVER, _LEVER))
+
+
+def similarity(parameters: Tensor) -> Similarity:
+    """[N, 4] log scale, turn in radians, shift right and down, to N similarities."""
+    wide_ones = wide(parameters)
+    return Similarity(
+        torch.polar(wide_ones[:, 0].exp(), wide_ones[:, 1]), torch.complex(wide_ones[:, 2], wide_ones[:, 3])
+    )
+
+
+def _rounded(distance: Tensor, width: float = 0.02) -> Tensor:
+    """A distance, quadratic below `width`: its gradient does not jump where it is nearly right."""
+    return F.smooth_l1_loss(distance, torch.zeros_like(distance), beta=width, reduction="none")
