@@ -6,8 +6,10 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +29,36 @@ app = typer.Typer(
 )
 
 _MOST_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of the work this command does, and how. tasks: 0 when it does all of it."""
+
+    task: int = 0
+    tasks: int = 0
+    finish: bool = False
+    check: Literal["full", "header"] = "full"
+
+
+_part: ContextVar[Part] = ContextVar("part", default=Part())
+
+
+@app.callback()
+def part(
+    task: Annotated[int | None, typer.Option(min=0, help="Write this task's shards only, counted from 0.")] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Tasks that share the work, on any machines.")] = None,
+    finish: Annotated[bool, typer.Option("--finish", help="Make one set of what all tasks wrote.")] = False,
+    check: Annotated[
+        Literal["full", "header"],
+        typer.Option(help="full: decode every picture. header: only look for its end; in a fifth of the time."),
+    ] = "full",
+) -> None:
+    if (task is None) != (tasks is None):
+        raise ValueError("--task and --tasks go together: 'fader prepare --task 2 --tasks 8 celeba SOURCE OUT'")
+    if finish and tasks is not None:
+        raise ValueError("--finish comes after the tasks, in a command of its own, without --task and --tasks")
+    _part.set(Part(task or 0, tasks or 0, finish, check))
 
 Out = Annotated[Path, typer.Argument(help="Folder for the shards: absent, empty, or one that an interrupted run left.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")]
@@ -168,6 +200,9 @@ def faces(
     """Drawn faces with known attributes; the pictures and their lists stay in OUT/source, in CelebA's file format."""
     from pipeline.datasets import DATASETS
 
+    if _part.get() != Part():
+        raise ValueError("faces are drawn by one command; OUT/source can be cut up then: fader prepare celeba OUT/source")
+
     def draw() -> Dataset:
         with progress_bar("drawing faces") as progress:
             return DATASETS["faces"](out / "source", count=count, seed=seed, workers=workers, progress=progress)
@@ -204,6 +239,7 @@ def _prepare(
 def _write(read: Callable[[], Dataset], out: Path, workers: int | None, skip_bad: bool, shard_records: int) -> None:
     from pipeline import shards
 
+    part = _part.get()
     try:
         dataset = read()
         typer.echo(f"{dataset.name}: {len(dataset):,} records to {out}, {shard_records:,} a shard")
@@ -213,18 +249,30 @@ def _write(read: Callable[[], Dataset], out: Path, workers: int | None, skip_bad
         if "split" in dataset.source:
             typer.echo(f"  split {dataset.source['split']}")
         with progress_bar("writing shards") as progress:
-            written = shards.prepare(
-                dataset, out, shard_records=shard_records, workers=workers, skip_bad=skip_bad, progress=progress
-            )
+            options = {"shard_records": shard_records, "workers": workers, "skip_bad": skip_bad, "progress": progress}
+            if part.tasks:
+                names = shards.write_part(dataset, out, part.task, part.tasks, check=part.check, **options)
+            elif part.finish:
+                written = shards.finish(dataset, out, **options)
+            else:
+                written = shards.prepare(dataset, out, check=part.check, **options)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on where it stopped: {_again()}", err=True)
         raise
-    _tell(written)
+    if part.tasks:
+        typer.echo(f"task {part.task} of {part.tasks} wrote {len(names):,} shards: {_few(names)}")
+        typer.echo("next, when all tasks are done: the same command with --finish in place of --task and --tasks")
+    else:
+        _tell(written)
 
 
 def _again() -> str:
     command = sys.argv[0] if sys.argv[0].startswith("fader ") else "python -m launch.prepare"
     return f"{command} {shlex.join(sys.argv[1:])}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= _MOST_SHOWN else f"{names[0]} … {names[-1]}"
 
 
 def _tell(written: ShardSet) -> None:

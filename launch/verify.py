@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from launch.prepare import Workers, progress_bar
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="Folder of a finished shard set.")], workers: Workers = None
+    out: Annotated[str, typer.Argument(help="Folder or address of a finished shard set.")], workers: Workers = None
 ) -> None:
     """Read a shard set back whole; name what is damaged and exit with code 2."""
     from pipeline import shards

@@ -3,6 +3,7 @@
 The cache is $FADER_CACHE, or `fader` in the user's cache folder. FADER_CACHE_GB limits it: the tars that were not
 opened for longest go first. Files are fetched part by part, so that a connection that drops costs one part, and a file
 takes its place only when its digest is right. All processes of a machine share the cache and fetch nothing twice.
+Loaders have the tars of the batches to come fetched ahead, several at a time (`Ahead`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.datasets.source import Place
 
 PART_BYTES = 8 << 20
+FETCHING_THREADS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +64,15 @@ class Remote:
     folder: Path
     files: dict[str, tuple[int, str]]
 
-    def fetch(self, name: str) -> Path:
+    def has(self, name: str) -> bool:
+        """Whether the file of this name is here."""
+        return _is_whole(self.folder / name, self.files[name][0])
+
+    def fetch(self, name: str, stopped: threading.Event | None = None) -> Path:
         """The local file of this name, fetched if it is not here.
+
+        Args:
+            stopped: gives up, with Stopped, when it is set.
 
         Raises:
             OSError: it cannot be read, or the disk is full.
@@ -78,7 +89,7 @@ class Remote:
             if not _is_whole(path, size):
                 logger.info("fetching %s (%.1f MB)", self.place / name, size / 1e6)
                 _make_room(size)
-                fetch(self.place / name, path, size, digest)
+                fetch(self.place / name, path, size, digest, stopped)
         return path
 
 
@@ -86,7 +97,11 @@ def _is_whole(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def fetch(place: Place, path: Path, size: int, digest: str | None) -> None:
+class Stopped(Exception):
+    """A fetch was given up because nobody wants it any more."""
+
+
+def fetch(place: Place, path: Path, size: int, digest: str | None, stopped: threading.Event | None = None) -> None:
     """Copy a file of a known size part by part; it takes its place when it is whole.
 
     Raises:
@@ -98,6 +113,8 @@ def fetch(place: Place, path: Path, size: int, digest: str | None) -> None:
     try:
         with open(handle, "wb") as file:
             while done < size:
+                if stopped is not None and stopped.is_set():
+                    raise Stopped(f"{place} after {done:,} bytes")
                 part = place.read_part(done, min(PART_BYTES, size - done))
                 if not part:
                     raise ValueError(f"{place} ends after {done:,} of {size:,} bytes: upload it again")
@@ -110,6 +127,35 @@ def fetch(place: Place, path: Path, size: int, digest: str | None) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+class Ahead:
+    """Fetches files of a set in threads of its own, in the order in which they are wanted, until it is closed."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(FETCHING_THREADS, thread_name_prefix="fetch")
+        self._coming: dict[str, Future[None]] = {}
+
+    def want(self, name: str) -> None:
+        """Have this file fetched, unless it is here or on its way."""
+        coming = self._coming.get(name)
+        if (coming is None or coming.done()) and not self._remote.has(name):
+            self._coming[name] = self._pool.submit(self._fetch, name)
+
+    def _fetch(self, name: str) -> None:
+        try:
+            self._remote.fetch(name, self._stopped)
+        except Stopped:
+            pass
+        except (OSError, ValueError) as error:  # whoever reads the file asks again, and is told
+            logger.warning("fetching ahead failed: %s", error)
+
+    def close(self) -> None:
+        """Give up what is on its way; waits for the parts that are."""
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _make_room(size: int) -> None:

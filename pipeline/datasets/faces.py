@@ -25,7 +25,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 from pipeline.datasets.celeba import ANNOTATION, IMAGES, PARTITION, read_celeba
 from pipeline.datasets.record import Dataset
-from pipeline.datasets.workers import Progress, in_processes, locked, silent, tick
+from pipeline.datasets.workers import Progress, spread, locked, silent, tick
 
 VERSION = 1  # of the drawing; a change of it is another source
 WORK = ".drawing"
@@ -119,7 +119,7 @@ def read_faces(
     with locked(source / WORK, str(source)):
         _claim(source, origin)
         jobs = [_DrawJob(source, seed, start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-        in_processes(_draw_files, jobs, workers, count, progress)
+        spread(_draw_files, jobs, workers, count, progress, few=0)
         _annotate(source, seed, count)
     return read_celeba(source, skip_bad=skip_bad, name="faces", origin=origin, kway=KWAY)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-RETRIES, FIRST_WAIT_SECONDS = 4, 0.5
+RETRIES, FIRST_WAIT_SECONDS = 6, 0.5  # 15 seconds of pauses in all
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 """Extensions of what counts as a picture when a folder is listed."""
 

@@ -1,4 +1,4 @@
-"""Work spread over processes of one machine, and the lock that keeps two writers apart.
+"""Work spread over threads or processes of one machine, and the lock that keeps two writers apart.
 
 A worker that dies with its parent, leaves Ctrl-C to it and prints no traceback of its own is what every command that
 reads or writes many files needs; it stands here once.
@@ -14,9 +14,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,15 +31,17 @@ def silent(done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str, *, name: str = "lock", shared: bool = False) -> Iterator[None]:
     """One writer at a time; the lock ends with the process, however that ends.
+
+    shared: beside others who share it, but not beside one who has it alone.
 
     Raises:
         ValueError: another process holds it.
     """
-    with open(folder / "lock", "w") as file:
+    with open(folder / name, "a+") as file:  # over NFS a shared lock wants to read, the other one to write
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
@@ -48,9 +49,8 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _Shared:
-    """What workers share with the process that started them: a counter of records and a wish to stop."""
+class _Shared(threading.local):
+    """What a worker shares with whoever started it: a counter of records and a wish to stop."""
 
     count: Any = None
     stop: Any = None
@@ -66,7 +66,7 @@ _shared = _Shared()
 
 
 def tick() -> None:
-    """To be called once a record by a function that runs under `in_processes`: counts, and stops when asked to."""
+    """To be called once a record by a function that runs under `spread`: counts, and stops when asked to."""
     _shared.unreported += 1
     if _shared.unreported >= 32:
         _shared.flush()
@@ -74,8 +74,12 @@ def tick() -> None:
             raise InterruptedError("stopped: another part failed or was interrupted")
 
 
-def _start_worker(count: Any, stop: Any) -> None:
+def _join(count: Any, stop: Any) -> None:
     _shared.count, _shared.stop = count, stop
+
+
+def _start_process(count: Any, stop: Any) -> None:
+    _join(count, stop)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -100,30 +104,39 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def in_processes(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None, total: int, progress: Progress
+def spread(
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    workers: int | None,
+    total: int,
+    progress: Progress,
+    few: int = 50_000,
 ) -> list[Result]:
-    """`function` of every job, in the order of the jobs; in this process when one worker is enough.
+    """`function` of every job, in the order of the jobs: in processes, or in threads where records are few.
+
+    Reading, digests and decoding leave the interpreter's lock to others, so threads keep some cores busy at once;
+    processes take a second or two to start and then keep all of them busy.
 
     Args:
         function: defined in a module, so that it pickles. It calls `tick()` once a record.
-        workers: processes; None: one for each core this process may use.
+        workers: processes; None: one for each core this process may use, or as many threads for few records.
         total: records in all, for `progress`.
+        few: fewer than these are few. A process takes as long to start as a thread takes for some 10,000 small pictures;
+            0 where `function` holds the interpreter's lock.
 
     Raises:
         whatever `function` raises, and KeyboardInterrupt, after the other workers have stopped; OSError when one of
         them was killed.
     """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    threads = workers == 1 or (workers is None and total < few)
+    workers = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))
     context = multiprocessing.get_context("spawn")
     count, stop = context.Value("q", 0), context.Event()
-    if workers <= 1:
-        _shared.count, _shared.stop, out = count, stop, []
-        for job in jobs:
-            out.append(_call(function, job))
-            progress(count.value, total)
-        return out
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (count, stop))
+    executor: Executor
+    if threads or workers == 1:
+        executor = ThreadPoolExecutor(workers, "worker", _join, (count, stop))
+    else:
+        executor = ProcessPoolExecutor(workers, context, _start_process, (count, stop))
     try:
         with _ignoring_interrupts():
             futures = [executor.submit(_call, function, job) for job in jobs]

@@ -174,3 +174,15 @@ def test_help_is_there_without_loading_torch():
     done = subprocess.run([command("x")[0], "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert "drawn faces" in launch("launch.prepare", "--help").stdout.lower()
+
+
+def test_tasks_and_a_finisher_are_commands_like_the_one(source, unbroken, tmp_path):
+    words = ("celeba", source, tmp_path / "set", "--shard-records", 16, "--workers", 1)
+    first = launch("launch.prepare", "--task", 0, "--tasks", 2, *words)
+    assert "task 0 of 2 wrote" in first.stdout and "--finish in place of" in first.stdout
+    refused = launch("launch.prepare", "--finish", *words, code=2).stderr
+    assert "task 1 of 2 did not finish" in refused and "Traceback" not in refused
+    launch("launch.prepare", "--task", 1, "--tasks", 2, *words)
+    assert "is complete" in launch("launch.prepare", "--finish", *words).stdout
+    assert contents(tmp_path / "set") == contents(unbroken)
+    assert "--task and --tasks go together" in launch("launch.prepare", "--task", 1, *words, code=2).stderr

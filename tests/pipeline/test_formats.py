@@ -82,7 +82,7 @@ def kinds(tmp_path_factory) -> Split:
 
 def pixels(kind: str, split: Split, preprocessing: Preprocessing) -> np.ndarray:
     """[n, 3, S, S] grey levels of every record."""
-    loader = open_loader(kind, False, split, split.attributes, preprocessing, seed=0, threads=1)
+    loader = open_loader(kind, "none", split, split.attributes, preprocessing, seed=0, threads=1)
     parts = [batch.images.numpy() for batch in loader.batches(sequential(len(split), 4))]
     return (np.concatenate(parts) + 1) * 127.5
 

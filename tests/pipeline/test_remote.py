@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from fader.method import Batch
 from pipeline import remote
+from pipeline.batches import Plan, Request
+from pipeline.dali_loader import open_loader
 from pipeline.datasets import source
 from pipeline.datasets.celeba import read_celeba
-from pipeline.shards import ShardSet, prepare, upload, verify
+from pipeline.images import Preprocessing
+from pipeline.shards import ShardSet, Split, prepare, upload, verify
 from tests.pipeline.planted import write_celeba
 
 pytest.importorskip("aiohttp", reason="fsspec reads https through aiohttp")
@@ -148,3 +155,75 @@ def test_a_set_is_uploaded_whole_and_never_over_another(local, tmp_path, monkeyp
     other = prepare(read_celeba(write_celeba(tmp_path / "source", 20)), tmp_path / "other", workers=1)
     with pytest.raises(ValueError, match="another set"):
         upload(other.path, "memory://there/set")
+
+
+def batches_of(split: Split, kind: str = "dali", **options: object) -> Iterator[Batch]:
+    """Twice through the split, tar after tar."""
+    plan = Plan(len(split), seed=3, window=1, shard_of=split.shard)
+    requests = [Request("a", draw, plan.rows("a", draw, 4), flip=True) for draw in range(len(split) // 2)]
+    cache = options.pop("cache", "none")
+    loader = open_loader(kind, cache, split, split.attributes, Preprocessing(16), seed=3, **options)
+    return loader.batches(requests)
+
+
+@pytest.mark.parametrize("kind", ["dali", "pillow"])
+def test_tars_to_come_are_fetched_ahead_from_a_server_that_fails(server, local, kind):
+    split = ShardSet.open(address(server)).split("train")
+    batches = batches_of(split, kind, prefetch=1)
+    found = [next(batches)]
+    deadline = time.monotonic() + 60
+    while sum(path.exists() for path in split.shards) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sum(path.exists() for path in split.shards) >= 3, "nobody asked for more than one"
+    found += list(batches)
+    assert server.faults > 3 and not [t for t in threading.enumerate() if t.name.startswith("fetch")]
+    for a, b in zip(found, batches_of(local.split("train"), kind), strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.attributes, b.attributes)
+
+
+def test_closing_gives_up_what_is_on_its_way(server, monkeypatch):
+    began, go = threading.Event(), threading.Event()
+    original = source.Place.read_part
+
+    def slow(self: source.Place, offset: int, size: int) -> bytes:
+        if offset and threading.current_thread().name.startswith("fetch"):
+            began.set()
+            go.wait(60)
+        return original(self, offset, size)
+
+    split = ShardSet.open(address(server)).split("train")
+    ahead = remote.Ahead(split.remote)
+    monkeypatch.setattr(source.Place, "read_part", slow)
+    for shard in split.shards:
+        ahead.want(shard.name)
+    assert began.wait(60)
+    threading.Timer(0.2, go.set).start()
+    ahead.close()
+    assert not [path for path in split.shards if path.exists()] and not list(split.shards[0].parent.glob("*.part"))
+    assert not [t for t in threading.enumerate() if t.name.startswith("fetch")]
+
+
+def test_a_set_whose_pictures_are_kept_is_fetched_no_more(server):
+    server.failing = False
+    split = ShardSet.open(address(server)).split("train")
+    batches = batches_of(split, cache="device")
+    for _ in range(-(-len(split) // 4) + 4):
+        next(batches)
+    count = server.count
+    for path in split.shards:
+        path.unlink()
+    list(batches)
+    assert server.count == count
+
+
+def test_a_set_at_an_address_is_verified_as_one_on_a_disk(server, local, tmp_path, monkeypatch):
+    monkeypatch.setenv("FADER_CACHE_GB", str(2 * max(path.stat().st_size for path in local.path.glob("*.tar")) / 1e9))
+    assert verify(address(server), workers=1).records == COUNT
+    copy = tmp_path / "damaged"
+    shutil.copytree(local.path, copy)
+    tar = copy / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"\1")
+    server.folder, server.failing = copy, False
+    monkeypatch.setenv("FADER_CACHE", str(tmp_path / "another"))
+    with pytest.raises(ValueError, match="1 places: .*train-000001.tar differs from its digest"):
+        verify(address(server), workers=1)

@@ -18,12 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import shards
 from pipeline.datasets import LeftOut
 from pipeline.datasets.celeba import read_celeba
 from pipeline.datasets.record import Dataset
 from pipeline.images import decode
-from pipeline.shards import ShardSet, prepare, verify
+from pipeline.shards import ShardSet, prepare, verify, writing
 from tests.commands import environment
 from tests.pipeline import planted
 from tests.pipeline.planted import write_celeba
@@ -116,6 +115,19 @@ def test_workers_and_place_leave_no_trace_in_any_byte(finished, tmp_path):
     assert contents(tmp_path / "set") == contents(finished)
     text = (finished / "dataset.json").read_text()
     assert str(tmp_path) not in text and str(finished) not in text
+
+
+def test_a_set_is_the_same_where_only_headers_were_looked_at(source, finished, tmp_path):
+    out = prepare(read_celeba(source), tmp_path / "set", shard_records=8, workers=1, check="header").path
+    assert contents(out) == contents(finished)
+    first = next((source / "img_align_celeba").iterdir())
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-300])
+    try:
+        with pytest.raises(ValueError, match="cut short"):
+            prepare(read_celeba(source), tmp_path / "other", workers=1, check="header")
+    finally:
+        first.write_bytes(whole)
 
 
 def test_the_data_digest_sees_labels_pictures_and_splits(source, finished, tmp_path):
@@ -380,7 +392,7 @@ def test_what_the_index_left_out_is_listed_too(tmp_path, source):
 
 def test_a_mended_picture_is_taken_in_when_a_skipping_run_goes_on(tmp_path, finished, monkeypatch):
     folder = bad_source(tmp_path)
-    monkeypatch.setattr(shards, "_manifest", lambda *_: 1 / 0)  # ends after the shards, before the set is finished
+    monkeypatch.setattr(writing, "_manifest", lambda *_: 1 / 0)  # ends after the shards, before the set is finished
     with pytest.raises(ZeroDivisionError):
         prepare(read_celeba(folder), tmp_path / "set", shard_records=8, workers=1, skip_bad=True)
     monkeypatch.undo()
@@ -391,7 +403,7 @@ def test_a_mended_picture_is_taken_in_when_a_skipping_run_goes_on(tmp_path, fini
 
 
 def test_finished_shards_are_kept_and_damaged_ones_written_again(tmp_path, source, finished, monkeypatch):
-    monkeypatch.setattr(shards, "_manifest", lambda *_: 1 / 0)
+    monkeypatch.setattr(writing, "_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(read_celeba(source), tmp_path / "set", shard_records=8, workers=1)
     monkeypatch.undo()
@@ -415,7 +427,7 @@ def test_a_finished_set_is_left_alone_and_another_source_refused(copy, source, t
 
 
 def test_an_unfinished_set_of_another_source_is_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_manifest", lambda *_: 1 / 0)
+    monkeypatch.setattr(writing, "_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(read_celeba(source), tmp_path / "set", shard_records=8, workers=1)
     with pytest.raises(ValueError, match="unfinished set of another source"):
