@@ -42,6 +42,7 @@ class PillowLoader(SplitLoader):
         """See `Loader`."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow")
         waiting: deque[tuple[Request, list[Future[np.ndarray]]]] = deque()
+        requests = self.ahead(requests)
         try:
             for request in requests:
                 mine = share(request.rows, self.rank, self.world_size) if request.images else ()
@@ -51,24 +52,26 @@ class PillowLoader(SplitLoader):
             while waiting:
                 yield self._batch(*waiting.popleft())
         finally:
+            requests.close()
             pool.shutdown(cancel_futures=True)
 
     def _pixels(self, row: int) -> np.ndarray:
-        """uint8 [S, S, C] of one record."""
-        try:
-            return preprocess(decode(self.split.bytes(row)), self.preprocessing)
-        except ValueError as error:
-            raise self.unreadable(row, error) from error
+        """uint8 [S, S, C] of one record, or of what stands in for it."""
+        while True:
+            row = int(self.standing(np.array([row]))[0])
+            try:
+                return preprocess(decode(self.split.bytes(row)), self.preprocessing)
+            except ValueError as error:
+                self.leave_out(row, error)
 
     def _batch(self, request: Request, parts: list[Future[np.ndarray]]) -> Batch:
-        rows = self.rows(request)
         if not request.images:
-            return self.finish(request, rows, None)
+            return self.finish(request, self.rows(request), None)
         size, channels = self.preprocessing.image_size, self.preprocessing.channels
         pixels = np.empty((len(parts), size, size, channels), np.uint8)
         for n, part in enumerate(parts):
             pixels[n] = part.result()
-        return self.finish(request, rows, torch.from_numpy(pixels).to(self.device))
+        return self.finish(request, self.rows(request), torch.from_numpy(pixels).to(self.device))
 
 
 def stock_stream(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import permutations
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from scipy import stats
 
 from fader.draws import Draws
-from pipeline.batches import Plan, Request, finish, largest_share, normalised, sequential, share
+from pipeline.batches import Buffers, Plan, Request, finish, largest_share, normalised, sequential, share
 from pipeline.images import flip, to_float
 
 SHARDS = np.repeat(np.arange(10), [5, 5, 5, 5, 5, 5, 5, 5, 5, 3])
@@ -78,6 +79,35 @@ def test_every_row_comes_to_every_position_alike(options):
     free = size * (size - 1) if options.get("replacement") else (size - 1) ** 2
     scale = 1 if options.get("replacement") else (size - 1) / size  # each table is a permutation matrix: less spread
     assert 1e-4 < stats.chi2.sf(statistic * scale, free) < 1 - 1e-4
+
+
+WEIGHTS = np.linspace(0.25, 1.75, 60)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 2, "shard_of": np.arange(60) // 15},
+        {"replacement": True},
+        {"weights": WEIGHTS},
+        {"weights": WEIGHTS, "window": 2, "shard_of": np.arange(60) // 15},
+        {"weights": WEIGHTS, "replacement": True},
+    ],
+    ids=["full", "window", "replacement", "weights", "weights and window", "weights and replacement"],
+)
+def test_no_rank_is_given_other_records_than_the_next(options):
+    """Chi-square of which of four ranks reads which record, over 2,800 epochs; their shares are uneven: 1, 2, 2, 2.
+
+    Seven does not divide sixty, so an epoch begins anywhere in a batch: a rank's place in it says nothing.
+    """
+    plan, epochs = Plan(60, seed=11, **options), 2800
+    batches = np.stack([plan.rows("a", draw, 7) for draw in range(60 * epochs // 7)])
+    table = [np.bincount(share(batches.T, rank, 4).ravel(), minlength=60) for rank in range(4)]
+    assert stats.chi2_contingency(np.array(table)).pvalue > 1e-4
+    assert [row.sum() for row in table] == [len(batches) * size for size in (1, 2, 2, 2)]
+    weights = options.get("weights", np.ones(60))
+    assert np.abs(np.sum(table, axis=0) / epochs - weights).max() < 5 * np.sqrt(weights.max() / epochs)
 
 
 def test_every_order_of_four_records_is_as_likely():
@@ -163,7 +193,7 @@ def test_sequential_reads_each_row_once_and_in_order():
 def made(request: Request, pixels: torch.Tensor, labels: torch.Tensor, rank: int = 0, world_size: int = 1):
     rows = torch.from_numpy(request.rows)
     part = pixels.index_select(0, share(rows, rank, world_size))
-    return finish(request, part, labels, rows, seed=7, rank=rank, world_size=world_size)
+    return finish(request, part, labels, rows, seed=7, rank=rank, world_size=world_size, buffers=Buffers())
 
 
 @pytest.fixture
@@ -183,17 +213,38 @@ def test_a_batch_belongs_to_its_records(pixels):
     assert torch.equal(batch.images, pixels[[3, 3, 19, 0]].permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
-@pytest.mark.parametrize("size", [16, 5])
-def test_normalising_is_to_float_and_flip_to_the_bit(size):
-    pixels = torch.arange(10 * size * size * 3).remainder(256).to(torch.uint8).view(10, size, size, 3)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [16, 5, 130])
+def test_normalising_is_to_float_and_flip_to_the_bit(size, threads):
+    """At 130 pixels and two threads a picture is mirrored in parts."""
+    pixels = torch.arange(10 * size * size * 3).remainder(251).to(torch.uint8).view(10, size, size, 3)
     mirrored = torch.arange(10) % 3 == 0
-    planes = pixels.permute(0, 3, 1, 2)
-    assert torch.equal(normalised(pixels, None), to_float(planes))
-    assert torch.equal(normalised(pixels, mirrored), to_float(flip(planes, mirrored)))
-    assert normalised(pixels, mirrored).is_contiguous()
-    assert normalised(pixels[:0], mirrored[:0]).shape == (0, 3, size, size)
+    planes, buffers, before = pixels.permute(0, 3, 1, 2), Buffers(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(normalised(pixels, None, buffers), to_float(planes))
+        images = normalised(pixels, mirrored, buffers)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(images, to_float(flip(planes, mirrored)))
+    assert torch.equal(normalised(list(pixels.numpy()), mirrored, buffers), images)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert normalised(pixels[:0], mirrored[:0], buffers).shape == (0, 3, size, size)
     grey = pixels[..., :1]
-    assert torch.equal(normalised(grey, mirrored), to_float(flip(grey.permute(0, 3, 1, 2), mirrored)))
+    assert torch.equal(normalised(grey, mirrored, buffers), to_float(flip(grey.permute(0, 3, 1, 2), mirrored)))
+
+
+def test_memory_is_lent_again_when_the_last_view_of_it_is_gone():
+    buffers = Buffers()
+    first = torch.from_numpy(buffers.floats(4, 5))
+    view, address = first.view(20)[3:], first.data_ptr()
+    del first
+    gc.collect()
+    other = torch.from_numpy(buffers.floats(4, 5))
+    assert other.data_ptr() != address, "somebody still holds a part of it"
+    del view
+    assert torch.from_numpy(buffers.floats(19)).data_ptr() == address
+    assert len(buffers.floats(7)) == 7 and buffers.floats(0, 3).shape == (0, 3)
 
 
 def test_half_of_the_records_are_mirrored_by_their_own_draw(pixels):
@@ -228,5 +279,6 @@ def test_ranks_together_make_the_one_process_batch(pixels, world_size):
 
 def test_a_request_without_images_gives_none(pixels):
     request = Request("a", 0, np.array([1, 2]), images=False)
-    batch = finish(request, None, LABELS, torch.from_numpy(request.rows), seed=7, rank=0, world_size=1)
+    rows = torch.from_numpy(request.rows)
+    batch = finish(request, None, LABELS, rows, seed=7, rank=0, world_size=1, buffers=Buffers())
     assert batch.images is None and torch.equal(batch.attributes, LABELS[[1, 2]])

@@ -165,3 +165,26 @@ def test_check_gives_the_verdict_of_a_full_decode_on_damaged_jpegs():
         assert verdicts[0] == verdicts[1]
         refused += not verdicts[0]
     assert 300 < refused < 2700
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_look_at_the_header_finds_what_is_cut_short(kind):
+    out = io.BytesIO()
+    Image.effect_noise((90, 70), 60).convert("RGB").save(out, kind)
+    data = out.getvalue()
+    assert images.check(data, "header") == images.check(data) == (90, 70, kind)
+    assert images.check(data + bytes(99 if kind == "JPEG" else 0), "header") == (90, 70, kind)
+    for part in (data[: len(data) // 2], data[:-20]):
+        with pytest.raises(ValueError, match="cut short|not a readable picture"):
+            images.check(part, "header")
+
+
+def test_only_decoding_finds_damage_inside():
+    out = io.BytesIO()
+    Image.effect_noise((90, 70), 60).save(out, "JPEG")
+    data = bytearray(out.getvalue())
+    table = data.index(b"\xff\xc4") + 5
+    data[table : table + 16] = bytes([255] * 16)  # more codes than there can be
+    assert images.check(bytes(data), "header") == (90, 70, "JPEG")
+    with pytest.raises(ValueError):
+        images.check(bytes(data))
