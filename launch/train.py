@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,48 +13,96 @@ import typer
 from launch.command import main
 
 if TYPE_CHECKING:
+    from pipeline.config import Experiment
     from pipeline.train import Progress
+
+log = logging.getLogger(__name__)
 
 
 def train(
     config: Annotated[list[str] | None, typer.Argument(help="a config file, then key=value overrides", metavar="CONFIG [KEY=VALUE]...")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run; key=value overrides are allowed")] = None,
+    go_on: Annotated[bool, typer.Option("--continue", help="go on with CONFIG's run if its folder holds one, else start it")] = False,
 ) -> None:
-    """Train an experiment, or go on with one."""
+    """Train an experiment, or go on with one.
+
+    Ctrl-C, SIGTERM, SIGUSR1 or a file RUN/stop end it between two steps, with everything saved.
+    """
     words = config or []
     if resume is None and (not words or "=" in words[0]):
         raise ValueError("name a config file, as in 'fader train configs/faces_fader.yaml', or --resume RUN")
     if resume is not None and words and "=" not in words[0]:
         raise ValueError(f"--resume takes its config from the run; {words[0]} cannot be given too (key=value can)")
+    if resume is not None and go_on:
+        raise ValueError("--resume RUN and --continue are two ways to say it: give one of them")
 
-    from pipeline.config import load
-    from pipeline.train import Interrupted
+    from pipeline.engine import leave
+    from pipeline.interruption import Interrupted
     from pipeline.train import train as run_training
 
-    if resume is None:
-        experiment = load(words[0], words[1:])
-        folder = experiment.folder
-    else:
-        if not (resume / "config.yaml").exists():
-            raise ValueError(f"{resume} holds no run to resume (no config.yaml in it)")
-        experiment = load(resume / "config.yaml", words)
-        folder = resume
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first:
-        typer.echo(_announcement(experiment, folder, resume is not None))
-    watcher = _Watcher()
+    experiment, folder, resumed = _what_to_train(words, resume, go_on)
+    if _is_first():
+        _leave_word(None)
+        typer.echo(_announcement(experiment, folder, resumed))
+    watcher = Watcher()
     try:
         with watcher:
-            run_training(experiment, folder, resume=resume is not None, watch=watcher)
+            run_training(experiment, folder, resume=resumed, watch=watcher)
     except Interrupted as stopped:
-        if first:
+        leave()
+        if _is_first():
             typer.echo(f"{stopped}\ngo on with: fader train --resume {folder}", err=True)
         sys.stdout.flush()
-        sys.exit(128 + stopped.signal)
+        sys.exit(exit_code(stopped.reason.exit_code))
     except FloatingPointError as error:
         raise ValueError(str(error)) from None
-    if first:
+    leave()
+    if _is_first():
         typer.echo(_ending(experiment, folder))
+        _leave_word(0)
+
+
+def _what_to_train(words: list[str], resume: Path | None, go_on: bool) -> tuple[Experiment, Path, bool]:
+    """The experiment, its run's folder, and whether that holds a run to go on with."""
+    from pipeline.config import load
+
+    if resume is not None:
+        if not (resume / "config.yaml").exists():
+            raise ValueError(f"{resume} holds no run to resume (no config.yaml in it)")
+        return load(resume / "config.yaml", words), resume, True
+    given = load(words[0], words[1:])
+    if not (go_on and (given.folder / "run.json").exists()):
+        return given, given.folder, False
+    kept = load(given.folder / "config.yaml", words[1:])
+    if kept.digest != given.digest and _is_first():
+        log.warning("%s says otherwise than the run it began; %s goes on as it began", words[0], given.folder)
+    return kept, given.folder, True
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _leave_word(code: int | None) -> None:
+    """Write the exit code where a batch script reads it, for a launcher's own does not say; None clears what is there."""
+    place = os.environ.get("FADER_EXIT_FILE")
+    if place and code is None:
+        Path(place).unlink(missing_ok=True)
+    elif place:
+        Path(place).write_text(f"{code}\n")
+
+
+def exit_code(code: int) -> int:
+    """The code to exit with, after word of it is left.
+
+    A launcher takes any code but 0 for a crash, which it would mend by starting the workers again: a run that wants to
+    go on in another job ends its workers with 0, and FADER_EXIT_FILE alone says so.
+    """
+    from pipeline.interruption import EXIT_AGAIN, launched
+
+    if _is_first():
+        _leave_word(code)
+    return 0 if code == EXIT_AGAIN and launched() else code
 
 
 def _announcement(experiment: Any, folder: Path, resumed: bool) -> str:
@@ -69,19 +118,21 @@ def _ending(experiment: Any, folder: Path) -> str:
     lines = [f"wrote {folder} (config, checkpoints)"]
     if experiment.method_name == "judge":
         lines.append(f"next: fader train CONFIG judge={folder}")
+    elif experiment.method_name == "aligner":
+        lines.append(f"next: fader align PHOTO... OUT --model {folder}")
     else:
         lines.append(f"next: fader evaluate {folder}    or    fader register {folder} --name {experiment.name}")
     return "\n".join(lines)
 
 
-class _Watcher:
+class Watcher:
     """A progress bar on a terminal, a line an interval elsewhere."""
 
     def __init__(self) -> None:
         self.bar: Any = None
         self.task: Any = None
 
-    def __enter__(self) -> _Watcher:
+    def __enter__(self) -> Watcher:
         if sys.stderr.isatty() and int(os.environ.get("RANK", "0")) == 0:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -8,7 +8,10 @@ A checkpoint is `RUN/checkpoints/images-000064000/`:
     state.json              clock, stream counters, and whatever else the run hands over
     digests.json            sha256 of each file above
 
-It is written under a temporary name, flushed to disk and renamed. A reader takes the newest whose digests hold.
+and `best.json` beside them names the one that validation found best, with the metric and its value.
+
+It is written under a temporary name, flushed to disk and renamed. A reader takes the newest whose digests hold. Names
+that begin with a dot are on their way in (`.tmp`), on their way out (`.gone`), or about to be replaced (`.old`).
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +37,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 _PREFIX = "images-"
+_BEST = "best.json"
 _PARTS = ("networks", "ema", "optimizers")
 
 
@@ -39,17 +45,28 @@ def folder(run: Path) -> Path:
     return run / "checkpoints"
 
 
-def write(run: Path, images: int, state: State, extra: Mapping[str, Any]) -> Path:
+def images_of(checkpoint: Path) -> int:
+    """Images seen at a checkpoint, which its name says."""
+    return int(checkpoint.name.removeprefix(".").removeprefix(_PREFIX).split(".")[0])
+
+
+def write(
+    run: Path, images: int, state: State, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+) -> Path:
     """Write one checkpoint; it is there whole or not at all.
 
     Args:
         images: images seen, which names it.
         extra: JSON values that go into state.json.
+        metrics: what was measured of this very state, by which the best are kept.
 
     Raises:
         OSError: the disk is full or refuses; whatever was there before is untouched.
     """
     target = folder(run) / f"{_PREFIX}{images:012d}"
+    story = json.dumps({"format": FORMAT, "images": images, "metrics": dict(metrics or {}), **extra}, indent=1)
+    if target.exists() and _is_sound(target) and (target / "state.json").read_text() == story:
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -58,8 +75,8 @@ def write(run: Path, images: int, state: State, extra: Mapping[str, Any]) -> Pat
         for part in _PARTS:
             tensors = getattr(state, part)
             if tensors:
-                save_file(tensors, temporary / f"{part}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "images": images, **extra}, indent=1))
+                _save(tensors, temporary / f"{part}.safetensors")
+        (temporary / "state.json").write_text(story)
         digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         (temporary / "digests.json").write_text(json.dumps(digests, indent=1))
         for path in temporary.iterdir():
@@ -77,21 +94,115 @@ def write(run: Path, images: int, state: State, extra: Mapping[str, Any]) -> Pat
     return target
 
 
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # its word for whatever the system refuses
+        raise OSError(f"{path.parent.parent} takes no {path.name}: {error}") from error
+
+
 def found(run: Path) -> list[Path]:
-    """Every checkpoint of a run, newest first, unverified."""
-    return sorted((p for p in folder(run).glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
+    """Every checkpoint of a run, newest first, unverified; one that was about to be replaced where nothing replaced it."""
+    whole = {path.name: path for path in folder(run).glob(f"{_PREFIX}*") if path.is_dir()}
+    for old in folder(run).glob(f".{_PREFIX}*.old"):
+        whole.setdefault(f"{_PREFIX}{images_of(old):012d}", old)
+    return [whole[name] for name in sorted(whole, reverse=True)]
 
 
-def latest(run: Path) -> Path | None:
-    """The newest checkpoint that holds what its digests say; damaged ones are named in a warning and passed over."""
+def at(run: Path, images: int) -> Path:
+    """The checkpoint at so many images seen.
+
+    Raises:
+        ValueError: there is none.
+    """
     for checkpoint in found(run):
-        try:
-            check(checkpoint)
-        except ValueError as error:
-            log.warning("%s; the one before it is used", error)
-            continue
-        return checkpoint
+        if images_of(checkpoint) == images:
+            return checkpoint
+    raise ValueError(f"{run} has no checkpoint at {images:,} images here; all ranks must see the same folder")
+
+
+def latest(run: Path, up_to: float = math.inf) -> Path | None:
+    """The newest checkpoint, of at most `up_to` images seen, that holds what its digests say.
+
+    Damaged ones are named in a warning and passed over.
+    """
+    for checkpoint in found(run):
+        if images_of(checkpoint) <= up_to and _is_sound(checkpoint):
+            return checkpoint
     return None
+
+
+def best(run: Path, metric: str, mode: Literal["max", "min"]) -> Path | None:
+    """The sound checkpoint whose metric is the largest or smallest, the earlier of equals; None when none has it."""
+    for checkpoint in _by_metric(found(run), metric, mode):
+        if _is_sound(checkpoint):
+            return checkpoint
+    return None
+
+
+def validated(run: Path) -> Path | None:
+    """The checkpoint that validation found best; None when none was kept or the one that was is gone."""
+    try:
+        images = int(json.loads((folder(run) / _BEST).read_text())["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return next((path for path in found(run) if images_of(path) == images), None)
+
+
+def named(run: Path, which: str) -> Path:
+    """A sound checkpoint by its name: latest, best or images-64000.
+
+    Raises:
+        ValueError: there is none of that name, or it is damaged.
+    """
+    if which == "latest":
+        newest = latest(run)
+        if newest is None:
+            raise ValueError(f"{run} has no sound checkpoint yet; train on with 'fader train --resume {run}'")
+        return newest
+    digits = which.removeprefix(_PREFIX)
+    if which == "best":
+        checkpoint = validated(run)
+    elif which.startswith(_PREFIX) and digits.isdecimal():
+        checkpoint = next((path for path in found(run) if images_of(path) == int(digits)), None)
+    else:
+        raise ValueError(f"checkpoint {which!r} is none of latest, best, {_PREFIX}N")
+    if checkpoint is None:
+        there = [f"{_PREFIX}{images_of(path)}" for path in reversed(found(run))]
+        there += ["latest", *(["best"] if validated(run) else [])] if there else ["none"]
+        raise ValueError(f"{run} keeps no checkpoint {which}; there are: {', '.join(there)}")
+    check(checkpoint)
+    return checkpoint
+
+
+def finished(run: Path) -> bool:
+    """Whether the run's newest sound checkpoint is the one with which its training ended."""
+    newest = latest(run)
+    return newest is not None and bool(json.loads((newest / "state.json").read_text()).get("finished"))
+
+
+def metrics_of(checkpoint: Path) -> dict[str, float]:
+    """What was measured of a checkpoint when it was written; nothing when it cannot be read."""
+    try:
+        return dict(json.loads((checkpoint / "state.json").read_text()).get("metrics", {}))
+    except (OSError, ValueError):
+        return {}
+
+
+def _by_metric(checkpoints: list[Path], metric: str, mode: Literal["max", "min"]) -> list[Path]:
+    """Those that have the metric, the best first."""
+    sign = -1 if mode == "max" else 1
+    values = {path: metrics_of(path).get(metric, math.nan) for path in reversed(checkpoints)}
+    return sorted((path for path, value in values.items() if math.isfinite(value)), key=lambda path: sign * values[path])
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    try:
+        check(checkpoint)
+    except ValueError as error:
+        log.warning("%s; the one before it is used", error)
+        return False
+    return True
 
 
 def check(checkpoint: Path) -> None:
@@ -108,7 +219,11 @@ def check(checkpoint: Path) -> None:
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"{checkpoint} lacks {name}: damaged")
-        if _digest(path) != digest:
+        try:
+            actual = _digest(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): damaged") from None
+        if actual != digest:
             raise ValueError(f"{path} does not match its digest: damaged")
 
 
@@ -142,24 +257,48 @@ def read_networks(checkpoint: Path, ema: bool = True) -> dict[str, dict[str, Ten
 
 
 class Writer:
-    """Writes checkpoints behind the training's back, one at a time, and keeps the newest few.
+    """Writes checkpoints behind the training's back, one at a time, and keeps some of them.
 
     A failed write is reported and training goes on with the older ones intact; `close` raises when the last one failed.
+
+    Args:
+        keep: so many of the newest.
+        every_images: and the first one of each so many images; 0 = none.
+        best: and by each of these metrics the best.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
+    def __init__(
+        self, run: Path, keep: int, *, every_images: int = 0, best: Mapping[str, Literal["max", "min"]] | None = None
+    ) -> None:
         self.run = run
-        self.keep = keep
+        self.keep, self.every_images, self.best = keep, every_images, dict(best or {})
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Path] | None = None
         self._error: BaseException | None = None
         for left in folder(run).glob(f".{_PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            whole = folder(run) / f"{_PREFIX}{images_of(left):012d}"
+            if left.suffix == ".old" and not whole.exists():
+                os.replace(left, whole)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, images: int, state: State, extra: Mapping[str, Any]) -> None:
-        """Take a state (a copy that nobody changes) and write it in the background; waits for the one before."""
+    def save(
+        self,
+        images: int,
+        state: State,
+        extra: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        validated_best: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take a state (a copy that nobody changes) and write it in the background; waits for the one before.
+
+        Args:
+            metrics: as in `write`.
+            validated_best: what is known of it when validation found it the best so far; it is then kept until a better
+                one comes.
+        """
         self.wait()
-        self._pending = self._pool.submit(self._write, images, state, extra)
+        self._pending = self._pool.submit(self._write, images, state, extra, metrics, validated_best)
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -184,13 +323,68 @@ class Writer:
         self.wait()
         self._pool.shutdown()
         if self._error is not None:
-            raise OSError(f"the last checkpoint could not be saved: {self._error}") from self._error
+            newest = latest(self.run)
+            left = f"{newest} is the newest there is" if newest else "there is none"
+            raise OSError(f"the last checkpoint could not be saved: {self._error}; {left}") from self._error
 
-    def _write(self, images: int, state: State, extra: Mapping[str, Any]) -> Path:
-        path = write(self.run, images, state, extra)
-        for old in found(self.run)[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+    def forget_after(self, images: int) -> None:
+        """The run went back to `images` seen: what stands past it belongs to a past that was given up."""
+        self.wait()
+        for checkpoint in found(self.run):
+            if images_of(checkpoint) > images:
+                _remove(checkpoint)
+
+    def _write(
+        self,
+        images: int,
+        state: State,
+        extra: Mapping[str, Any],
+        metrics: Mapping[str, float] | None,
+        validated_best: Mapping[str, Any] | None,
+    ) -> Path:
+        path = write(self.run, images, state, extra, metrics)
+        if validated_best is not None:
+            write_whole(folder(self.run) / _BEST, json.dumps({**validated_best, "images": images}, indent=1))
+        for checkpoint in self._superfluous(images):
+            _remove(checkpoint)
         return path
+
+    def _superfluous(self, images: int) -> list[Path]:
+        """What need not be kept once that of `images` is written. What stands past it did not hold when it was read."""
+        there = found(self.run)
+        past = [path for path in there if images_of(path) <= images]
+        kept = [*past[: self.keep], validated(self.run)]
+        for metric, mode in self.best.items():
+            kept += _by_metric(past, metric, mode)[:1]
+        if self.every_images:
+            firsts = {images_of(path) // self.every_images: path for path in past}  # the earliest comes last
+            kept += [path for quotient, path in firsts.items() if quotient]
+        return [path for path in there if path not in kept]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Away under another name first: a kill half-way leaves nothing that looks like a checkpoint."""
+    gone = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.{os.getpid()}.gone")
+    try:
+        os.replace(checkpoint, gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        log.warning("%s is not removed: %s", checkpoint, error)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A small file that is there whole, as before or as given, whatever happens meanwhile.
+
+    Raises:
+        OSError: the disk is full or refuses; the file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:

@@ -28,6 +28,22 @@ WHY_NOT_ZERO_3 = (
 )
 
 
+class AugmentConfig(BaseModel):
+    """How far training pictures are moved and coloured, each evenly up to its bound both ways; 0 = not at all."""
+
+    model_config = STRICT
+
+    rotation_degrees: float = Field(0.0, ge=0, le=45)
+    translation: float = Field(0.0, ge=0, le=0.5, description="as a share of the side, in both directions")
+    brightness: float = Field(0.0, ge=0, lt=1, description="0.1: times 0.9 to 1.1")
+    contrast: float = Field(0.0, ge=0, lt=1)
+    saturation: float = Field(0.0, ge=0, lt=1)
+    hue: float = Field(0.0, ge=0, le=0.5, description="in turns of the colour circle")
+
+    def __bool__(self) -> bool:
+        return any(self.model_dump().values())
+
+
 class DataConfig(BaseModel):
     """Which records, as which pixels, through which loader."""
 
@@ -37,13 +53,25 @@ class DataConfig(BaseModel):
     attributes: tuple[str, ...] = Field(description="names in the order of the code; ['*'] takes all of the set")
     image_size: int = Field(64, ge=8, description="pixels a side")
     crop: str = Field("celeba", description="the crop rule of pipeline.images")
-    loader: Literal["dali", "pillow"] = "dali"
-    cache: bool = Field(True, description="decode the split once and keep it in memory as uint8")
+    channels: Literal[1, 3] = Field(3, description="3 for colour, 1 for grey")
+    loader: Literal["dali", "pillow", "sequential"] = Field(
+        "dali", description="sequential: tars are read front to back, for sets too big or storage too slow for dali"
+    )
+    cache: Literal["auto", "device", "host", "none"] = Field(
+        "auto", description="keep decoded records: on each device, once a machine, not at all, or as memory allows"
+    )
     flip: bool = Field(True, description="mirror half of the training records left to right, a coin a record and draw")
+    augment: AugmentConfig = AugmentConfig()
     threads: int = Field(2, ge=1, description="decoding threads a rank")
     prefetch: int = Field(3, ge=1, description="batches made ahead")
+    quarantine_share: float = Field(
+        0.001, ge=0, le=0.5, description="records that may turn out not to decode, of a split (always a few, unless 0)"
+    )
     window: int | None = Field(None, ge=1, description="shards shuffled together; none = the whole split")
     replacement: bool = Field(False, description="draw records independently instead of once an epoch")
+    balance: dict[str, float | dict[str, float]] = Field(
+        {}, description="share of each attribute's present value, or {value: share}, in what training draws"
+    )
 
     @pydantic.field_validator("attributes")
     @classmethod
@@ -61,8 +89,21 @@ class DataConfig(BaseModel):
             raise ValueError(f"is none of {', '.join(sorted(CROPS))}")
         return crop
 
+    @pydantic.model_validator(mode="after")
+    def _sequential_has_its_order(self) -> DataConfig:
+        if self.loader == "sequential":
+            cache = self.cache if self.cache in ("device", "host") else ""
+            others = {"window": self.window, "replacement": self.replacement, "balance": self.balance, "cache": cache}
+            set_too = [key for key, value in others.items() if value]
+            if set_too:
+                raise ValueError(
+                    f"loader sequential reads each tar front to back, once an epoch, and keeps nothing, "
+                    f"against {' and '.join(set_too)}: leave that out, or use loader dali"
+                )
+        return self
+
     def preprocessing(self) -> Preprocessing:
-        return Preprocessing(image_size=self.image_size, crop=self.crop)
+        return Preprocessing(image_size=self.image_size, crop=self.crop, channels=self.channels)
 
 
 class RunConfig(BaseModel):
@@ -74,9 +115,36 @@ class RunConfig(BaseModel):
     log_images: int = Field(3_200, ge=0)
     checkpoint_images: int = Field(64_000, ge=0)
     picture_images: int = Field(64_000, ge=0)
-    evaluate_images: int = Field(0, ge=0, description="validation by the judge every so many images")
+    evaluate_images: int = Field(0, ge=0, description="validation every so many images")
     evaluate_records: int = Field(1_000, ge=1, description="records of the validation split that it reads")
+    evaluate_tables: tuple[str, ...] = Field(
+        (), description="whole tables for it (swap, fidelity, leak); none = swap accuracies and MSE, the quick ones"
+    )
+    best: str = Field(
+        "", description="metric of the checkpoint that is kept as the best; empty = swap_accuracy (no judge: mse)"
+    )
+    best_mse: float | None = Field(None, ge=0, description="the best's MSE should not exceed this")
+    best_mse_factor: float = Field(1.25, ge=0, description="without it: not this times the lowest MSE seen; 0 = no bound")
+    patience_images: int = Field(0, ge=0, description="stop after so many images without a better patience_metric")
+    patience_metric: str = Field("", description="empty = what the best goes by")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every_images: int = Field(0, ge=0, description="beside them the first checkpoint of each so many images")
+    keep_best: dict[str, Literal["max", "min"]] = Field(
+        default_factory=dict, description="beside them the best by each of these validation metrics"
+    )
+    nonfinite_updates: int = Field(
+        20, ge=1, description="updates of a phase left out as not finite, with no clean log between, at which the run goes back"
+    )
+    rollbacks: int = Field(3, ge=0, description="how often a run goes back to a checkpoint before it ends in an error")
+    watchdog_minutes: float = Field(
+        10.0, ge=0, description="a run without a step for so long is ended, and who hangs is named (0 = never)"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _best_needs_validation(self) -> RunConfig:
+        if self.keep_best and not self.evaluate_images:
+            raise ValueError("keep_best goes by what validation finds: set run.evaluate_images, too")
+        return self
 
 
 class EngineConfig(BaseModel):
@@ -109,6 +177,7 @@ class TrackingConfig(BaseModel):
 
     enabled: bool = True
     experiment: str = Field("fader", description="the MLflow experiment")
+    parent: str = Field("", description="the MLflow run that this one belongs to, as one of a sweep")
 
 
 class Experiment(BaseModel):
@@ -206,6 +275,12 @@ def build(tree: Mapping[str, Any], source: str) -> Experiment:
         shell = Experiment.model_validate_json(json.dumps({**tree, "method_name": name, "method": None}))
     except pydantic.ValidationError as error:
         raise ValueError(_describe(error, source, "")) from None
+    augment = shell.data.augment
+    if METHODS[name].learns_geometry and (augment.rotation_degrees or augment.translation):
+        raise ValueError(
+            f"{source}: data.augment turns or shifts pictures, and {name} learns from how they stand: "
+            "set rotation_degrees and translation to 0"
+        )
     return shell.model_copy(update={"method": method})
 
 
@@ -217,7 +292,7 @@ def build_method(experiment: Experiment, available: Attributes) -> Method:
     """
     names = available.names if experiment.data.attributes == ("*",) else experiment.data.attributes
     kind = METHODS[experiment.method_name]
-    return kind(experiment.method, available.select(names), experiment.data.image_size)
+    return kind(experiment.method, available.select(names), experiment.data.image_size, experiment.data.channels)
 
 
 @lru_cache

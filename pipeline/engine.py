@@ -1,4 +1,4 @@
-"""Accelerate and DeepSpeed behind few verbs: update, mean, any, state, load. Only this file knows of several processes.
+"""Accelerate and DeepSpeed behind few verbs: update, mean, largest, state, load. Only this file knows of several processes.
 
 A phase's loss is what gets wrapped. For each trained group the engine builds one module whose forward runs a whole loss
 with the raw networks inside, while only the group's parameters require gradients; the back end wraps *that*. So no
@@ -19,6 +19,7 @@ import datetime
 import json
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,9 +132,9 @@ class _Group:
         if settings.ema_half_life:
             self.ema = {name: copy.deepcopy(networks[name]).requires_grad_(False).eval() for name in trains}
 
-    def set_rate(self, factor: float) -> None:
+    def set_rate(self, factor: float, clock: Clock) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * factor
+            group["lr"] = self.settings.rate(clock.stage_images) * factor
 
     def accumulate(self, function: LossFunction, parts: Sequence[Batch], context: Context) -> list[Loss]:
         """Leave the gradient of the parts' mean loss, averaged over ranks, where `step` looks for it."""
@@ -410,7 +411,97 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-class Engine:
+class Ranks:
+    """The processes of a launch: which of them this one is, where it computes, and what all of them know together.
+
+    Args:
+        precision: of autocast, for those that train.
+        cpu: compute on the CPU where there is a GPU, too.
+    """
+
+    def __init__(self, precision: str = "fp32", cpu: bool = False) -> None:
+        self._start_accelerate(precision, cpu)
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.is_local_main = self.accelerator.is_local_main_process
+        self.node = _node()
+
+    def _start_accelerate(self, precision: str, cpu: bool) -> None:
+        """Process group and device. Accelerate hears nothing of DeepSpeed: it would ask for transformers."""
+        AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
+        with _environment("ACCELERATE_USE_DEEPSPEED", "false"):
+            self.accelerator = Accelerator(
+                cpu=cpu or not torch.cuda.is_available(),
+                mixed_precision=_PRECISION[precision],
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
+                ],
+            )
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, differentiable; the identity on one."""
+        return AllReduceSum.apply(tensor) if self.world_size > 1 else tensor
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean over ranks of named scalars; waits for the device once."""
+        if not values:
+            return {}
+        stacked = torch.stack([torch.as_tensor(v, device=self.device).double().reshape(()) for v in values.values()])
+        if self.world_size > 1:
+            dist.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.world_size).tolist()))
+
+    def largest(self, value: float) -> float:
+        """The largest over ranks, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.item()
+
+    def on_node(self, value: Any) -> list[Any]:
+        """What every rank of this machine gave, in the order of ranks; all ranks of the run call it together.
+
+        Of this machine are those whose processes see each other; in a container of its own a rank is alone.
+        """
+        if self.world_size == 1:
+            return [value]
+        place = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino)
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, (place, value))
+        return [theirs for where, theirs in found if where == place]
+
+    def union(self, words: Iterable[str]) -> list[str]:
+        """All words that any rank gave, sorted; all ranks call it together."""
+        found: list[list[str]] = [sorted(set(words))] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, found[self.rank])
+        return sorted({word for part in found for word in part})
+
+    def count_known(self, batch: Batch) -> Batch:
+        """The batch with `known` counted by all ranks together, which on each was counted from the plan: for labels that
+        depend on what another rank could decode."""
+        known = (batch.attributes >= 0).sum(0).to(batch.known.dtype)
+        return dataclasses.replace(batch, known=self.reduce_sum(known) / self.world_size)
+
+    def wait(self) -> None:
+        """A barrier."""
+        self.accelerator.wait_for_everyone()
+
+
+def leave() -> None:
+    """End this process's part in its group, if it has one, when nothing is to be said to other ranks any more.
+
+    A process that exits while the group stands may abort in the group's threads, which a launcher takes for a crash.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine(Ranks):
     """Trains a method's phases on one process or many.
 
     With `accumulation` k a rank takes its share of each batch in k parts, one after another: k times less memory, the
@@ -436,14 +527,10 @@ class Engine:
             raise ValueError("precision: fp16 needs CUDA, and there is none here; use bf16 or fp32")
         if settings.backend == "ddp" and launcher.deepspeed is not None:
             raise ValueError("the launcher says DeepSpeed, the experiment says engine.backend: ddp; leave one out")
-        self._start_accelerate(precision)
+        super().__init__(precision)
         self.method = method
         self.seed = seed
         self.settings = settings
-        self.device = self.accelerator.device
-        self.rank = self.accelerator.process_index
-        self.world_size = self.accelerator.num_processes
-        self.is_main = self.accelerator.is_main_process
         self.networks = nn.ModuleDict(method.networks).to(self.device)
         self._reduce_sums()
         deepspeed = settings.backend == "deepspeed" or launcher.deepspeed is not None
@@ -465,19 +552,6 @@ class Engine:
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
-
-    def _start_accelerate(self, precision: str) -> None:
-        """Process group and device. Accelerate hears nothing of DeepSpeed: it would ask for transformers."""
-        AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
-        with _environment("ACCELERATE_USE_DEEPSPEED", "false"):
-            self.accelerator = Accelerator(
-                cpu=not torch.cuda.is_available(),
-                mixed_precision=_PRECISION[precision],
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
-                ],
-            )
 
     def _wrap_in_accelerate(self) -> None:
         for group in self.groups.values():
@@ -532,7 +606,7 @@ class Engine:
             return report
         group = self.groups[phase.trains]
         images = batch.size * self.world_size
-        group.set_rate(self._rate_factor(images, clock))
+        group.set_rate(self._rate_factor(images, clock), clock)
         buffers = [buffer for name in self.networks for buffer in self.networks[name].buffers()]
         before = [buffer.clone() for buffer in buffers]
         losses = group.accumulate(phase.loss, _parts(batch, self.settings.accumulation), context)
@@ -612,35 +686,16 @@ class Engine:
                 if phase.trains and phase.trains not in self.groups:
                     raise ValueError(f"{self.method.name}: no optimizer trains {phase.trains} of phase {phase.name}")
 
-    # --- over all ranks ---------------------------------------------------------------------------------------------
-
-    def reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, differentiable; the identity on one."""
-        return AllReduceSum.apply(tensor) if self.world_size > 1 else tensor
-
-    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean over ranks of named scalars; waits for the device once."""
-        if not values:
-            return {}
-        stacked = torch.stack([torch.as_tensor(v, device=self.device).double().reshape(()) for v in values.values()])
-        if self.world_size > 1:
-            dist.all_reduce(stacked)
-        return dict(zip(values, (stacked / self.world_size).tolist()))
-
-    def any(self, flag: bool) -> bool:
-        """True on every rank when it is on one."""
-        if self.world_size == 1:
-            return flag
-        flags = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags.item())
-
-    def wait(self) -> None:
-        """A barrier."""
-        self.accelerator.wait_for_everyone()
-
-    def close(self) -> None:
-        self.accelerator.end_training()
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While it lasts the method's networks are their moving averages, where a group keeps them."""
+        raw = dict(self.method.networks)
+        for group in self.groups.values():
+            self.method.networks.update(group.ema)
+        try:
+            yield
+        finally:
+            self.method.networks.update(raw)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -675,6 +730,13 @@ class Engine:
             scale = state.optimizers.get(f"{'+'.join(group.trains)}/loss_scale")
             if group.loss_scale is not None and scale is not None:
                 group.loss_scale = LossScale(self.device, float(scale))
+
+
+def _node() -> str | None:
+    """This machine's name, as Slurm says it or else the machine; None for a run of one machine."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:  # the launcher counts machines there
+        return None
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 _NOTHING = contextlib.nullcontext()

@@ -22,6 +22,14 @@ _BOOTSTRAP_CELLS = 4_000_000  # resampling weights held at once: 32 MB in float6
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
+_LOWER = ("mse", "shift", "leak", "fid", "kid", "wcis", "bcfid", "wcfid", "judge_ece")
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a metric of the tables, named without its split, is the better the lower it is."""
+    return name.partition(".")[0] in _LOWER
+
+
 def mse(images: Tensor, target: Tensor) -> Tensor:
     """[N] float64 mean squared difference of each image, over its channels and pixels, on [-1, 1].
 
@@ -122,6 +130,27 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def calibration_error(confidence: Tensor, right: Tensor, weights: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence and accuracy lie apart, over bins of equal width.
+
+    Args:
+        confidence: [N] probability of the value judged, in [0, 1].
+        right: [N] bool, whether the value judged is the label.
+        weights: [N] what each record counts for; 0 leaves it out.
+
+    Returns:
+        Σ over bins of the bin's share of the weight times |mean confidence - accuracy|; not a number without weight.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, equation 3, with weights.
+    """
+    total = weights.double().sum()
+    if not total:
+        return math.nan
+    bin_of = (confidence * bins).long().clamp(0, bins - 1)
+    gap = weights.double() * (confidence.double() - right.double())
+    return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, gap).abs().sum() / total)
 
 
 def means(values: Tensor, counted: Tensor) -> Tensor:

@@ -31,8 +31,9 @@ from torch import Tensor
 
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
-from fader.method import METHODS, Decodes, Encodes, Judges, Method
-from pipeline import checkpoint, config, tracking
+from fader.method import METHODS, Aligns, Decodes, Encodes, Judges, Method
+from pipeline import checkpoint as checkpoints
+from pipeline import config, tracking
 from pipeline.images import Preprocessing
 from pipeline.shards import ShardSet
 
@@ -66,7 +67,9 @@ class Slider:
 class Model:
     """A method with its weights, in eval mode, and what is known about it.
 
-    card: what an export's card.json holds. source: where it came from, for messages.
+    card: what an export's card.json holds. source: where it came from, for messages. run: the folder of the run it is
+    of. variant: which of that run's weights, as its files' names end: "" for the newest as they are used, else such as
+    "-images-64000" or "-raw".
     """
 
     method: Method
@@ -75,6 +78,8 @@ class Model:
     preprocessing: Preprocessing
     judge: Model | None
     source: str
+    run: Path | None = None
+    variant: str = ""
 
     def slider(self, name: str, value: str | float) -> Slider:
         """`Smiling`, 1.5; `Beard.moustache`, 1; or `Beard`, "moustache", which is the same.
@@ -204,6 +209,18 @@ class Model:
         self._check_images(images)
         return torch.cat(self.attributes.probabilities(self.method.judge(images), self.method.settings.head), 1)
 
+    @torch.inference_mode()
+    def corrections(self, windows: Tensor) -> Tensor:
+        """By which similarity the faces in windows are off: [N, 4], real and imaginary part of factor and of shift.
+
+        Raises:
+            ValueError: the model does not align.
+        """
+        if not isinstance(self.method, Aligns):
+            raise ValueError(f"{self.source}: {self.method.name} does not align faces")
+        off = self.method.align(windows)
+        return torch.cat([torch.view_as_real(off.factor), torch.view_as_real(off.shift)], 1)
+
     def _must_edit(self) -> None:
         if not (isinstance(self.method, Encodes) and isinstance(self.method, Decodes)):
             raise ValueError(f"{self.source}: {self.method.name} does not encode and decode; it has no sliders to move")
@@ -228,13 +245,19 @@ def _number(name: str, value: str | float, scale: str) -> float:
 
 
 def load(
-    source: str | Path, *, ema: bool = True, own_judge: bool = True, attributes: Sequence[str] | None = None
+    source: str | Path,
+    *,
+    checkpoint: str = "latest",
+    ema: bool = True,
+    own_judge: bool = True,
+    attributes: Sequence[str] | None = None,
 ) -> Model:
     """A model for use.
 
     Args:
-        source: a run's folder (its newest sound checkpoint), an export's folder, models:/NAME@ALIAS or
-            models:/NAME/VERSION.
+        source: a run's folder, an export's folder, models:/NAME@ALIAS or models:/NAME/VERSION. RUN@best and
+            RUN@images-64000 name one of a run's checkpoints.
+        checkpoint: which checkpoint of a run whose source names none: latest (the newest sound one), best or images-N.
         ema: take the averaged weights where there are any.
         own_judge: load the model's judge too, if it names one.
         attributes: what the model must slide, in any order; None takes any.
@@ -242,14 +265,18 @@ def load(
     Raises:
         ValueError: nothing is there, it is damaged, or it has other attributes; the message says what to do.
     """
-    text = str(source)
-    if text.startswith("models:"):
-        model = _from_registry(text, ema, own_judge)
-    elif (Path(source) / "card.json").is_file():
-        model = _from_export(Path(source), ema, own_judge)
-    elif (Path(source) / "config.yaml").is_file():
-        model = _from_run(Path(source), ema, own_judge)
-    elif not Path(source).exists():
+    folder, which = parse_source(source)
+    if which is None and checkpoint != "latest":
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{source} is no run: only a run keeps checkpoints to choose from ({checkpoint} was asked for)")
+        which = checkpoint
+    if str(source).startswith("models:"):
+        model = _from_registry(str(source), ema, own_judge)
+    elif (folder / "card.json").is_file():
+        model = _from_export(folder, ema, own_judge)
+    elif (folder / "config.yaml").is_file():
+        model = _from_run(folder, which or "latest", ema, own_judge)
+    elif not folder.exists():
         raise ValueError(f"{source}: there is no such folder; give a run, an export or models:/NAME@{ALIAS}")
     else:
         raise ValueError(f"{source} is neither a run (config.yaml) nor an export (card.json)")
@@ -261,26 +288,46 @@ def load(
     return model
 
 
-def _from_run(run: Path, ema: bool, own_judge: bool) -> Model:
+def parse_source(source: str | Path) -> tuple[Path, str | None]:
+    """RUN@best to a folder and "best"; anything else, a folder with @ in its name too, to itself and None."""
+    folder, at, which = str(source).rpartition("@")
+    if at and not str(source).startswith("models:") and not Path(source).exists():
+        return Path(folder), which
+    return Path(source), None
+
+
+def variant_of(run: Path, which: str) -> str:
+    """How the names of files about one of a run's checkpoints end: "" for the newest, "-images-64000" for another.
+
+    Raises:
+        ValueError: as `pipeline.checkpoint.named`.
+    """
+    chosen = checkpoints.named(run, which)
+    newest = which == "latest" or chosen == checkpoints.found(run)[0]
+    return "" if newest else f"-images-{checkpoints.images_of(chosen)}"
+
+
+def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
     experiment = config.load(run / "config.yaml")
-    newest = checkpoint.latest(run)
-    if newest is None:
-        raise ValueError(f"{run} has no sound checkpoint yet; train on with 'fader train --resume {run}'")
+    chosen = checkpoints.named(run, which)
     about = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
     if "attributes" in about:
         attributes = Attributes.from_list(about["attributes"])
     else:
         attributes = ShardSet.open(experiment.data.path).attributes
     method = config.build_method(experiment, attributes)
-    _fill(method, checkpoint.read_networks(newest, ema), str(run))
+    source = str(run) if which == "latest" else f"{run}@{which}"
+    _fill(method, checkpoints.read_networks(chosen, ema), source)
+    images, averages = checkpoints.images_of(chosen), (chosen / "ema.safetensors").exists()
+    variant = variant_of(run, which) + ("-raw" if averages and not ema else "")
     preprocessing = experiment.data.preprocessing()
     card = {
         "format": FORMAT,
         **_about_method(method),
         "preprocessing": preprocessing.to_dict(),
-        "images_seen": json.loads((newest / "state.json").read_text())["images"],
-        "ema": ema and (newest / "ema.safetensors").exists(),
-        "metrics": _evaluated(run, newest),
+        "images_seen": images,
+        "ema": ema and averages,
+        "metrics": _evaluated(run, chosen, variant),
         "config": experiment.to_dict(),
         "config_digest": experiment.digest,
         "data_digest": about.get("data_digest"),
@@ -292,10 +339,10 @@ def _from_run(run: Path, ema: bool, own_judge: bool) -> Model:
     if own_judge and experiment.judge:
         if experiment.judge.startswith("models:") or Path(experiment.judge).exists():
             judge = load(experiment.judge)
-            _check_judge(method, preprocessing, judge, str(run))
+            _check_judge(method, preprocessing, judge, source)
         else:
             logger.warning("%s names the judge %s, which is not here: it goes without one", run, experiment.judge)
-    return Model(method, card, method.attributes, preprocessing, judge, str(run))
+    return Model(method, card, method.attributes, preprocessing, judge, source, run, variant)
 
 
 def _from_export(folder: Path, ema: bool, own_judge: bool) -> Model:
@@ -413,11 +460,18 @@ def _check_judge(method: Method, preprocessing: Preprocessing, judge: Model, sou
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def export(run: str | Path, out: str | Path, judge: str | Path | None = None) -> Path:
+def export(
+    run: str | Path,
+    out: str | Path,
+    judge: str | Path | None = None,
+    *,
+    checkpoint: str = "latest",
+    ema: bool = True,
+) -> Path:
     """Write a model for use: model.safetensors, card.json, and its judge's export in judge/. All of it or nothing.
 
     Args:
-        run: what `load` takes.
+        run, checkpoint, ema: what `load` takes.
         out: the export's folder; an export that is there already is replaced.
         judge: the judge to put in; by default the one the run names.
 
@@ -427,7 +481,7 @@ def export(run: str | Path, out: str | Path, judge: str | Path | None = None) ->
     out = Path(out)
     if out.exists() and not (out / "card.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no export; choose another folder")
-    model = load(run, own_judge=judge is None)
+    model = load(run, checkpoint=checkpoint, ema=ema, own_judge=judge is None)
     if judge is not None:
         model.judge = load(judge)
         _check_judge(model.method, model.preprocessing, model.judge, model.source)
@@ -477,13 +531,13 @@ def _about_method(method: Method) -> dict[str, Any]:
     }
 
 
-def _evaluated(run: Path, newest: Path) -> dict[str, float]:
-    """The numbers `fader evaluate` left in the run's folder; empty when its newest checkpoint was not evaluated."""
-    path = run / "report" / "evaluation-test.json"
+def _evaluated(run: Path, chosen: Path, variant: str) -> dict[str, float]:
+    """The numbers `fader evaluate` left in the run's folder; empty when these weights were not evaluated."""
+    path = run / "report" / f"evaluation-test{variant}.json"
     if not path.is_file():
         return {}
-    if path.stat().st_mtime < newest.stat().st_mtime:
-        logger.warning("%s is older than %s: its numbers are left out", path, newest.name)
+    if path.stat().st_mtime < chosen.stat().st_mtime:
+        logger.warning("%s is older than %s: its numbers are left out", path, chosen.name)
         return {}
     return json.loads(path.read_text())["metrics"]
 
@@ -526,7 +580,14 @@ class Version:
 
 
 def register(
-    run: str | Path, name: str, *, alias: str = ALIAS, out: str | Path | None = None, judge: str | Path | None = None
+    run: str | Path,
+    name: str,
+    *,
+    alias: str = ALIAS,
+    out: str | Path | None = None,
+    judge: str | Path | None = None,
+    checkpoint: str = "latest",
+    ema: bool = True,
 ) -> Version:
     """Export a run and make it a version of a registered model, linked to the run's MLflow run.
 
@@ -534,19 +595,19 @@ def register(
     delivered yet is delivered first, so that the link leads somewhere.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or RUN@best or RUN@images-N.
         name: the registered model; made when there is none of that name.
         alias: points to the new version afterwards.
         out: where the export is written; RUN/export by default.
-        judge: as in `export`.
+        judge, checkpoint, ema: as in `export`.
 
     Raises:
         ValueError: the run cannot be exported, MLflow does not take the name, or its store does not answer.
     """
-    run = Path(run)
+    source, run = run, parse_source(run)[0]
     if not re.fullmatch(r"[^/:@.%\"'][^/:@%\"']*", name):
         raise ValueError(f"{name!r} cannot name a registered model; use letters, digits, dashes and underscores")
-    folder = export(run, out or run / "export", judge)
+    folder = export(source, out or run / "export", judge, checkpoint=checkpoint, ema=ema)
     model = load(folder)
     if tracking.undelivered(run):
         tracking.sync(run)
@@ -609,8 +670,8 @@ def _tag(name: str) -> str:
 def _describe(model: Model) -> str:
     card = model.card
     lines = [
-        f"{card['method']} at {card['image_size']} pixels after {card['images_seen']:,} images; "
-        f"sliders: {', '.join(model.attributes.names)}.",
+        f"{card['method']} at {card['image_size']} pixels after {card['images_seen']:,} images"
+        + ("." if isinstance(model.method, Aligns) else f"; sliders: {', '.join(model.attributes.names)}."),
         *(f"{key}: {value:.4g}" for key, value in list(card["metrics"].items())[:20]),
         card["licence"],
     ]
@@ -621,8 +682,9 @@ def _signature(model: Model) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    size = (-1, model.method.channels, model.method.image_size, model.method.image_size)
-    images = TensorSpec(np.dtype("float32"), size)
+    images = TensorSpec(np.dtype("float32"), (-1, *_input_size(model)))
+    if isinstance(model.method, Aligns):
+        return ModelSignature(Schema([images]), Schema([TensorSpec(np.dtype("float32"), (-1, 4))]))
     if not isinstance(model.method, Decodes):
         probabilities = TensorSpec(np.dtype("float32"), (-1, model.attributes.code_width))
         return ModelSignature(Schema([images]), Schema([probabilities]))
@@ -630,8 +692,13 @@ def _signature(model: Model) -> Any:
     return ModelSignature(Schema([images]), Schema([images]), params)
 
 
+def _input_size(model: Model) -> tuple[int, int, int]:
+    side = model.method.window_size if isinstance(model.method, Aligns) else model.method.image_size
+    return model.method.channels, side, side
+
+
 def _example(model: Model) -> Any:
-    images = np.zeros((1, model.method.channels, model.method.image_size, model.method.image_size), np.float32)
+    images = np.zeros((1, *_input_size(model)), np.float32)
     if not isinstance(model.method, Decodes):
         return images
     first = model.attributes[0]
@@ -672,12 +739,15 @@ def answer(model: Model, images: np.ndarray, params: Mapping[str, str]) -> np.nd
             the pictures' own labels where they are known (the judge reads the others).
 
     Returns:
-        Edited pictures, float32 as the input; of a judge, probabilities [N, code_width].
+        Edited pictures, float32 as the input; of a judge, probabilities [N, code_width]; of an aligner, which takes
+        its windows, corrections [N, 4].
 
     Raises:
         ValueError: unknown attribute, a value that is no number, or pictures of another size.
     """
     batches = torch.from_numpy(np.array(images, np.float32)).split(BATCH_SIZE)
+    if isinstance(model.method, Aligns):
+        return torch.cat([model.corrections(batch) for batch in batches]).numpy()
     if not isinstance(model.method, Decodes):
         return torch.cat([model.probabilities(batch) for batch in batches]).numpy()
     sliders = [model.slider(name, value) for name, value in _object(params, "sliders").items()]

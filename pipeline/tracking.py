@@ -131,7 +131,7 @@ class MlflowTracker:
         experiment: the MLflow experiment's name.
         run_name: the run's name in MLflow.
         run_id: the MLflow run to go on with; the spool's own record of it comes first.
-        node: None on a single machine; else this node's number, which names its system metrics.
+        node: None on a single machine; else this node's name, which stands in its system metrics' names.
         deliver: False spools only; `fader sync RUN` delivers.
     """
 
@@ -142,7 +142,7 @@ class MlflowTracker:
         run_name: str,
         run_id: str | None = None,
         *,
-        node: int | None = None,
+        node: str | None = None,
         deliver: bool = True,
     ) -> None:
         self.spool = Path(run).resolve() / "spool"
@@ -309,7 +309,7 @@ class MlflowTracker:
 class NodeTracker(NullTracker):
     """System metrics of one more node of a run, spooled for the main node's sender; the main rank does the rest."""
 
-    def __init__(self, run: str | Path, node: int) -> None:
+    def __init__(self, run: str | Path, node: str) -> None:
         self._child = _Child(Path(run).resolve() / "spool", node, deliver=False)
 
     def start(self, images: int = 0) -> None:
@@ -327,7 +327,7 @@ def open_tracker(
     main: bool,
     *,
     run_id: str | None = None,
-    node: int | None = None,
+    node: str | None = None,
     local_main: bool = False,
 ) -> Tracker:
     """The tracker of this rank.
@@ -338,12 +338,12 @@ def open_tracker(
         experiment, name: what MLflow calls the experiment and the run.
         main: whether this is rank 0, the only one that reports.
         run_id: the MLflow run a resumed run goes on with.
-        node: this node's number when there are several.
+        node: this node's name when there are several.
         local_main: whether this is its node's first rank, which samples the system.
     """
     if enabled and main:
         return MlflowTracker(run_folder, experiment, name, run_id, node=node)
-    if enabled and local_main and node:
+    if enabled and local_main and node is not None:
         return NodeTracker(run_folder, node)
     return NullTracker()
 
@@ -592,7 +592,7 @@ def undelivered(run: str | Path) -> int:
 class _Child:
     """The sender process, seen from the training process: started, started again when it died, never in the way."""
 
-    def __init__(self, spool: Path, node: int | None, deliver: bool) -> None:
+    def __init__(self, spool: Path, node: str | None, deliver: bool) -> None:
         self._spool, self._node, self._deliver = spool, node, deliver
         self._process: subprocess.Popen[bytes] | None = None
         self._started = -math.inf
@@ -631,7 +631,7 @@ class _Child:
     def _start(self) -> subprocess.Popen[bytes]:
         self._spool.mkdir(parents=True, exist_ok=True)
         options = ["--parent", str(os.getpid())]
-        options += [] if self._node is None else ["--node", str(self._node)]
+        options += [] if self._node is None else ["--node", self._node]
         options += [] if self._deliver else ["--sample-only"]
         with (self._spool / "sender.log").open("ab") as log:
             return subprocess.Popen(
@@ -1057,7 +1057,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
-def _sample(spool: Path, node: int | None, stop: threading.Event) -> None:
+def _sample(spool: Path, node: str | None, stop: threading.Event) -> None:
     """Append the machine's figures to the spool every few seconds, under the names MLflow's own monitor uses."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -1069,8 +1069,8 @@ def _sample(spool: Path, node: int | None, stop: threading.Event) -> None:
         monitors.append(GPUMonitor())
     except (ImportError, RuntimeError) as error:
         logger.info("no GPU figures: %s", error)
-    prefix = "system/" if node is None else f"system/node_{node}/"
-    log = _Log(spool / f"system-{node or 0}.jsonl")
+    prefix = "system/" if node is None else f"system/{_safe(node)}/"
+    log = _Log(spool / f"system{'' if node is None else '-' + _safe(node)}.jsonl")
     monitors[0].collect_metrics()  # the first reading of a processor's use counts from nothing
     monitors[0].clear_metrics()
     wait = 1.0  # a short run gets a sample, too
@@ -1110,7 +1110,7 @@ def _lock(spool: Path, give_up: threading.Event, patience: float = 0.0) -> int |
             return handle
 
 
-def _serve(spool: Path, parent: int, node: int | None, sample_only: bool) -> None:
+def _serve(spool: Path, parent: int, node: str | None, sample_only: bool) -> None:
     """The sender's life: sample, deliver, and go when the run is finished or its trainer is gone."""
     for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, *(() if sample_only else (signal.SIGTERM,))):
         signal.signal(name, signal.SIG_IGN)  # Slurm signals every process of a step; this one leaves with its parent
@@ -1224,7 +1224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("spool", type=Path)
     parser.add_argument("--parent", type=int)
-    parser.add_argument("--node", type=int)
+    parser.add_argument("--node")
     parser.add_argument("--sample-only", action="store_true")
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--again", action="store_true")

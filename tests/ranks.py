@@ -2,6 +2,7 @@
 
     accelerate launch --config_file launch/accelerate/one_node.yaml -m tests.ranks OUT   every back end, fault and pair
     accelerate launch --config_file launch/accelerate/X.yaml -m tests.ranks OUT one      one case as the launcher says
+    python -m tests.ranks OUT alone                                                      DeepSpeed without a launcher
 
 OUT holds one process's states already: tests/pipeline/test_ranks.py writes them before it launches this.
 Parity is held in SGD, because Adam would turn rounding into differences as large as a fault's, and in float64 where the
@@ -74,10 +75,11 @@ class Case:
 
 
 def references() -> dict[str, Case]:
-    """What one process runs, in float64."""
+    """What one process runs, in float64 but for what is named otherwise."""
     cases = {name: Case(name) for name in METHOD_NAMES}
     cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH) for name in METHOD_NAMES}
     cases["poisoned"] = Case("sham_quantised", steps=5, left_out=POISONED)
+    cases |= {f"fader {precision}": Case("fader", wide=False, precision=precision, steps=5) for precision in ("fp32", "bf16")}
     return cases
 
 
@@ -93,6 +95,7 @@ def cases_of_ranks() -> dict[str, Case]:
         for name in WITHOUT_BATCH_NORM:
             cases[f"{backend}/{name} in parts"] = Case(name, settings, wide).with_(accumulation=2)
         cases[f"{backend}/poisoned"] = Case("sham_quantised", settings, wide, steps=5, poisoned=True)
+        cases[f"{backend}/fader bf16"] = Case("fader", settings, False, precision="bf16", steps=5)
         cases[f"{backend}/fader compressed"] = Case("fader", settings, False).with_(gradient_compression="bf16")
     for name in METHOD_NAMES:
         cases[f"ddp/{name} uneven"] = Case(name, BACKENDS["ddp"], batch_size=UNEVEN_BATCH)
@@ -112,8 +115,8 @@ def build(case: Case) -> Method:
     small = {"images": STEPS * case.batch_size, "init_channels": 4, "max_channels": 8}
     settings = {
         "fader": lambda: kind.Settings(
-            **small, num_layers=2, hidden_channels=8, lambda_max=0.5, ramp_images=100, latent_dropout=0.0,
-            ema_half_life=64, norm=case.norm,
+            **small, num_layers=2, hidden_channels=8, lambda_max=0.5, lambda_shape="feedback", feedback_images=100,
+            latent_dropout=0.0, ema_half_life=64, norm=case.norm,
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
     }.get(case.method, lambda: ShamSettings(STEPS * case.batch_size))()  # fmt: skip
@@ -144,6 +147,14 @@ def one_share(case: Case, stream: str, draw: int, rank: int, world_size: int) ->
     return Batch(images, labels, index, Draws(3, stream, draw, index), case.batch_size / world_size, known)
 
 
+def on(device: torch.device, batch: Batch) -> Batch:
+    """A batch on the device that trains."""
+    if device.type == "cpu":
+        return batch
+    moved = {name: getattr(batch, name).to(device) for name in ("images", "attributes", "index", "known")}
+    return dataclasses.replace(batch, **moved, draws=dataclasses.replace(batch.draws, index=moved["index"]))
+
+
 def train(
     engine: Engine, draw: Draw, position: Position, until: int, batch_size: int, skip: int | None = None
 ) -> Position:
@@ -152,7 +163,7 @@ def train(
         if position.clock.updates >= until:
             break
         for turn in step.turns if step.clock.updates != skip else ():
-            batch = draw(turn.stream, turn.draw)
+            batch = on(engine.device, draw(turn.stream, turn.draw))
             if turn.phase.source == "labels":
                 batch = dataclasses.replace(batch, images=None)
             engine.update(turn.phase, batch, step.clock)
@@ -305,19 +316,28 @@ def free_port() -> int:
 
 
 def launched() -> dict[str, torch.Tensor]:
-    """One case on whatever back end the launcher chose, which the tensors name."""
+    """One case on whatever back end the launcher chose, which the tensors name; after DDP, DeepSpeed by the experiment."""
     case = Case("fader", wide=False, steps=5)
     engine = Engine(build(case), settings=case.settings)
     tensors = {f"{engine.backend}/fader|{key}": value for key, value in run(case).items()}
     stage = max((getattr(group, "stage", -1) for group in engine.groups.values()), default=-1)
+    if engine.backend == "ddp":
+        tensors |= chosen_by_the_experiment("zero1")
     return tensors | {"stage": torch.tensor(stage)}
+
+
+def chosen_by_the_experiment(*names: str) -> dict[str, torch.Tensor]:
+    """The same case on back ends that the experiment names."""
+    cases = {name: Case("fader", BACKENDS[name], wide=False, steps=5) for name in names}
+    return {f"{name}/fader|{key}": value for name, case in cases.items() for key, value in run(case).items()}
 
 
 def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     with registered():
-        tensors = launched() if "one" in sys.argv[2:] else everything(out)
+        ways = {"one": launched, "alone": lambda: chosen_by_the_experiment("zero0", "zero1", "zero2")}
+        tensors = ways[sys.argv[2]]() if len(sys.argv) > 2 else everything(out)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     save_file({**tensors, "world_size": torch.tensor(world_size)}, out / f"rank{rank}.safetensors")
 

@@ -38,14 +38,18 @@ JUDGE = {"name": "judge", "preset": "small", "init_channels": 4, "max_channels":
 
 
 def make_run(folder: Path, method: dict[str, Any], *, images: int = 3200, seed: int = 0, **tree: Any) -> Path:
-    """A run's folder as training leaves it, with random weights. tree: keys of the experiment; data's are merged."""
+    """A run's folder as training leaves it, with random weights. tree: keys of the experiment; data's are merged.
+
+    attributes: of its shard set.
+    """
     torch.manual_seed(seed)
+    attributes = tree.pop("attributes", ATTRIBUTES)
     data = {"path": "nowhere", "attributes": ["*"], "image_size": 32} | tree.pop("data", {})
     experiment = config.build({"name": folder.name, "method": method, "data": data, **tree}, "test")
-    built = config.build_method(experiment, ATTRIBUTES)
+    built = config.build_method(experiment, attributes)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(experiment.dump())
-    about = {"attributes": ATTRIBUTES.to_list(), "data_digest": "d" * 64, "commit": "c0ffee"}
+    about = {"attributes": built.attributes.to_list(), "data_digest": "d" * 64, "commit": "c0ffee"}
     (folder / "run.json").write_text(json.dumps(about))
     networks = {
         f"{name}/{key}": tensor.clone().contiguous()

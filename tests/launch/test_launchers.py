@@ -50,4 +50,14 @@ def test_two_launchers_with_the_same_command_are_one_run_of_four_ranks(short, tm
     for rank in range(4):
         found = load_file(tmp_path / f"rank{rank}.safetensors")
         assert int(found["world_size"]) == 4
-        assert distance(short, of(found, "ddp/fader")) < TOLERANCE["zero1"]
+        for backend in ("ddp", "zero1"):
+            assert distance(short, of(found, f"{backend}/fader")) < TOLERANCE["zero1"], backend
+
+
+def test_deepspeed_needs_no_launcher(short, tmp_path):
+    """One process by plain Python, the back end by the experiment."""
+    launch("tests.ranks", tmp_path, "alone")
+    found = load_file(tmp_path / "rank0.safetensors")
+    assert int(found["world_size"]) == 1
+    for backend in ("zero0", "zero1", "zero2"):
+        assert distance(short, of(found, f"{backend}/fader")) < TOLERANCE[backend], backend

@@ -21,7 +21,8 @@ CONFIG = """
 name: tiny
 method: {name: fader, preset: small, init_channels: 4, max_channels: 16, hidden_channels: 16, num_layers: 3,
          images: 1600, lambda_max: 0.01, ramp_images: 1000, ema_half_life: 200, encoder_dropout: 0.1}
-data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1}
+data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1,
+       balance: {Smiling: 0.6, Eyeglasses: 0.3}, augment: {rotation_degrees: 5, translation: 0.03, hue: 0.02}}
 batch_size: 8
 precision: PRECISION
 run: {log_images: 400, checkpoint_images: 80, picture_images: 0}
@@ -126,6 +127,7 @@ def test_bf16_trains(config, tmp_path):
         (["CONFIG", "batch_size=big"], "batch_size"),
         (["CONFIG", "data.attributes=[Smilling]"], "did you mean 'Smiling'?"),
         (["CONFIG", "data.path=nowhere"], "nowhere"),
+        (["CONFIG", "data.balance={Smiling: 1.5}"], "data.balance: Smiling asks for 1.5"),
         (["CONFIG", "judge=nowhere", "run.evaluate_images=100"], "nowhere"),
         (["CONFIG", "data.image_size=33"], "33"),
         (["nothing.yaml"], "no such config file"),

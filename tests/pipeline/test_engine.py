@@ -74,7 +74,10 @@ def test_each_phase_moves_only_its_networks_and_no_other_holds_a_gradient(name, 
         assert holding <= set(phase.trains)
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("fader", "autoencoder/mse"), ("judge", "classifier/loss")])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("aligner", "regressor/error"), ("fader", "autoencoder/mse"), ("judge", "classifier/loss")],
+)
 def test_it_learns(name, wanted):
     """Forty steps on one batch lower every reconstruction and classification loss."""
     method = tiny(name)
@@ -175,9 +178,9 @@ def test_state_comes_back_in_another_engine(name):
             for phase in stage.phases:
                 engine.update(phase, batch(k), Clock(images=8 * k))
 
-    unbroken = Engine(tiny(name, **({"ema_half_life": 20} if name in ("fader", "judge") else {})))
+    unbroken = Engine(tiny(name, **({"ema_half_life": 20} if name in ("aligner", "fader", "judge") else {})))
     update(unbroken, 0)
-    resumed = Engine(tiny(name, **({"ema_half_life": 20} if name in ("fader", "judge") else {})))
+    resumed = Engine(tiny(name, **({"ema_half_life": 20} if name in ("aligner", "fader", "judge") else {})))
     for parameter in resumed.networks.parameters():
         parameter.data.normal_()
     resumed.load(unbroken.state())
@@ -351,6 +354,21 @@ def test_learning_rates_follow_batch_size_and_warm_up(settings, images, factor):
 
     found, plain = moved_by(EngineConfig(**settings)), moved_by(EngineConfig())
     torch.testing.assert_close(found, factor * plain, rtol=1e-3, atol=1e-6)
+
+
+def test_a_groups_own_decay_multiplies_its_rate():
+    def moved_by(stage_images: int, **decay: int) -> torch.Tensor:
+        method = tiny("sham_quantised")
+        groups = {trains: dataclasses.replace(o, **decay) for trains, o in method.optimizers().items()}
+        method.optimizers = lambda: groups
+        before = weights(method)["autoencoder"]["1.weight"]
+        Engine(method).update(method.stages()[0].phases[0], batch(), Clock(images=9, stage_images=stage_images))
+        return method.networks["autoencoder"][1].weight.detach() - before
+
+    plain = moved_by(0)
+    for images, factor in ((40, 1.0), (50, 0.75), (80, 0.0)):
+        found = moved_by(images, decay_from=40, decay_images=40)
+        torch.testing.assert_close(found, factor * plain, rtol=1e-3, atol=1e-6)
 
 
 def test_dropout_is_keyed_by_stream_and_draw():

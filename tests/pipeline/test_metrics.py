@@ -66,6 +66,25 @@ def test_auc_by_hand_with_ties_and_unknown_labels():
     assert math.isnan(metrics.auc(scores, torch.ones(6)))
 
 
+def test_calibration_error_by_hand_with_weights():
+    confidence = torch.tensor([0.9, 0.9, 0.6, 0.6, 0.99])
+    right = torch.tensor([True, False, True, True, False])
+    weights = torch.tensor([1.0, 1.0, 2.0, 0.0, 0.0])
+    assert metrics.calibration_error(confidence, right, weights) == pytest.approx((2 * 0.4 + 2 * 0.4) / 4)
+    assert math.isnan(metrics.calibration_error(confidence, right, torch.zeros(5)))
+
+
+def test_calibration_error_agrees_with_torchmetrics():
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.randn(500, 3, generator=generator).softmax(1)
+    labels = torch.randint(0, 3, (500,), generator=generator)
+    expected = multiclass_calibration_error(probabilities, labels, num_classes=3, n_bins=15, norm="l1")
+    found = metrics.calibration_error(probabilities.amax(1), probabilities.argmax(1) == labels, torch.ones(500))
+    assert found == pytest.approx(float(expected), abs=1e-6)
+
+
 def test_bootstrap_is_deterministic_by_seed_and_covers_the_normal_interval():
     values = (torch.arange(400) % 5 != 0).double()[:, None]
     counted = torch.ones_like(values, dtype=torch.bool)

@@ -18,6 +18,7 @@ from tests.ranks import BACKENDS, GOES_ON, KINDS, METHOD_NAMES, SAVED_AT, WITHOU
 from tests.shams import registered
 
 TOLERANCE = {"ddp": 1e-9, "zero0": 5e-6, "zero1": 5e-6, "zero2": 5e-6}  # measured: 2e-16 in float64, 4e-7 in float32
+BF16_TOLERANCE = 3e-4  # measured: 1e-4; between bf16 and fp32 1.5e-4; with one of five batches left out 8e-4
 PAST_TOLERANCE = 6e-6  # three steps of Adam in float32 after a load; measured: 6e-8
 
 State = dict[str, torch.Tensor]
@@ -98,6 +99,14 @@ def test_compressed_gradients_lead_nearly_there(states, backend):
     """Off by bf16's rounding: more than the tolerance, so they were compressed; much less than a fault."""
     off = distance(of(states["one"], "fader"), of(states["first"], f"{backend}/fader compressed"))
     assert TOLERANCE["zero1"] < off < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_on_two_ranks_ends_near_bf16_on_one(states, backend):
+    """As near as bf16 itself is to fp32, from which it really differs."""
+    one, ours = of(states["one"], "fader bf16"), of(states["first"], f"{backend}/fader bf16")
+    assert distance(one, of(states["one"], "fader fp32")) > 10 * TOLERANCE["zero1"]
+    assert distance(one, ours) < BF16_TOLERANCE
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS))

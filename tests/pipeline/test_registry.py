@@ -33,6 +33,21 @@ def weights(model: registry.Model) -> dict[str, torch.Tensor]:
 # --- export and load --------------------------------------------------------------------------------------------------
 
 
+def test_an_aligner_is_exported_and_served_by_its_window(tmp_path):
+    """Windows of half the training pictures' side in, four numbers a window out, those of its own `align`."""
+    small = {"init_channels": 4, "max_channels": 8, "hidden_channels": 8}
+    model = registry.load(registry.export(make_run(tmp_path / "aligner", {"name": "aligner", **small}), tmp_path / "out"))
+    assert registry._signature(model).inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert registry._example(model).shape == (1, 3, 16, 16)
+    windows = np.random.default_rng(0).uniform(-1, 1, (3, 3, 16, 16)).astype(np.float32)
+    served = registry.answer(model, windows, {})
+    off = model.method.align(torch.from_numpy(windows))
+    want = torch.stack([off.factor.real, off.factor.imag, off.shift.real, off.shift.imag], 1)
+    np.testing.assert_allclose(served, want.numpy(), rtol=1e-6)
+    with pytest.raises(ValueError, match="does not encode and decode"):
+        model.edit(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3), [[]])
+
+
 def test_an_export_is_the_run_without_its_run(runs, tmp_path):
     run = registry.load(runs / "fader")
     export = registry.export(runs / "fader", tmp_path / "export")

@@ -66,8 +66,8 @@ def test_only_the_main_rank_reports_and_only_when_asked(tmp_path):
     assert kind(True, True) is MlflowTracker
     assert kind(True, False) is NullTracker
     assert kind(False, True) is NullTracker
-    assert kind(True, False, node=1, local_main=True) is NodeTracker
-    assert kind(True, False, node=0, local_main=True) is NullTracker
+    assert kind(True, False, node="n1", local_main=True) is NodeTracker
+    assert kind(True, False, node=None, local_main=True) is NullTracker
     assert not list(tmp_path.iterdir()), "opening a tracker wrote something"
 
 
@@ -478,16 +478,16 @@ def test_a_server_absent_stopped_and_killed_costs_no_time_and_no_point(server, t
 
 def test_other_nodes_spool_system_metrics_only(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    tracker = open_tracker(True, run, "faces", "name", main=False, node=1, local_main=True)
+    tracker = open_tracker(True, run, "faces", "name", main=False, node="n1", local_main=True)
     tracker.start()
     tracker.log({"a": 1.0}, 1, 1)
     try:
-        path = run / "spool" / "system-1.jsonl"
+        path = run / "spool" / "system-n1.jsonl"
         eventually(lambda: path.exists() and path.stat().st_size, 60, "the node's sampler writes")
     finally:
         tracker.finish("FINISHED")
     event = json.loads(path.read_text().splitlines()[0])
-    assert all(name.startswith("system/node_1/") for name in event["metrics"])
-    assert "system/node_1/cpu_utilization_percentage" in event["metrics"]
+    assert all(name.startswith("system/n1/") for name in event["metrics"])
+    assert "system/n1/cpu_utilization_percentage" in event["metrics"]
     assert not (run / "spool" / "main.jsonl").exists()
     assert tracker._child._process.poll() is not None, "its process outlived the tracker"

@@ -1,0 +1,98 @@
+"""A method that meets batches which are not finite until its run is salted, on one process or as many as it is launched on.
+
+accelerate launch … -m tests.going_back FACES OUT: by DDP and by ZeRO-1; OUT holds each rank's weights and salt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fader.method import METHODS, Loss, Method, Optimizer, Phase, Stage, register
+from pipeline import train as training
+from pipeline.batches import salted
+from pipeline.config import build
+
+
+@dataclass(frozen=True)
+class PoisonedSettings:
+    """until_salt: the salt that helps. from_images: where trouble begins."""
+
+    images: int = 160
+    from_images: int = 96
+    until_salt: int = 1
+
+
+class Poisoned(Method):
+    """An autoencoder of one colour whose loss is not finite from some step on, in the last records of the batch."""
+
+    name, Settings = "sham_poisoned", PoisonedSettings
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.networks = {"autoencoder": nn.Linear(3, 3)}
+
+    def loss(self, networks, batch, context):
+        colours = batch.images.mean((2, 3))
+        salts = range(self.settings.until_salt)
+        poisoned = context.clock.images >= self.settings.from_images and any(
+            batch.draws.seed == salted(0, salt) for salt in salts
+        )
+        if poisoned and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 1):
+            colours = colours * torch.nan
+        mse = batch.mean((networks["autoencoder"](colours) - colours).square().mean(1))
+        return Loss(mse, {"autoencoder/mse": mse.detach()})
+
+    def optimizers(self):
+        return {("autoencoder",): Optimizer(learning_rate=0.01)}
+
+    def stages(self):
+        return (Stage("poisoned", (Phase(("autoencoder",), self.loss),), self.settings.images),)
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """The method stands in METHODS while this lasts."""
+    register(Poisoned)
+    try:
+        yield
+    finally:
+        del METHODS[Poisoned.name]
+
+
+def tree(faces: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
+    """An experiment of 20 steps: trouble from step 12, noticed after 4 such steps; checkpoints each 5 steps."""
+    return {
+        "name": name,
+        "method": {"name": Poisoned.name} | changes.get("method", {}),
+        "data": {"path": str(faces), "attributes": ["Smiling"], "image_size": 16, "loader": "pillow"},
+        "batch_size": 8,
+        "run": {"log_images": 16, "checkpoint_images": 40, "picture_images": 0, "nonfinite_updates": 4}
+        | changes.get("run", {}),
+        "engine": changes.get("engine", {}),
+        "tracking": {"enabled": name == "tracked"},
+    }
+
+
+def main() -> None:
+    faces, out = map(Path, sys.argv[1:])
+    with registered():
+        for backend in ("ddp", "deepspeed"):
+            experiment = build(tree(faces, backend, engine={"backend": backend}), "test")
+            with training.Listener() as listener:
+                run = training._Run(experiment, out / backend, False, None, listener)
+                run.go()
+            state = {"salt": torch.tensor(run.salt), **run.engine.state().networks}
+            save_file(state, out / f"{backend}-{run.engine.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A run that is asked to end saves, says how it ended, and goes on by the command that began it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.commands import ROOT, command, environment, launch
+from tests.launch.test_train import CONFIG, checkpoints
+
+EXIT_AGAIN = 75
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, faces) -> Path:
+    """A run that is long enough to be still there when it is asked to end."""
+    path = tmp_path_factory.mktemp("config") / "long.yaml"
+    text = CONFIG.replace("FACES", str(faces)).replace("PRECISION", "fp32")
+    path.write_text(text.replace("images: 1600", "images: 200000").replace("checkpoint_images: 80", "checkpoint_images: 800"))
+    return path
+
+
+class Attempt:
+    """One start of the same command, its launcher in a session of its own."""
+
+    def __init__(self, config: Path, run: Path, processes: int) -> None:
+        self.run, self.exit_file = run, run.parent / "exit"
+        self.before = seen(run)
+        words = command("launch.train", config, f"run.folder={run}", "--continue", processes=processes)
+        self.log = run.parent / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=environment(FADER_EXIT_FILE=str(self.exit_file)),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),  # a batch script's trap '' USR1
+            )
+        self.until(lambda: seen(run) > self.before, "a new checkpoint")
+        self.workers = psutil.Process(self.process.pid).children() if processes > 1 else [psutil.Process(self.process.pid)]
+
+    def until(self, true: Callable[[], object], what: str, running: bool = True) -> None:
+        deadline = time.monotonic() + 300
+        while not true():
+            assert time.monotonic() < deadline, f"no {what}\n{self.log.read_text()}"
+            assert not running or self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+
+    def ended(self) -> tuple[int, str | None]:
+        """The exit code, and the one that the batch script reads."""
+        try:
+            code = self.process.wait(300)
+        finally:
+            for worker in self.workers:
+                worker.kill() if worker.is_running() else None
+        return code, self.exit_file.read_text().strip() if self.exit_file.exists() else None
+
+    @property
+    def stopped_by(self) -> str:
+        (line,) = [line for line in self.log.read_text().splitlines() if line.startswith("stopped by ")]
+        reason, _, rest = line.removeprefix("stopped by ").partition(" after ")
+        assert seen(self.run) == int(rest.split()[0].replace(",", "")), "the step it stopped at is the one it saved"
+        return reason
+
+
+def seen(run: Path) -> int:
+    """Images seen at the newest checkpoint, 0 without one."""
+    found = checkpoints(run)
+    return int(found[-1].name.removeprefix("images-")) if found else 0
+
+
+def test_one_process_ends_with_75_and_the_same_command_goes_on(config, tmp_path):
+    run = tmp_path / "run"
+    first = Attempt(config, run, 1)
+    os.kill(first.process.pid, signal.SIGUSR1)
+    assert first.ended() == (EXIT_AGAIN, "75")
+    assert first.stopped_by == "SIGUSR1"
+    stopped = seen(run)
+    second = Attempt(config, run, 1)
+    assert second.before == stopped and "resuming tiny" in second.log.read_text()
+    (run / "stop").touch()
+    assert second.ended() == (EXIT_AGAIN, "75")
+    assert second.stopped_by == "its stop file"
+    ended = seen(run)
+    launch("launch.train", config, f"run.folder={run}", "--continue", f"method.images={ended}")
+    assert seen(run) == ended and not (run / "stop").exists(), "the stop file of the attempt before is gone"
+
+
+def test_two_ranks_agree_although_one_alone_heard_it(config, tmp_path):
+    """A signal to one worker; then a launcher that is gone. The launcher must take the first for a good end."""
+    run = tmp_path / "run"
+    first = Attempt(config, run, 2)
+    os.killpg(first.process.pid, signal.SIGUSR1)  # the launcher ignores it, its workers have sessions of their own
+    os.kill(first.workers[1].pid, signal.SIGUSR1)
+    assert first.ended() == (0, "75")
+    assert first.stopped_by == "SIGUSR1"
+    second = Attempt(config, run, 2)
+    assert len(second.workers) == 2
+    second.process.kill()
+    second.until(lambda: not any(worker.is_running() for worker in second.workers), "end of the workers", running=False)
+    assert second.ended() == (-signal.SIGKILL, "143")
+    assert second.stopped_by == "the end of its launcher"
+    assert seen(run) > second.before
+
+
+def test_resume_and_continue_are_not_given_together(tmp_path):
+    done = launch("launch.train", "--resume", tmp_path, "--continue", code=2)
+    assert "give one of them" in done.stderr
