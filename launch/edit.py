@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -58,10 +58,20 @@ def edit(
         list[str] | None,
         typer.Option(help="what the photos show, where you know it: Smiling=1 (or 0)", metavar="NAME=X..."),
     ] = None,
+    checkpoint: Annotated[str, typer.Option(help="of a run: latest, best or images-N")] = "latest",
+    raw: Annotated[bool, typer.Option("--raw", help="a run's weights as trained, not their moving averages")] = False,
+    align: Annotated[
+        Literal["none", "auto"], typer.Option(help="auto: find the face and cut it out as fader align does")
+    ] = "none",
+    aligner: Annotated[
+        str | None, typer.Option(help="with --align auto: a model that refines it", metavar="MODEL")
+    ] = None,
 ) -> None:
     """Move the sliders on photos: original, reconstruction and edited pictures as PNG."""
     if not set_ and not sweep:
         raise ValueError("nothing to do: give --set Smiling=1.5 or --sweep Smiling=-2:2:9")
+    if aligner and align == "none":
+        raise ValueError(f"--aligner {aligner} is for --align auto; give that too")
     _check_folder(out)
     pictures = [(photo, _read(photo)) for photo in photos]
 
@@ -70,17 +80,21 @@ def edit(
     from pipeline import registry
     from pipeline.images import grid, to_float
 
-    loaded = registry.load(model)
+    loaded = registry.load(model, checkpoint=checkpoint, ema=not raw)
     sliders = [loaded.slider(*_pair(word, "--set")) for word in set_ or []]
     sweeps = [_sweep(loaded, word) for word in sweep or []]
     pairs = [_pair(word, "--attributes") for word in attributes or []]
     given = {name: loaded.label(name, value) for name, value in pairs}
+    if align == "auto":
+        pictures, said = _aligned(pictures, registry.load(aligner) if aligner else None)
+    else:
+        said = []
     squares, notes = zip(*(_square(photo, picture, loaded) for photo, picture in pictures))
     images = to_float(torch.stack(squares))
     labels, how = loaded.labels(images, given)
 
     typer.echo(f"{model}: {loaded.card['method']} at {loaded.card['image_size']} pixels, {loaded.attributes!r}")
-    for note in filter(None, notes):
+    for note in [*said, *filter(None, notes)]:
         typer.echo(f"note: {note}")
     for line in _shown(loaded, photos, labels, how):
         typer.echo(line)
@@ -100,7 +114,9 @@ def edit(
     for path in _write(out, files):
         typer.echo(f"wrote {path}")
     typer.echo("a row is one photo: original, reconstruction, then edited or the steps of a sweep")
-    typer.echo(f"next: fader edit {photos[0]} --model {model} --sweep {loaded.attributes.names[0]}=-2:2:9 --out {out}")
+    cutting = " --align auto" * (align == "auto") + (f" --aligner {aligner}" if aligner else "")
+    sweep_one = f"--sweep {loaded.attributes.names[0]}=-2:2:9"
+    typer.echo(f"next: fader edit {photos[0]} --model {model} {sweep_one} --out {out}{cutting}")
 
 
 # --- what the user gave -----------------------------------------------------------------------------------------------
@@ -139,6 +155,33 @@ def _read(photo: Path) -> Any:
         return decode(photo.read_bytes())
     except ValueError as error:
         raise ValueError(f"{photo}: {error}") from None
+
+
+def _aligned(pictures: Sequence[tuple[Path, Any]], aligner: Model | None) -> tuple[list[tuple[Path, Any]], list[str]]:
+    """The pictures cut to the largest face in each, and what is to be said of them.
+
+    Raises:
+        ValueError: a picture shows no face; its name stands in the message.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from pipeline import alignment
+
+    if aligner is not None:
+        alignment.check_aligner(aligner)
+    cut, said = [], []
+    for photo, picture in pictures:
+        try:
+            crop, faces = alignment.aligned(np.asarray(picture), aligner)
+        except ValueError as error:
+            raise ValueError(f"{photo}: {error}") from None
+        cut.append((photo, Image.fromarray(crop)))
+        if len(faces) > 1:
+            said.append(f"{photo} shows {len(faces)} faces; the largest is taken")
+        if not faces[0].sure:
+            said.append(f"the face in {photo} was hardly seen; look whether it was cut rightly")
+    return cut, said
 
 
 def _square(photo: Path, picture: Any, model: Model) -> tuple[torch.Tensor, str]:

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch import judges
 from launch.command import main
 
 if TYPE_CHECKING:
+    from pipeline.engine import Ranks
     from pipeline.evaluation import Report, Table
     from pipeline.registry import Model
+    from pipeline.shards import ShardSet
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="runs, exports or models:/NAME@alias", metavar="RUN|MODEL...")],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="runs, RUN@best, RUN@images-N, exports or models:/NAME@alias", metavar="RUN|MODEL..."),
+    ],
     judge: Annotated[
-        str | None, typer.Option(help="the judge's run, export or models:/NAME@alias; by default the model's own")
+        str | None,
+        typer.Option(
+            help="the judge's run, export or models:/NAME@alias; by default the model's own, "
+            "else one that is trained on the same data and kept beside the run"
+        ),
+    ] = None,
+    judge_images: Annotated[
+        int | None, typer.Option(help="length of training of a judge where there is none; by default up to 120,000", min=1)
     ] = None,
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
@@ -29,6 +43,8 @@ def evaluate(
     tables: Annotated[
         str, typer.Option(help="swap, fidelity, leak, distribution, cost: joined by commas")
     ] = "swap,fidelity,leak,cost",
+    checkpoint: Annotated[str, typer.Option(help="of runs: latest, best or images-N")] = "latest",
+    raw: Annotated[bool, typer.Option("--raw", help="runs' weights as trained, not their moving averages")] = False,
     inception: Annotated[Path | None, typer.Option(help="TorchScript network for the distribution table")] = None,
     classes: Annotated[
         str | None, typer.Option(help="classes of that table, as Smiling,Male+Young; by default each attribute alone")
@@ -44,79 +60,184 @@ def evaluate(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the tables here")] = None,
 ) -> None:
     """Swap accuracy by attribute and direction, fidelity, leak and cost, judged on images the model has not seen."""
-    from pipeline import evaluation, registry
+    from pipeline import registry
+    from pipeline.engine import leave
+    from pipeline.evaluation import markdown
     from pipeline.shards import ShardSet
 
-    asked = tuple(name.strip() for name in tables.split(",") if name.strip())
     if report_page:
         _only_runs(models)
-    loaded = [registry.load(source, own_judge=judge is None) for source in models]
-    judged_tables = {"swap", "distribution"} & set(asked)
-    seer = _judge(loaded, judge) if judged_tables else _named_judge(judge)
-    path = data or _data_path(loaded[0])
-    shards = ShardSet.open(path)
-    records = shards.split(split)
-    probe_split = shards.split("train") if "leak" in asked and any(_slides(model) for model in loaded) else None
-    place = _device(device)
-    reports = []
-    for model in loaded:
-        judged = f", judged by {seer.source}" if seer is not None and _slides(model) else ""
-        count = min(limit or len(records), len(records))
-        typer.echo(f"evaluating {model.source} on {count:,} records of the {split} split of {path}{judged}", err=True)
-        with _progress() as progress:
-            report = evaluation.evaluate(
-                model,
-                seer,
-                records,
-                batch_size=batch_size,
-                device=place,
-                limit=limit,
-                tables=asked,
-                seed=seed,
-                probe_split=probe_split,
-                inception=inception,
-                classes=[names.split("+") for names in classes.split(",")] if classes else None,
-                threads=threads,
-                progress=progress,
-            )
-        trained_on = model.card.get("data_digest")
-        if trained_on and trained_on != shards.digest:
-            digests = f"digest {trained_on[:12]}, here {shards.digest[:12]}"
-            report.warnings.append(f"it was trained on another data set ({digests})")
-        reports.append(report)
-    for table in evaluation.as_tables(reports):
+    ranks = open_ranks(device)
+    loaded = [
+        registry.load(source, checkpoint=checkpoint, ema=not raw, own_judge=judge is None) for source in models
+    ]
+    path = data or data_path(loaded[0])
+    way = Way(
+        shards=ShardSet.open(path),
+        split=split,
+        tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
+        ranks=ranks,
+        device=str(ranks.device) if device in ("auto", "cuda") else device,
+        limit=limit,
+        inception=inception,
+        classes=tuple(tuple(names.split("+")) for names in classes.split(",")) if classes else None,
+        batch_size=batch_size,
+        threads=threads,
+        seed=seed,
+    )
+    seer = _seer(loaded, judge, path, judge_images, way)
+    reports = [measure(model, seer, way) for model in loaded]
+    leave()
+    if not ranks.is_main:
+        return
+    _show_all(reports)
+    written = [file for model, report in zip(loaded, reports) for file in keep(model, report, seer, way, report_page)]
+    if json_file:
+        written.append(write(json_file, _json(reports)))
+    if markdown_file:
+        written.append(write(markdown_file, markdown(reports)))
+    for file in written:
+        typer.echo(f"wrote {file}")
+    typer.echo(_next(loaded))
+
+
+def _show_all(reports: list[Report]) -> None:
+    from pipeline.evaluation import as_tables
+
+    for table in as_tables(reports):
         show(table)
     for report in reports:
         for warning in report.warnings:
             typer.echo(f"note: {report.model}: {warning}")
-    written = []
-    for model, report in zip(loaded, reports):
-        files = _write_into_run(report)
-        if report_page:
-            typer.echo(f"drawing the report of {report.model}", err=True)
-            run = Path(report.model)
-            files.append(
-                evaluation.page.write(
-                    report,
-                    model,
-                    seer if _slides(model) else None,
-                    records,
-                    run / "report",
-                    run=run,
-                    device=place,
-                    threads=threads,
-                    batch_size=batch_size,
-                )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How models are evaluated: what of which records, by whom, with what."""
+
+    shards: ShardSet
+    split: str
+    tables: tuple[str, ...]
+    ranks: Ranks
+    device: str = "cpu"
+    limit: int | None = None
+    inception: Path | None = None
+    classes: tuple[tuple[str, ...], ...] | None = None
+    batch_size: int = 64
+    threads: int = 2
+    seed: int = 0
+
+
+def measure(model: Model, judge: Model | None, way: Way) -> Report:
+    """One model's report, the same on every rank; all ranks call it together. The main rank says what it does."""
+    from pipeline import evaluation
+
+    records, ranks = way.shards.split(way.split), way.ranks
+    if ranks.is_main:
+        judged = f", judged by {judge.source}" if judge is not None and _slides(model) else ""
+        count = min(way.limit or len(records), len(records))
+        what = f"{count:,} records of the {way.split} split of {way.shards.path}"
+        typer.echo(f"evaluating {model.source} on {what}{judged}", err=True)
+    with _progress(ranks.is_main) as progress:
+        report = evaluation.evaluate(
+            model,
+            judge,
+            records,
+            batch_size=way.batch_size,
+            device=way.device,
+            limit=way.limit,
+            tables=way.tables,
+            reduce_sum=ranks.reduce_sum,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            seed=way.seed,
+            probe_split=way.shards.split("train") if "leak" in way.tables and _slides(model) else None,
+            inception=way.inception,
+            classes=way.classes,
+            threads=way.threads,
+            progress=progress,
+        )
+    trained_on = model.card.get("data_digest")
+    if trained_on and trained_on != way.shards.digest:
+        digests = f"digest {trained_on[:12]}, here {way.shards.digest[:12]}"
+        report.warnings.append(f"it was trained on another data set ({digests})")
+    return report
+
+
+def keep(model: Model, report: Report, judge: Model | None, way: Way, page: bool = False) -> list[Path]:
+    """Write a run's report into its folder, with a page of its own where asked for, and add it to its MLflow run."""
+    from pipeline import evaluation
+    from pipeline.evaluation import USUAL_TABLES
+
+    if model.run is None:
+        return []
+    tables = way.tables if _slides(model) else USUAL_TABLES
+    name = f"evaluation-{report.split}{suffix(model.variant, tables, report.records, report.split_records)}"
+    files = [
+        write(model.run / "report" / f"{name}.json", _json([report])),
+        write(model.run / "report" / f"{name}.md", report.markdown()),
+    ]
+    if page:
+        typer.echo(f"drawing the report of {report.model}", err=True)
+        files.append(
+            evaluation.page.write(
+                report,
+                model,
+                judge if _slides(model) else None,
+                way.shards.split(way.split),
+                model.run / "report",
+                run=model.run,
+                device=way.device,
+                threads=way.threads,
+                batch_size=way.batch_size,
+                variant=model.variant,
             )
-        _track(report, files)
-        written += files
-    if json_file:
-        written.append(write(json_file, _json(reports)))
-    if markdown_file:
-        written.append(write(markdown_file, evaluation.markdown(reports)))
-    for file in written:
-        typer.echo(f"wrote {file}")
-    typer.echo(_next(loaded))
+        )
+    if report.records == report.split_records and not model.variant.endswith("-raw"):
+        _track(model.run, report, files)
+    return files
+
+
+def suffix(variant: str, tables: Sequence[str], records: int, split_records: int) -> str:
+    """What sets a report's files apart from those of all usual tables of the whole split by the run's newest weights."""
+    from pipeline.evaluation import USUAL_TABLES
+
+    part = "" if set(USUAL_TABLES) <= set(tables) else "-" + "-".join(sorted(tables))
+    return variant + part + (f"-first-{records}" if records < split_records else "")
+
+
+def open_ranks(device: str) -> Ranks:
+    """The processes of this launch, on the device asked for.
+
+    Raises:
+        ValueError: there is no such device; one GPU for several ranks.
+    """
+    import torch
+
+    from pipeline.engine import Ranks
+
+    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+        raise ValueError(f"device {device!r} is none of auto, cpu, cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch sees no GPU here; take --device cpu")
+    ranks = Ranks(cpu=device == "cpu")
+    if device.startswith("cuda:") and ranks.world_size > 1:
+        raise ValueError(f"device {device}: {ranks.world_size} ranks take a GPU each; say --device cuda")
+    return ranks
+
+
+def data_path(model: Model) -> Path:
+    """The shard set the model was trained on, as its config names it.
+
+    Raises:
+        ValueError: the config names none, or it is not here.
+    """
+    named = ((model.card.get("config") or {}).get("data") or {}).get("path")
+    if not named:
+        raise ValueError(f"{model.source} does not say which data it was trained on; name a shard set with --data")
+    if not Path(named).exists():
+        raise ValueError(f"{model.source} was trained on {named}, which is not here; name a shard set with --data")
+    return Path(named)
 
 
 def _slides(model: Model) -> bool:
@@ -126,67 +247,25 @@ def _slides(model: Model) -> bool:
     return isinstance(model.method, Encodes)
 
 
-def _named_judge(judge: str | None) -> Model | None:
+def _seer(
+    models: list[Model], judge: str | None, data: Path, judge_images: int | None, way: Way
+) -> Model | None:
+    """The judge that the tables need, or that was named."""
     from pipeline import registry
 
-    return registry.load(judge) if judge else None
-
-
-def _judge(models: list[Model], judge: str | None) -> Model | None:
-    """The judge of all models: the one named, else the first that a model brings or its config names.
-
-    Raises:
-        ValueError: there is none, and a model needs one.
-    """
     sliding = [model for model in models if _slides(model)]
-    if judge or not sliding:
-        return _named_judge(judge) if sliding else None
-    for model in sliding:
-        if model.judge is not None:
-            return model.judge
-    raise ValueError(
-        f"{sliding[0].source} names no judge to say whether attributes changed; "
-        "train one ('fader train CONFIG' with method: {name: judge}) and name its run with --judge"
-    )
-
-
-def _config(model: Model) -> dict[str, Any]:
-    return model.card.get("config") or {}
-
-
-def _data_path(model: Model) -> Path:
-    """The shard set the model was trained on, as its config names it.
-
-    Raises:
-        ValueError: the config names none, or it is not here.
-    """
-    named = (_config(model).get("data") or {}).get("path")
-    if not named:
-        raise ValueError(f"{model.source} does not say which data it was trained on; name a shard set with --data")
-    if not Path(named).exists():
-        raise ValueError(f"{model.source} was trained on {named}, which is not here; name a shard set with --data")
-    return Path(named)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
-        raise ValueError(f"device {name!r} is none of auto, cpu, cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device {name}: torch sees no GPU here; take --device cpu")
-    return name
+    if sliding and {"swap", "distribution"} & set(way.tables):
+        return judges.find(sliding, judge, data, judge_images, way.ranks)
+    return registry.load(judge) if sliding and judge else None
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
+def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task("records", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -209,37 +288,20 @@ def show(table: Table) -> None:
     console.print(drawn)
 
 
-def _write_into_run(report: Report) -> list[Path]:
-    """RUN/report/evaluation-<split>.json and .md, when the model is a run; under a name of its own for part of a split."""
-    run = Path(report.model)
-    if not _is_run(report.model):
-        return []
-    part = f"-first-{report.records}" if report.records < report.split_records else ""
-    stem = run / "report" / f"evaluation-{report.split}{part}"
-    return [
-        write(stem.with_name(f"{stem.name}.json"), _json([report])),
-        write(stem.with_name(f"{stem.name}.md"), report.markdown()),
-    ]
-
-
-def _is_run(source: str) -> bool:
-    return (Path(source) / "config.yaml").is_file()
-
-
 def _only_runs(models: list[str]) -> None:
     """Raises ValueError unless every model is a run, into whose folder its report goes."""
+    from pipeline.registry import parse_source
+
     for source in models:
-        if not _is_run(source):
+        if not (parse_source(source)[0] / "config.yaml").is_file():
             raise ValueError(f"--report writes into a run's folder, and {source} is none: name its run")
 
 
-def _track(report: Report, files: list[Path]) -> None:
+def _track(run: Path, report: Report, files: list[Path]) -> None:
     """Add numbers and files to the run's MLflow run; those of a part of a split would pass for the whole there."""
     from pipeline import tracking
 
-    if not files or report.records < report.split_records:
-        return
-    added = tracking.add(report.model, report.metrics(), report.images_seen or 0, files=files)
+    added = tracking.add(run, report.metrics(), report.images_seen or 0, files=files)
     if added is None:
         return
     if added.problem:
@@ -250,7 +312,7 @@ def _track(report: Report, files: list[Path]) -> None:
 
 def _json(reports: list[Report]) -> str:
     """One report as an object, several as a list of them."""
-    content = [report.to_dict() for report in reports]
+    content: list[dict[str, Any]] = [report.to_dict() for report in reports]
     return json.dumps(content[0] if len(content) == 1 else content, indent=1, allow_nan=False) + "\n"
 
 

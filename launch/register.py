@@ -11,23 +11,28 @@ from launch.command import main
 
 
 def register(
-    run: Annotated[Path, typer.Argument(help="the run's folder", metavar="RUN")],
+    run: Annotated[str, typer.Argument(help="the run's folder", metavar="RUN")],
     name: Annotated[str, typer.Option(help="the registered model, made when there is none of that name")],
     alias: Annotated[str, typer.Option(help="what points to the new version afterwards")] = "challenger",
     judge: Annotated[
         str | None, typer.Option(help="a judge to put in: run, export or models:/ address; by default the run's own")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="where the export is written; RUN/export by default")] = None,
+    checkpoint: Annotated[str, typer.Option(help="of the run: latest, best or images-N")] = "latest",
+    raw: Annotated[bool, typer.Option("--raw", help="the weights as trained, not their moving averages")] = False,
 ) -> None:
     """Export a run (model.safetensors, card.json) and register it as a version in MLflow."""
     from pipeline import registry
 
     typer.echo(f"registering {run} as {name}", err=True)
-    version = registry.register(run, name, alias=alias, judge=judge, out=out)
+    version = registry.register(run, name, alias=alias, judge=judge, out=out, checkpoint=checkpoint, ema=not raw)
     model = registry.load(version.export)
     typer.echo(f"wrote {version.export} (model.safetensors, card.json)")
     linked = f", linked to run {version.run_id}" if version.run_id else "; the run itself was not tracked"
     typer.echo(f"registered {version.name} version {version.version} as {version.address} in {version.store}{linked}")
+    if model.card["method"] == "aligner":
+        typer.echo(f"next: fader align PHOTO... OUT --model {version.address}")
+        return
     if not model.card["metrics"]:
         typer.echo(f"note: it carries no metrics; 'fader evaluate {run}' before registering puts them on its card")
     if model.judge is None and model.card["method"] != "judge":

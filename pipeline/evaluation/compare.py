@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, tracking
+from pipeline import config, registry, tracking
 from pipeline.evaluation.report import Table
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -43,26 +43,30 @@ class Compared:
         return {**asdict(self), "losses": losses}
 
 
-def read(source: str, split: str = "test") -> Compared:
-    """A run by its folder, or by its MLflow run id.
+def read(source: str, split: str = "test", report: Path | None = None) -> Compared:
+    """A run by its folder, RUN@best or RUN@images-N, or by its MLflow run id.
+
+    Args:
+        report: the evaluation to read, where it is not the usual one of the split.
 
     Raises:
         ValueError: it is neither.
     """
-    folder = Path(source)
+    folder, which = registry.parse_source(source)
     if (folder / "config.yaml").is_file():
-        return _from_folder(folder, split)
+        variant = registry.variant_of(folder, which) if which else ""
+        usual = folder / "report" / f"evaluation-{split}{variant}.json"
+        return _from_folder(source, folder, split, report or usual)
     if _RUN_ID.fullmatch(source):
         return _from_mlflow(source, split)
     raise ValueError(f"{source} is neither a run's folder (config.yaml) nor an MLflow run id (32 hexadecimal digits)")
 
 
-def _from_folder(run: Path, split: str) -> Compared:
+def _from_folder(source: str, run: Path, split: str, path: Path) -> Compared:
     settings = dict(tracking.flatten(config.load(run / "config.yaml").to_dict()))
     losses: dict[str, float] = {}
     if (run / "spool" / "main.jsonl").is_file():
         losses = {point.name: point.value for point in tracking.points(run) if not point.superseded}
-    path = run / "report" / f"evaluation-{split}.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     intervals = {}
     for score in report.get("scores", []):
@@ -72,7 +76,7 @@ def _from_folder(run: Path, split: str) -> Compared:
         intervals[_MSE] = (measure["low"], measure["high"])
     rests_on = {key: report[key] for key in ("judge", "split_digest", "records") if key in report}
     metrics = _of_split(report.get("metrics", {}), split)
-    return Compared(str(run), settings, losses, metrics, report.get("images_seen"), rests_on, intervals)
+    return Compared(source, settings, losses, metrics, report.get("images_seen"), rests_on, intervals)
 
 
 def _from_mlflow(run_id: str, split: str) -> Compared:

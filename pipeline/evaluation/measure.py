@@ -171,6 +171,7 @@ class Pass:
         if self.judge:
             self.allocate("real", (records, width))
             self.allocate("real_present", (records, width))
+            self.allocate("real_confidence", (records, width))
         if not self.encodes:
             return
         size = model.preprocessing.image_size
@@ -214,6 +215,7 @@ class Pass:
             real = self.judge.probabilities(images)
             self.put("real", index, torch.stack([real[c].argmax(1) for c in self.columns], 1))
             self.put("real_present", index, torch.stack([real[c][:, 1] for c in self.columns], 1))
+            self.put("real_confidence", index, torch.stack([real[c].amax(1) for c in self.columns], 1))
         if not self.encodes:
             return
         latent = method.encode(images, labels)  # type: ignore[attr-defined]
@@ -287,16 +289,18 @@ def quick(
     """Reconstruction and swaps over some batches, for the loop: no intervals, no report.
 
     Args:
-        method: encodes and decodes; its networks are put into eval mode and back.
+        method: encodes and decodes, or judges; its networks are put into eval mode and back.
         judge: knows every attribute of the method; None leaves the swaps out.
         batches: this rank's batches, columns as the method's attributes. Every rank must call, if with no batch.
         reduce_sum: sum over all ranks of a tensor on the device of the batches (the method's, where there is none).
 
     Returns:
         `valid/mse`, `valid/psnr`, `valid/swap_accuracy` (balanced, mean over attributes), `.NAME` (balanced),
-        `.NAME_to_VALUE`, `valid/judge_accuracy.NAME` (balanced, real images). What no record tells is left out.
+        `.NAME_to_VALUE`, `valid/judge_accuracy` and `.NAME` (balanced, real images). What no record tells is left out;
+        of a judge there are the last two only.
     """
-    attributes = method.attributes
+    attributes, slides = method.attributes, isinstance(method, Encodes)
+    judge = judge if slides else method
     seer = JudgedBy(judge) if judge else None
     columns = seer.columns(attributes) if seer else []
     names: list[tuple[str, str, str | None, str]] = []  # images, attribute, start, to; as pairs of sums
@@ -316,7 +320,7 @@ def quick(
     sums = reduce_sum(sums.clone()).cpu()
     if not sums[0]:
         return {}
-    out = {f"{prefix}/mse": float(sums[1] / sums[0]), f"{prefix}/psnr": float(sums[2] / sums[0])}
+    out = {f"{prefix}/mse": float(sums[1] / sums[0]), f"{prefix}/psnr": float(sums[2] / sums[0])} if slides else {}
     share = {name: float(sums[3 + 2 * i] / sums[4 + 2 * i]) for name, i in place.items() if sums[4 + 2 * i]}
     for images, what in (("real", "judge_accuracy"), ("swap", "swap_accuracy")):
         balanced = []
@@ -341,9 +345,12 @@ def _quick_sums(method: Method, seer: JudgedBy | None, columns: Sequence[int], b
     assert batch.images is not None
     attributes, labels = method.attributes, batch.attributes
     sums = torch.zeros(3 + 2 * len(place), dtype=torch.float64, device=labels.device)
-    latent = method.encode(batch.images, labels)  # type: ignore[attr-defined]
-    error = metrics.mse(decoded(method, latent, attributes.code(labels)), batch.images)
-    sums[0], sums[1], sums[2] = len(error), error.sum(), metrics.psnr(error).sum()
+    sums[0] = len(labels)
+    latent = None
+    if isinstance(method, Encodes):
+        latent = method.encode(batch.images, labels)
+        error = metrics.mse(decoded(method, latent, attributes.code(labels)), batch.images)
+        sums[1], sums[2] = error.sum(), metrics.psnr(error).sum()
     if seer is None:
         return sums
 
@@ -357,6 +364,8 @@ def _quick_sums(method: Method, seer: JudgedBy | None, columns: Sequence[int], b
         for value in attribute.values:
             preds = real[columns[j]].argmax(1)
             add(("real", attribute.name, None, attribute.value_name(value)), preds == value, label == value)
+    if latent is None:
+        return sums
     for j, step, changed, target in swaps(attributes, labels):
         preds = seer.probabilities(decoded(method, latent, attributes.code(changed)))[columns[j]].argmax(1)
         attribute, label = attributes[j], hard(attributes[j], labels[:, j])

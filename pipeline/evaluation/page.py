@@ -75,6 +75,7 @@ def write(
     device: torch.device | str = "cpu",
     threads: int = 2,
     batch_size: int = 64,
+    variant: str = "",
 ) -> Path:
     """Write `report-SPLIT.html` into a folder and its pictures into `report-SPLIT/` beside it.
 
@@ -82,6 +83,7 @@ def write(
         report: what `evaluate` found for this model on this split.
         judge: who judged; None leaves best and worst cases out.
         run: the run's folder, for its curves and config; None leaves the curves out.
+        variant: which of the run's weights, for the names; see `registry.Model`.
 
     Returns:
         The page.
@@ -91,7 +93,7 @@ def write(
     """
     sections = _sections(report, model, judge, split, run, torch.device(device), threads, batch_size)
     part = f"-first-{report.records}" if report.records < report.split_records else ""
-    name = f"report-{report.split}{part}"
+    name = f"report-{report.split}{variant}{part}"
     (folder / name).mkdir(parents=True, exist_ok=True)
     for _, pictures, _ in sections:
         for picture in pictures:

@@ -157,7 +157,9 @@ class Report:
     seed: int
     warnings: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    plain: dict[str, float] = field(default_factory=dict)
     auc: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, float] = field(default_factory=dict)
     fidelity: dict[str, Measure] = field(default_factory=dict)
     preservation: list[Preservation] = field(default_factory=list)
     sliders: list[Slider] = field(default_factory=list)
@@ -193,7 +195,9 @@ class Report:
             else:
                 direction = "".join(f"_{part}" for part in (s.start, s.to and f"to_{s.to}") if part)
             flat[prefix[s.images] + ("" if s.attribute == "*" else f".{s.attribute}{direction}")] = s.value
+        flat |= {f"judge_plain_accuracy.{name}": value for name, value in self.plain.items()}
         flat |= {f"judge_auc.{name}": value for name, value in self.auc.items()}
+        flat |= {f"judge_ece.{name}": value for name, value in self.calibration.items()}
         flat |= {name: measure.value for name, measure in self.fidelity.items()}
         for p in self.preservation:
             flat |= {f"kept.{p.attribute}": p.kept, f"shift.{p.attribute}": p.shift}
@@ -334,11 +338,13 @@ def _directions(reports: Sequence[Report]) -> Iterator[Table]:
                 rows.append(["records", *(counts.get(column, "–") for column in chunk)])
             rows.append([row, *(_cell(report, images, name, value) for name, value in chunk)])
         names = dict.fromkeys(name for name, _ in chunk)
-        aucs = [f"{n} {r.auc[n]:.3f}" for r in reports[:1] for n in names if not math.isnan(r.auc.get(n, math.nan))]
+        first = reports[0]
+        about_judge = {"plain accuracy": first.plain, "AUC": first.auc, "calibration error": first.calibration}
         note = "Of the records labelled with a value, the share judged to have it"
         note += "; of the records swapped to it, the share judged to have it." if _slid(reports) else "."
-        if aucs:
-            note += f" The judge's AUC on real images: {', '.join(aucs)}."
+        for what, found in about_judge.items():
+            if numbers := [f"{n} {found[n]:.3f}" for n in names if not math.isnan(found.get(n, math.nan))]:
+                note += f" The judge's {what} on real images: {', '.join(numbers)}."
         title = "Each direction" + (f", {i + 1} of {len(chunks)}" if len(chunks) > 1 else "")
         yield Table(title, ["images", *(f"{name} {value}" for name, value in chunk)], rows if chunk else [], note)
     for name, own in values.items():
@@ -484,7 +490,13 @@ def markdown(reports: Sequence[Report]) -> str:
             f"{judged}, seed {report.seed}"
         )
         lines += [f"  - **{warning}**" for warning in report.warnings]
-    for table in as_tables(reports):
+    return "\n".join(lines) + "\n" + as_markdown(as_tables(reports))
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    """Tables as Markdown."""
+    lines: list[str] = []
+    for table in tables:
         lines += ["", f"## {table.title}", ""]
         lines.append("| " + " | ".join(table.header) + " |")
         lines.append("|" + " --- |" * len(table.header))

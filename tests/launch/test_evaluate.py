@@ -13,7 +13,7 @@ from PIL import Image
 
 from launch.command import main
 from launch.evaluate import evaluate
-from pipeline import registry, tracking
+from pipeline import checkpoint, registry, tracking
 from pipeline.datasets import Dataset
 from pipeline.images import Preprocessing, to_uint8
 from pipeline.shards import ShardSet, prepare
@@ -135,7 +135,6 @@ def test_a_judge_is_evaluated_alone(shams, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["models:/id@x"], "names no judge"),
         (["models:/id@x", "--judge", "oracle"], "oracle: sham is not a judge"),
         (["oracle", "--split", "tset"], "unknown split 'tset'"),
         (["oracle", "--data", "/nowhere"], "/nowhere"),
@@ -168,10 +167,21 @@ def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(s
     assert content["cost"]["parameters"].keys() == {"encoder", "decoder", "latent_discriminator"}
     assert (fader / "report" / "evaluation-test.md").read_text().startswith("# Evaluation")
     assert registry.load(fader).card["metrics"] == content["metrics"]
+    two = tmp_path / "two.json"
+    done = launch(
+        "launch.evaluate", fader, "--device", "cpu", "--batch-size", "16", "--json", two, processes=2, cwd=tmp_path
+    )
+    assert done.stdout.count(f"wrote {report}") == 1, "one rank writes"
+    numbers = json.loads(two.read_text())["metrics"]
+    assert numbers.keys() == content["metrics"].keys() and len(numbers) > 40
+    assert numbers == pytest.approx(content["metrics"], rel=1e-6, abs=1e-6)
+    content = json.loads(report.read_text())
     other = make_run(tmp_path / "other", JUDGE, data={"path": str(shards), "image_size": 32, "crop": "center"})
     code, _, _ = run(capsys, monkeypatch, fader, "--limit", "20", "--tables", "swap", "--device", "cpu")
     assert code == 0 and json.loads(report.read_text()) == content, "part of a split must not pass for the split"
-    assert json.loads((fader / "report" / "evaluation-test-first-20.json").read_text())["records"] == 20
+    assert json.loads((fader / "report" / "evaluation-test-swap-first-20.json").read_text())["records"] == 20
+    code, _, _ = run(capsys, monkeypatch, fader, "--tables", "cost", "--device", "cpu")
+    assert code == 0 and json.loads(report.read_text()) == content, "one table must not pass for all of them"
     code, _, err = run(capsys, monkeypatch, fader, "--judge", other)
     assert code == 2 and f"error: the judge {other} sees images as image_size 32" in err.splitlines()[-1]
 
@@ -180,7 +190,7 @@ def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_pa
     data = {"path": str(shards), **DATA}
     judge = make_run(tmp_path / "judge", JUDGE, data=data)
     fader = make_run(tmp_path / "fader", FADER, data=data, judge=str(judge))
-    words = [fader, "--tables", "swap,fidelity", "--device", "cpu"]
+    words = [fader, "--tables", "swap,fidelity,leak,cost", "--device", "cpu"]
     code, out, _ = run(capsys, monkeypatch, *words)
     assert code == 0 and "MLflow" not in out and not (fader / "spool").exists(), "a run that was not tracked stays so"
     assert not list((fader / "report").glob("*.html")), "a page is drawn when it is asked for"
@@ -200,6 +210,43 @@ def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_pa
     assert code == 0 and len((fader / "spool" / "later.jsonl").read_text().splitlines()) == len(events)
     code, _, err = run(capsys, monkeypatch, "models:/x@y", "--report")
     assert code == 2 and "models:/x@y is none: name its run" in err
+
+
+def test_without_a_judge_one_is_trained_and_kept_for_next_time(shards, tmp_path, capsys, monkeypatch, caplog):
+    data = {"path": str(shards), **DATA}
+    fader = make_run(tmp_path / "fader", FADER, data=data, tracking={"enabled": False})
+    caplog.set_level("INFO")
+    words = [fader, "--judge-images", "128", "--tables", "swap", "--device", "cpu"]
+    code, out, _ = run(capsys, monkeypatch, *words)
+    kept = tmp_path / "shards_judge_16"
+    assert code == 0 and f"for 128 images and kept in {kept}" in caplog.text
+    judge = registry.load(kept)
+    assert judge.attributes == ATTRIBUTES and judge.card["images_seen"] == 128
+    first = (fader / "report" / "evaluation-test-swap.json").read_text()
+    caplog.clear()
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0 and f"the one kept in {kept} judges" in caplog.text and "is trained" not in caplog.text
+    assert (fader / "report" / "evaluation-test-swap.json").read_text() == first
+    other = make_run(tmp_path / "other", FADER, data=data | {"crop": "letterbox"}, tracking={"enabled": False})
+    code, _, err = run(capsys, monkeypatch, other, *words[1:])
+    assert code == 2 and f"the judge kept in {kept} sees pictures as" in err
+
+
+def test_one_of_a_runs_checkpoints_is_evaluated_into_files_of_its_own(shards, tmp_path, capsys, monkeypatch):
+    data = {"path": str(shards), **DATA}
+    judge = make_run(tmp_path / "judge", JUDGE, data=data)
+    fader = make_run(tmp_path / "fader", FADER, data=data, judge=str(judge), images=6400)
+    newest = checkpoint.latest(fader)
+    (older := newest.with_name("images-000000003200")).mkdir()
+    for file in newest.iterdir():
+        (older / file.name).write_bytes(file.read_bytes())
+    for word in (f"{fader}@images-3200", fader):
+        code, _, _ = run(capsys, monkeypatch, word, "--tables", "swap", "--device", "cpu")
+        assert code == 0
+    seen = {path.name: json.loads(path.read_text())["images_seen"] for path in (fader / "report").glob("*.json")}
+    assert seen == {"evaluation-test-images-3200-swap.json": 3200, "evaluation-test-swap.json": 6400}
+    code, _, err = run(capsys, monkeypatch, fader, "--checkpoint", "best", "--device", "cpu")
+    assert code == 2 and "keeps no checkpoint best; there are: images-3200, images-6400, latest" in err
 
 
 def refuse(_):

@@ -15,7 +15,7 @@ import torch
 from fader.attributes import Attribute, Attributes
 from fader.method import Batch, Method
 from pipeline import evaluation, metrics
-from pipeline.batches import finish
+from pipeline.batches import Buffers, finish
 from pipeline.evaluation import distribution, evaluate, measure, probe, quick
 from pipeline.evaluation.report import IMAGES
 from pipeline.images import Preprocessing
@@ -159,7 +159,9 @@ class MemoryLoader:
     def batches(self, requests):
         for request in requests:
             rows = torch.from_numpy(request.rows)
-            yield finish(request, self.split.pixels[rows], self.labels, rows, seed=self.seed, rank=0, world_size=1)
+            yield finish(
+                request, self.split.pixels[rows], self.labels, rows, seed=self.seed, rank=0, world_size=1, buffers=Buffers()
+            )
 
 
 def run(model: Method | Model, judge: Method | Model | None = None, split: Split | None = None, **keywords):
@@ -348,6 +350,26 @@ def test_a_judge_alone_gets_its_own_table():
     assert {score.images for score in report.scores} == {"real"}
     assert report.metrics()["test/judge_accuracy.Smiling"] == 1.0
     assert "| real |" in report.markdown()
+
+
+class Boaster(Seer):
+    """Right about a smile on 3 of 4 pictures, and sure of all."""
+
+    def judge(self, images):
+        logits = super().judge(images) * 1e3
+        wrong = images[..., band(self.world, len(self.world))].mean((1, 2, 3)) > 0.5
+        logits[wrong, :2] = logits[wrong, :2].flip(1)
+        return logits
+
+
+def test_a_judge_that_is_too_sure_is_told_so():
+    report = run(Boaster(), planted(records=800))
+    wrong = 1 - report.plain["Smiling"]
+    assert 0.15 < wrong < 0.35 and report.plain["Hair"] == 1.0
+    assert report.calibration["Smiling"] == pytest.approx(wrong, abs=0.01) and report.calibration["Hair"] < 1e-6
+    flat = report.metrics()
+    assert flat["test/judge_ece.Smiling"] == report.calibration["Smiling"] and "judge_plain_accuracy" in " ".join(flat)
+    assert "calibration error on real images: Smiling 0." in evaluation.markdown([report])
 
 
 def test_networks_are_judged_in_eval_mode_and_left_as_they_were():

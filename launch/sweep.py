@@ -1,0 +1,251 @@
+"""`fader sweep CONFIG key=value,value,… …`: one experiment at every point of a grid, evaluated and set side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch import judges
+from launch.command import main
+from launch.evaluate import Way, keep, measure, open_ranks, show, suffix, write
+from launch.train import Watcher, exit_code
+
+if TYPE_CHECKING:
+    from pipeline.engine import Ranks
+    from pipeline.evaluation.compare import Compared
+    from pipeline.sweep import Child, Sweep
+
+
+def sweep(
+    config: Annotated[
+        list[str],
+        typer.Argument(
+            help="a config file, then settings; several values make an axis", metavar="CONFIG KEY=VALUE,VALUE..."
+        ),
+    ],
+    folder: Annotated[Path | None, typer.Option(help="of the children's runs; runs/NAME_sweep by default")] = None,
+    split: Annotated[
+        str, typer.Option(help="on which the children are compared: choosing by the test split would spoil it")
+    ] = "valid",
+    limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
+    tables: Annotated[str, typer.Option(help="of each child's evaluation, joined by commas")] = "swap,fidelity,leak,cost",
+    checkpoint: Annotated[str, typer.Option(help="which of each child's is evaluated: latest or best")] = "latest",
+    judge_images: Annotated[
+        int | None, typer.Option(help="length of training of a judge where there is none", min=1)
+    ] = None,
+    child: Annotated[
+        int | None, typer.Option(help="only this one, counted from 0, as a job of an array runs it", min=0)
+    ] = None,
+    only_table: Annotated[
+        bool, typer.Option("--table", help="train nothing: the table and the plot of what is there")
+    ] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="submit the children as a Slurm array, and the table behind it")
+    ] = False,
+    sbatch: Annotated[str, typer.Option(help="words for sbatch, as '--gpus-per-node=1 --time=4:00:00'")] = "",
+) -> None:
+    """Train an experiment at every point of a grid, evaluate each, and plot what swaps cost in reconstruction.
+
+    Given again it goes on: children that are finished are skipped, one that was broken off is resumed.
+    """
+    from pipeline import sweep as sweeps
+    from pipeline.engine import leave
+
+    if checkpoint not in ("latest", "best"):
+        raise ValueError(f"--checkpoint {checkpoint}: the children are compared by their latest or their best")
+    asked = sweeps.plan(config[0], config[1:], folder)
+    asked_of = _Asked(split, limit, tuple(name.strip() for name in tables.split(",")), checkpoint, judge_images)
+    if child is not None and child >= len(asked.children):
+        raise ValueError(f"--child {child}: this sweep has {len(asked.children)}, counted from 0")
+    ranks = open_ranks("auto")
+    _announce(asked, ranks)
+    if slurm:
+        _parent(asked, ranks)
+        how = ["--split", split, "--tables", tables, "--checkpoint", checkpoint]
+        how += ["--limit", str(limit)] if limit else []
+        _submit(asked, [*config, "--folder", str(asked.folder), *how], shlex.split(sbatch))
+        return
+    failed: list[str] = []
+    if not only_table:
+        parent = _parent(asked, ranks)
+        for one in asked.children if child is None else (asked.children[child],):
+            _train(one, parent, asked, ranks, failed)
+            if one.label not in failed:
+                _evaluate(one, asked_of, ranks)
+    leave()
+    if ranks.is_main and child is None:
+        _conclude(asked, asked_of)
+    if failed:
+        typer.echo(f"error: {', '.join(failed)} did not finish (see above)", err=True)
+        raise typer.Exit(1)
+
+
+def _submit(asked: Sweep, words: list[str], options: list[str]) -> None:
+    """One job a child, as an array, and one behind them that makes the table.
+
+    Raises:
+        ValueError: no judge is named (the children would each train the same one); Slurm takes no job.
+    """
+    if not asked.base.judge:
+        raise ValueError("children in jobs of their own need a judge that is there: name it, as judge=runs/JUDGE")
+    script = str(Path(__file__).resolve().parent / "slurm" / "sweep.sbatch")
+    array = _sbatch([*options, f"--array=0-{len(asked.children) - 1}", script, *words])
+    table = _sbatch([*options, f"--dependency=afterany:{array}", script, *words, "--table"])
+    typer.echo(f"submitted {len(asked.children)} children as array job {array}, their table as job {table}")
+    typer.echo(f"next: squeue --jobs={array},{table}; the table comes into {asked.folder / 'report'}")
+
+
+def _sbatch(words: list[str]) -> str:
+    """Submit a job; its number."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ValueError("sbatch is not there: --slurm needs a machine from which Slurm takes jobs") from None
+    if done.returncode:
+        raise ValueError(f"sbatch: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]
+
+
+class _Asked:
+    """How each child is evaluated."""
+
+    def __init__(
+        self, split: str, limit: int | None, tables: tuple[str, ...], checkpoint: str, judge_images: int | None
+    ) -> None:
+        self.split, self.limit, self.tables = split, limit, tables
+        self.checkpoint, self.judge_images = checkpoint, judge_images
+
+
+def _announce(asked: Sweep, ranks: Ranks) -> None:
+    if ranks.is_main:
+        grid = ", ".join(f"{key} in {' '.join(values)}" for key, values in asked.axes.items())
+        typer.echo(f"sweep of {len(asked.children)} runs in {asked.folder}: {grid}")
+
+
+def _parent(asked: Sweep, ranks: Ranks) -> str | None:
+    """The sweep's own MLflow run, made at the first call; None where runs are not tracked or no store answers."""
+    from pipeline import tracking
+
+    about = asked.base.tracking
+    if ranks.is_main and about.enabled and not (asked.folder / "spool" / "main.jsonl").is_file():
+        tracker = tracking.open_tracker(True, asked.folder, about.experiment, asked.name, True)
+        tracker.start()
+        tracker.params(asked.to_dict())
+        tracker.tags({"fader.sweep": asked.name})
+        tracker.finish("FINISHED")
+    ranks.wait()
+    return tracking.run_id_of(asked.folder) if about.enabled else None
+
+
+def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed: list[str]) -> None:
+    """Train a child to its end: not at all when it is there, from its newest checkpoint when it was broken off.
+
+    Raises:
+        ValueError: its folder holds a run of other settings.
+    """
+    from pipeline import checkpoint, config
+    from pipeline.sweep import with_parent
+    from pipeline.interruption import Interrupted
+    from pipeline.train import train
+
+    began = (child.folder / "run.json").is_file()
+    if began and config.load(child.folder / "config.yaml").digest != child.experiment.digest:
+        raise ValueError(f"{child.folder} holds a run of other settings; give this sweep another --folder")
+    if began and checkpoint.finished(child.folder):
+        if ranks.is_main:
+            typer.echo(f"{child.label}: trained already")
+        return
+    ranks.wait()  # all have looked before one writes
+    if ranks.is_main:
+        number = f"{child.number + 1} of {len(asked.children)}"
+        typer.echo(f"{child.label} ({number}): {'resuming' if began else 'training'} in {child.folder}")
+    try:
+        with Watcher() as watcher:
+            train(with_parent(child, parent), child.folder, resume=began, watch=watcher)
+    except Interrupted as stopped:
+        if ranks.is_main:
+            typer.echo(f"{stopped}\nthe same command goes on with the sweep", err=True)
+        sys.stdout.flush()
+        sys.exit(exit_code(stopped.reason.exit_code))
+    except FloatingPointError as error:
+        failed.append(child.label)
+        if ranks.is_main:
+            typer.echo(f"{child.label}: {error}", err=True)
+    ranks.wait()  # the main rank has written its end
+
+
+def _evaluate(child: Child, asked: _Asked, ranks: Ranks) -> None:
+    """Evaluate a child, unless that was done for these weights."""
+    from pipeline import registry
+    from pipeline.shards import ShardSet
+
+    data = Path(child.experiment.data.path)
+    shards = ShardSet.open(data)
+    model = registry.load(child.folder, checkpoint=asked.checkpoint)
+    seer = judges.find([model], None, data, asked.judge_images, ranks)
+    split, path = shards.split(asked.split), _report(child, asked)
+    rests_on = {
+        "images_seen": model.card["images_seen"],
+        "judge": seer.source,
+        "split_digest": split.digest,
+        "records": min(asked.limit or len(split), len(split)),
+    }
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if all(known.get(key) == value for key, value in rests_on.items()):
+        if ranks.is_main:
+            typer.echo(f"{child.label}: evaluated already")
+        return
+    way = Way(shards, asked.split, asked.tables, ranks, str(ranks.device), asked.limit)
+    report = measure(model, seer, way)
+    if ranks.is_main:
+        keep(model, report, seer, way)
+    ranks.wait()
+
+
+def _report(child: Child, asked: _Asked) -> Path:
+    """Where the evaluation of a child lies."""
+    from pipeline import registry
+    from pipeline.shards import ShardSet
+
+    split = ShardSet.open(child.experiment.data.path).split(asked.split)
+    records = min(asked.limit or len(split), len(split))
+    variant = registry.variant_of(child.folder, asked.checkpoint)
+    return child.folder / "report" / f"evaluation-{asked.split}{suffix(variant, asked.tables, records, len(split))}.json"
+
+
+def _conclude(asked: Sweep, asked_of: _Asked) -> None:
+    """The table and the plot of what there is, on the terminal, in the sweep's folder and in its MLflow run."""
+    from pipeline import checkpoint, evaluation, sweep, tracking
+    from pipeline.evaluation import compare
+
+    found: list[Compared | None] = []
+    for child in asked.children:
+        report = _report(child, asked_of) if checkpoint.latest(child.folder) else None
+        found.append(compare.read(str(child.folder), asked_of.split, report) if report else None)
+    runs = [run for run in found if run is not None]
+    table = sweep.table(asked, found, asked_of.split)
+    show(table)
+    for warning in compare.warnings(runs, asked_of.split):
+        typer.echo(f"note: {warning}")
+    files = [write(asked.folder / "report" / f"sweep-{asked_of.split}.md", evaluation.as_markdown([table]))]
+    png = compare.plot(runs, asked_of.split)
+    if png is not None:
+        files.append(write(asked.folder / "report" / f"sweep-{asked_of.split}.png", png))
+    best = sweep.chosen(asked, found)
+    metrics: dict[str, float] = {}
+    if best is not None and (numbers := found[best.number]) is not None:
+        metrics = {f"chosen/{name}": value for name, value in numbers.metrics.items() if "_to_" not in name}
+    tracking.add(asked.folder, metrics, 0, files=files)
+    for file in files:
+        typer.echo(f"wrote {file}")
+    typer.echo(f"next: fader evaluate {best.folder} --report" if best else f"next: fader compare {asked.folder}/*")
+
+
+if __name__ == "__main__":
+    main(sweep)

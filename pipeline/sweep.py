@@ -1,0 +1,188 @@
+"""A sweep: one experiment at every point of a grid of settings; what its children are, and what came of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import config
+from pipeline.config import Experiment
+from pipeline.evaluation.compare import Compared
+from pipeline.evaluation.report import Table
+
+MSE_FACTOR = 1.25  # the chosen point's MSE may exceed the reference's by this
+_LAMBDA = "method.lambda_max"
+
+
+@dataclass(frozen=True)
+class Child:
+    """One point of the grid. settings: key to the value as it was written. label: the same, short, for names."""
+
+    number: int
+    label: str
+    settings: Mapping[str, str]
+    experiment: Experiment
+
+    @property
+    def folder(self) -> Path:
+        return self.experiment.folder
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid over an experiment. axes: swept key to its values as they were written."""
+
+    name: str
+    folder: Path
+    axes: Mapping[str, tuple[str, ...]]
+    base: Experiment
+    children: tuple[Child, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked for, for tracking."""
+        return {"sweep": dict(self.axes), "base": self.base.to_dict()}
+
+
+def plan(path: str | Path, words: Sequence[str], folder: Path | None = None) -> Sweep:
+    """The children of a sweep, in order: the first key's values change slowest.
+
+    Args:
+        path: the experiment's config file.
+        words: `key.path=value`, or `key.path=value,value…` for a key that is swept; lists keep their brackets.
+        folder: where the children's runs go; runs/NAME_sweep by default.
+
+    Raises:
+        ValueError: nothing is swept, a key stands twice, two children are the same experiment, or what `config.load`
+            refuses.
+    """
+    given: dict[str, tuple[str, ...]] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{word!r} is not a setting; write key.path=value,value,…")
+        if key in given:
+            raise ValueError(f"{key} stands twice; write all its values at once, as {key}={given[key][0]},{text}")
+        given[key] = _values(text)
+    axes = {key: values for key, values in given.items() if len(values) > 1}
+    fixed = [f"{key}={values[0]}" for key, values in given.items() if len(values) == 1]
+    if not axes:
+        raise ValueError("nothing is swept: give a key several values, as method.lambda_max=1e-4,1e-3,1e-2")
+    for key in axes:
+        if key in ("name", "run.folder"):
+            raise ValueError(f"{key} cannot be swept: a sweep names its children itself")
+    base = config.load(path, fixed)
+    folder = folder or Path("runs") / f"{base.name}_sweep"
+    children = []
+    for number, values in enumerate(itertools.product(*axes.values())):
+        settings = dict(zip(axes, values))
+        label = _label(settings)
+        point = config.load(path, [*fixed, *(f"{key}={value}" for key, value in settings.items())])
+        run = point.run.model_copy(update={"folder": str(folder / label)})
+        experiment = point.model_copy(update={"name": f"{base.name} {label}", "run": run})
+        children.append(Child(number, label, settings, experiment))
+    seen: dict[str, Child] = {}
+    for child in children:
+        for key in (child.experiment.digest, child.label):
+            if key in seen:
+                raise ValueError(f"{child.label} and {seen[key].label} are the same experiment")
+            seen[key] = child
+    return Sweep(f"{base.name} sweep", folder, axes, base, tuple(children))
+
+
+def _values(text: str) -> tuple[str, ...]:
+    """Parts between commas that stand in no brackets and no quotes."""
+    parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|'[^']*'|\"[^\"]*\"|[^,])+", text)
+    if ",".join(parts) != text:
+        raise ValueError(f"{text!r}: a value is empty; write value,value,…")
+    return tuple(part.strip() for part in parts)
+
+
+def _label(settings: Mapping[str, str]) -> str:
+    """`lambda_max-1e-3--seed-1`: the last part of each key, the whole key where that says too little."""
+    short = [key.rpartition(".")[2] for key in settings]
+    keys = short if len(set(short)) == len(short) else [key.replace(".", "_") for key in settings]
+    pairs = zip(keys, settings.values())
+    return "--".join(f"{key}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', value).strip('_')}" for key, value in pairs)
+
+
+def with_parent(child: Child, run_id: str | None) -> Experiment:
+    """The child's experiment, its MLflow run one of the sweep's."""
+    tracking = child.experiment.tracking.model_copy(update={"parent": run_id or ""})
+    return child.experiment.model_copy(update={"tracking": tracking})
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def bound(sweep: Sweep, found: Sequence[Compared | None]) -> tuple[float, str]:
+    """The MSE that the chosen point may have, and what it rests on: λ = 0 where it was swept, else the lowest MSE."""
+    errors = {
+        child.label: run.metrics["mse"] for child, run in zip(sweep.children, found) if run and "mse" in run.metrics
+    }
+    if not errors:
+        return math.inf, "no MSE is known"
+    without = [c.label for c in sweep.children if c.label in errors and _is_zero(c.settings.get(_LAMBDA))]
+    rests_on = without or list(errors)
+    lowest = min(errors[label] for label in rests_on)
+    return MSE_FACTOR * lowest, f"{MSE_FACTOR:g} times the {'MSE of λ = 0' if without else 'lowest MSE'} ({lowest:.5f})"
+
+
+def _is_zero(text: str | None) -> bool:
+    try:
+        return text is not None and float(text) == 0
+    except ValueError:
+        return False
+
+
+def chosen(sweep: Sweep, found: Sequence[Compared | None]) -> Child | None:
+    """The child of the highest balanced swap accuracy among those within the bound; None when no child has both."""
+    limit, _ = bound(sweep, found)
+    able = [
+        (run.metrics["swap_accuracy"], -child.number, child)
+        for child, run in zip(sweep.children, found)
+        if run and "swap_accuracy" in run.metrics and run.metrics.get("mse", math.inf) <= limit
+    ]
+    return max(able)[2] if able else None
+
+
+def table(sweep: Sweep, found: Sequence[Compared | None], split: str) -> Table:
+    """A row a child: its settings, reconstruction, swaps by attribute, and the mean of what leaks; the chosen starred."""
+    names = list(
+        dict.fromkeys(
+            name.partition(".")[2]
+            for run in found
+            if run
+            for name in run.metrics
+            if name.startswith("swap_accuracy.") and "_to_" not in name
+        )
+    )
+    leaky = any(name.startswith("leak.") for run in found if run for name in run.metrics)
+    best, (_, why) = chosen(sweep, found), bound(sweep, found)
+    rows = []
+    for child, run in zip(sweep.children, found):
+        measured = run.metrics if run else {}
+        leaks = [value for name, value in measured.items() if name.startswith("leak.")]
+        numbers = [measured.get("swap_accuracy"), *(measured.get(f"swap_accuracy.{name}") for name in names)]
+        if leaky:
+            numbers.append(sum(leaks) / len(leaks) if leaks else None)
+        rows.append(
+            [
+                ("* " if child == best else "") + " ".join(child.settings.values()),
+                "–" if run is None or run.images_seen is None else f"{run.images_seen:,}",
+                _shown(measured.get("mse"), 5),
+                *(_shown(number, 3) for number in numbers),
+            ]
+        )
+    note = f"*: the highest balanced swap accuracy at an MSE of at most {why}." if best else f"None is chosen: {why}."
+    keys = " ".join(key.rpartition(".")[2] for key in sweep.axes)
+    header = [keys, "images", "MSE", "swap accuracy", *names, *(["leak, mean"] if leaky else [])]
+    return Table(f"{sweep.name}, {split} split", header, rows, note)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
