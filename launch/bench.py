@@ -1,0 +1,175 @@
+"""`fader bench data`: how fast data comes, measured in one run on this machine beside what others offer."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launch.command import main
+
+if TYPE_CHECKING:
+    from pipeline.shards import ShardSet
+    from pipeline.throughput import Rates
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+SIZES = "64,128,256"
+RATIOS = ("streamed/bare", "streamed/floats", "streamed/files", "cached/streamed")
+COLUMNS = ("bare", "floats", "streamed", "cached", "webdataset", "files")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure this machine."""
+
+
+@app.command()
+def data(
+    path: Annotated[Path | None, typer.Option("--data", help="A shard set; by default faces are drawn for it.")] = None,
+    sizes: Annotated[str, typer.Option(help="Pixels a side, parted by commas.")] = SIZES,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="DALI's threads; worker processes of the others.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that everyone has; the median counts.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="How long a turn is.")] = 2.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
+    count: Annotated[int, typer.Option(min=10, help="Faces to draw where no set is given.")] = 2_000,
+    memory: Annotated[
+        str, typer.Option(help="Also the peak memory of streaming sets of so many records.", metavar="10000,200000")
+    ] = "",
+    to: Annotated[Path | None, typer.Option("--json", help="Write the figures there, too.", metavar="FILE")] = None,
+) -> None:
+    """Images a second of our loaders, of webdataset and a torch DataLoader with Pillow, and of DALI alone, the limit;
+    fader prepare beside tar."""
+    import torch
+
+    from pipeline import throughput
+    from pipeline.shards import ShardSet
+
+    wanted = _numbers(sizes, "--sizes")
+    records = _numbers(memory, "--memory") if memory else []
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    measure = throughput.Measure(batch_size, threads, rounds, seconds, place)
+    with tempfile.TemporaryDirectory(prefix="fader-bench-") as folder:
+        work = Path(folder)
+        shards = ShardSet.open(path or _drawn(work / "drawn", count))
+        split = shards.split("train")
+        if batch_size > len(split):
+            raise ValueError(f"a batch of {batch_size} and {len(split)} records; give a larger set or --batch-size")
+        about = throughput.machine()
+        found: dict[str, Any] = {
+            "machine": about,
+            "command": ["fader", "bench", *sys.argv[1:]],
+            "set": {"name": shards.name, "digest": shards.digest, "records": len(split)},
+            "batch_size": batch_size, "threads": threads, "rounds": rounds, "seconds": seconds, "device": str(place),
+            "images_per_second": {},
+        }  # fmt: skip
+        typer.echo(_heading(about, found))
+        files = throughput.write_files(split, work / "files")
+        found["prepare_seconds"] = throughput.prepare_seconds(files, work, rounds, threads)
+        typer.echo(_prepare_line(found["prepare_seconds"], len(files)))
+        typer.echo("\n" + " ".join([f"{'images/s':>10}", *(f"{name:>11}" for name in COLUMNS), *RATIOS]))
+        for size in wanted:
+            preprocessing = _preprocessing(split, size)
+            rates = throughput.loading_rates(split, preprocessing, work, measure, _show)
+            found["images_per_second"][str(size)] = rates
+            typer.echo(_line(size, rates))
+        found["memory"] = [_memory(split, work, n) for n in records]
+        for entry in found["memory"]:
+            size = f"{entry['bytes'] / 1e6:,.0f} MB of anonymous memory"
+            typer.echo(f"streaming {entry['records']:,} records takes at most {size}")
+    if to:
+        to.write_text(json.dumps(found, indent=1) + "\n")
+        typer.echo(f"wrote {to}")
+    typer.echo("next: docs/performance.md says what these figures should be")
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option} is {text!r}; whole numbers parted by commas are needed, as {SIZES}")
+    return [int(part) for part in parts]
+
+
+def _show(what: str) -> None:
+    """What is being measured, on a terminal; gone when the line is done."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="\r", file=sys.stderr, flush=True)
+
+
+def _drawn(out: Path, count: int) -> Path:
+    from pipeline import shards
+    from pipeline.datasets import DATASETS
+
+    shards.prepare(DATASETS["faces"](out / "source", count=count), out, shard_records=1024)
+    return out
+
+
+def _preprocessing(split: Any, size: int) -> Any:
+    from pipeline.images import CELEBA_SIZE, Preprocessing
+
+    celeba = bool((split.width == CELEBA_SIZE[0]).all() and (split.height == CELEBA_SIZE[1]).all())
+    return Preprocessing(size, crop="celeba" if celeba else "center")
+
+
+def _heading(about: dict[str, Any], found: dict[str, Any]) -> str:
+    where = f"{about['cores']} cores of {about['cpu']}" + (f", {about['gpu']}" if about["gpu"] else "")
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "nvidia-dali-cuda130", "webdataset", "pillow"))
+    busy = f"\nother work keeps it busy (load {about['load']:.1f}): look at the ratios" if about["load"] > 1 else ""
+    return (
+        f"{where}, {about['memory_bytes'] / 2**30:.0f} GiB; {versions}\n"
+        f"{found['set']['name']}, {found['set']['records']:,} records; batches of {found['batch_size']} "
+        f"on {found['device']}, {found['threads']} threads; "
+        f"median of {found['rounds']} turns of {found['seconds']:g} s{busy}\n"
+    )
+
+
+def _prepare_line(seconds: dict[str, list[float]], count: int) -> str:
+    from pipeline.throughput import median_ratio
+
+    shown = []
+    for name, label in (("prepare", "prepare"), ("prepare header", "prepare --check header")):
+        rate, share = count / statistics.median(seconds[name]), median_ratio(seconds, "tar", name)
+        shown.append(f"{label} {rate:,.0f} records/s, {share:.0%} of tar's speed")
+    return f"tar cf {count / statistics.median(seconds['tar']):,.0f} records/s; " + "; ".join(shown)
+
+
+def _line(size: int, rates: Rates) -> str:
+    from pipeline.throughput import median_ratio
+
+    shown = " ".join(f"{statistics.median(rates[name]):>11,.0f}" for name in COLUMNS)
+    ratios = (f"{median_ratio(rates, *name.split('/')):>{len(name)}.2f}" for name in RATIOS)
+    return " ".join([f"{size:>10}", shown, *ratios])
+
+
+def _memory(split: Any, work: Path, records: int) -> dict[str, int]:
+    """Measured in a process of its own, over a set in which the split's pictures repeat."""
+    from pipeline import throughput
+
+    out = throughput.write_repeated(split, work / f"repeated{records}", records)
+    line = [sys.executable, "-m", "launch.bench", "one-memory", str(out)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"measuring memory over {records:,} records failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@app.command(hidden=True)
+def one_memory(path: Path) -> None:
+    """The peak memory of this process while it streams a set, as JSON."""
+    from pipeline import throughput
+    from pipeline.shards import ShardSet
+
+    split = ShardSet.open(path).split("train")
+    found = throughput.streaming_memory(split, _preprocessing(split, 64), throughput.Measure())
+    typer.echo(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(app)

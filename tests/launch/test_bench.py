@@ -1,0 +1,44 @@
+"""`fader bench data` measures everyone it names, in one run, and writes what it prints."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+
+from launch import bench
+from pipeline.throughput import median_ratio
+from tests.commands import launch
+
+
+def test_one_run_measures_all_and_writes_it(tmp_path):
+    out = tmp_path / "bench.json"
+    words = "--count 60 --sizes 32 --rounds 1 --seconds 0.02 --batch-size 8 --device cpu --memory 30,90".split()
+    done = launch("launch.bench", "data", *words, "--json", out)
+    found = json.loads(out.read_text())
+    rates = found["images_per_second"]["32"]
+    names = {f"{kind}{depth}" for kind in ("bare", "floats") for depth in ("", " 2", " 3", " 5")} | {"streamed", "cached", "webdataset", "files"}
+    assert set(rates) == names and all(len(rates[name]) == 1 and min(rates[name]) > 0 for name in names)
+    medians = {name: statistics.median(rates[name]) for name in names}
+    for kind in ("bare", "floats"):
+        assert medians[kind] == max(medians[f"{kind} {depth}"] for depth in (2, 3, 5))
+    assert medians["cached"] > medians["files"], "gathering from memory is faster than decoding in any weather"
+    assert [entry["records"] for entry in found["memory"]] == [30, 90]
+    assert all(1e7 < entry["bytes"] < 1e10 for entry in found["memory"])
+    assert set(found["prepare_seconds"]) == {"prepare", "prepare header", "tar"} and found["set"]["records"] == 48
+    assert {"cpu", "cores", "torch", "nvidia-dali-cuda130", "load"} <= set(found["machine"])
+    for shown in ("of tar's speed", "streamed/bare", f"{medians['cached']:,.0f}", "streaming 90 records", str(out)):
+        assert shown in done.stdout
+
+
+def test_a_ratio_is_of_rounds_and_not_of_medians():
+    """A round in which the machine was slow for both does not count against either."""
+    assert median_ratio({"a": [100, 10, 50], "b": [200, 20, 100]}, "a", "b") == 0.5
+    assert median_ratio({"a": [10, 100, 110], "b": [100, 100, 100]}, "a", "b") == 1.0
+
+
+@pytest.mark.parametrize("sizes", ["64,big", "", "0", "-64"])
+def test_sizes_that_are_no_numbers_are_refused(sizes):
+    with pytest.raises(ValueError, match="--sizes is .* whole numbers parted by commas"):
+        bench.data(sizes=sizes)
