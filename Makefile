@@ -1,10 +1,10 @@
-# make demo | test | gpu | install | clean. Needs Python >= 3.11, make and a package index; nothing else.
+# make demo | test | faults | gpu | install | clean. Needs Python >= 3.11, make and a package index; nothing else.
 SHELL  := /bin/bash
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/installed
 
-.PHONY: install demo test gpu clean
+.PHONY: install demo test faults gpu clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign build/faults/$$(date +%Y%m%d-%H%M%S) --kills 200
 
 gpu: $(STAMP)
 	$(BIN)/python -m tests.gpu

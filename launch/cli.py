@@ -14,11 +14,14 @@ COMMANDS = {
     "prepare": "an attribute-labelled image set to WebDataset tars with a manifest",
     "inspect": "what a shard set holds: counts, balance, sizes, duplicates, in text and pictures",
     "verify": "read a shard set back and hold it against its manifest",
+    "align": "faces in photos, turned, scaled and cut as CelebA's are",
     "train": "train what a config says; --resume RUN goes on",
     "evaluate": "does it slide? tables over a split",
+    "sweep": "an experiment at every point of a grid, evaluated and set side by side",
     "compare": "runs side by side, and what their swaps cost in reconstruction",
     "register": "export a run and register it as a version in MLflow",
     "edit": "move the sliders on photos",
+    "bench": "measure this machine: how fast data comes, beside others and beside DALI alone",
     "sync": "send what tracking could not deliver",
 }
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,7 @@ def loader_mixed_decode_128() -> dict[str, Any]:
         plan = Plan(len(split), seed=0)
         rates: dict[str, Any] = {}
         firsts = []
-        for cache in (False, True):
+        for cache in ("none", "device", "host"):
             loader = open_loader(
                 "dali", cache, split, shards.attributes, Preprocessing(128), seed=0, device=torch.device("cuda:0"), threads=8
             )
@@ -133,10 +134,117 @@ def loader_mixed_decode_128() -> dict[str, Any]:
                 if count % 5120 == 0:
                     torch.cuda.synchronize()
             torch.cuda.synchronize()
-            rates["kept images/s" if cache else "streamed images/s"] = round(count / (time.monotonic() - began))
+            rates[f"cache {cache} images/s"] = round(count / (time.monotonic() - began))
             batches.close()
-        assert torch.equal(*firsts), "streamed and kept batches differ"
+        assert all(torch.equal(firsts[0], other) for other in firsts[1:]), "streamed and kept batches differ"
         return rates
+
+
+@cell(60)
+def augmentation_128() -> dict[str, Any]:
+    """Everything on, pictures a second; and as far from the CPU's as rounding goes."""
+    from fader.draws import Draws
+    from pipeline.augmentation import augmented
+    from pipeline.config import AugmentConfig
+
+    settings = AugmentConfig(
+        rotation_degrees=5, translation=0.03, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02
+    )
+    images, index = torch.rand(256, 3, 128, 128) * 2 - 1, torch.arange(256)
+    here = augmented(images, Draws(0, "x", 0, index), settings)
+    images, index = images.cuda(), index.cuda()
+    apart = float((augmented(images, Draws(0, "x", 0, index), settings).cpu() - here).abs().max())
+    assert apart < 1e-3, apart
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for draw in range(200):
+        augmented(images, Draws(0, "x", draw, index), settings)
+    torch.cuda.synchronize()
+    return {"images/s": round(200 * 256 / (time.monotonic() - began)), "from the CPU": apart}
+
+
+def _launch(launcher: list[str], module: str, *words: str) -> None:
+    line = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", "0", "-m", module, *words]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise AssertionError(f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+@cell(180)
+def ranks_over_nccl() -> dict[str, Any]:
+    """DDP and ZeRO-1 on two GPUs end with the weights of one; on a single GPU, ZeRO-1's sums over a world of one."""
+    from safetensors.torch import load_file
+
+    from tests import ranks
+    from tests.pipeline.test_ranks import distance, of, same
+
+    count = min(torch.cuda.device_count(), 2)
+    name = "one_node" if count == 2 else "deepspeed_zero1"
+    one = ranks.run(ranks.Case("fader", wide=False, steps=5))
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--config_file", f"launch/accelerate/{name}.yaml", "--num_processes", str(count)]
+        _launch(words, "tests.ranks", folder, "one")
+        found = [load_file(f"{folder}/rank{rank}.safetensors") for rank in range(count)]
+    backends = ("ddp", "zero1") if count == 2 else ("deepspeed",)
+    apart = {f"{name} from one GPU": distance(one, of(found[0], f"{name}/fader")) for name in backends}
+    assert all(same(found[0], other) for other in found), "ranks differ"
+    assert max(apart.values()) < 1e-2, apart  # convolutions in TF32
+    return {"ranks": count, **apart}
+
+
+@cell(180)
+def train_by_one_gpu_yaml_fp16() -> dict[str, Any]:
+    """The training command by Accelerate's launcher on one GPU, from drawn faces to a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "launch.prepare", "faces", f"{folder}/set", "--count", "400"]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+        run = Path(folder) / "run"
+        settings = (
+            f"data.path={folder}/set", f"run.folder={run}", "precision=fp16", "method.images=3200",
+            "run.evaluate_images=0", "judge=null", "tracking.enabled=false",
+        )  # fmt: skip
+        launcher = ["--config_file", "launch/accelerate/one_gpu.yaml"]
+        _launch(launcher, "launch.train", "configs/faces_fader.yaml", *settings)
+        saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert saved[-1].endswith("3200"), saved
+        return {"checkpoint": saved[-1]}
+
+
+@cell(500)
+def bench_data_cuda() -> dict[str, Any]:
+    """`fader bench data` on the GPU: streamed beside DALI alone, which is the limit, and kept on the device."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.json"
+        words = "--sizes 128,256 --count 6000 --batch-size 256 --threads 8 --rounds 3 --seconds 2 --device cuda".split()
+        line = [sys.executable, "-m", "launch.bench", "data", *words, "--json", str(out)]
+        subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+        found = json.loads(out.read_text())["images_per_second"]
+    names = ("bare", "floats", "streamed", "cached", "webdataset", "files")
+    return {size: {name: round(statistics.median(rates[name])) for name in names} for size, rates in found.items()}
+
+
+@cell(400)
+def sweep_validate_and_evaluate() -> dict[str, Any]:
+    """A judge, a sweep of two runs that validate while they train, and the best checkpoint's tables, as on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def fader(name: str, *words: str) -> None:
+            done = subprocess.run([sys.executable, "-m", f"launch.{name}", *words], cwd=ROOT, capture_output=True, text=True)
+            assert not done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
+
+        shared = (f"data.path={folder}/set", "method.images=3200", "tracking.enabled=false")
+        fader("prepare", "faces", f"{folder}/set", "--count", "400")
+        fader("train", "configs/faces_judge.yaml", *shared, f"run.folder={folder}/judge")
+        words = (*shared, f"judge={folder}/judge", "run.evaluate_images=1600", "method.lambda_max=0,1e-3")
+        fader("sweep", "configs/faces_fader.yaml", *words, "--folder", f"{folder}/sweep")
+        found = {}
+        for device in ("cuda", "cpu"):
+            file = Path(folder) / f"{device}.json"
+            fader("evaluate", f"{folder}/sweep/lambda_max-1e-3@best", "--device", device, "--json", str(file))
+            found[device] = json.loads(file.read_text())["metrics"]
+        apart = {name: abs(found["cuda"][name] - found["cpu"][name]) for name in ("test/mse", "test/swap_accuracy")}
+        assert found["cuda"].keys() == found["cpu"].keys() and max(apart.values()) < 0.02, apart
+        return {"from the CPU": apart, "swap accuracy": found["cuda"]["test/swap_accuracy"]}
 
 
 def _in_process(name: str, queue: Any) -> None:

@@ -119,3 +119,10 @@ def test_a_missing_config_is_one_clear_line(tmp_path):
         config.load(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="is a folder"):
         config.load(tmp_path)
+
+
+@pytest.mark.parametrize("moved", ["rotation_degrees", "translation"])
+def test_an_aligners_pictures_are_not_moved(moved):
+    config.load(CONFIGS[0].parent / "celeba_aligner.yaml", ["data.augment={hue: 0.1}"])
+    with pytest.raises(ValueError, match="aligner learns from how they stand"):
+        config.load(CONFIGS[0].parent / "celeba_aligner.yaml", [f"data.augment={{{moved}: 0.1}}"])

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fader", "pipeline", "launch")
 ORDER = (
-    "images config datasets remote shards inspection batches steps tar_loader dali_loader engine tracking metrics "
-    "checkpoint registry evaluation train app"
+    "images config augmentation datasets remote shards inspection quarantine balance batches steps cache tar_loader dali_loader "
+    "throughput engine tracking metrics checkpoint registry alignment misalignment evaluation interruption watchdog validation train sweep app"
 ).split()
 HOMES = {
     "accelerate": {"engine"},
@@ -25,6 +25,7 @@ HOMES = {
     "sklearn": {"datasets"},
     "yaml": {"config"},
     "gradio": {"app"},
+    "cv2": {"alignment"},
 }
 
 
