@@ -38,6 +38,8 @@ from fader.method import Batch, Clock, Context, Loss, LossFunction, Method, Opti
 from fader.schedules import ema_decay, ramp
 from pipeline.config import WHY_NOT_ZERO_3, EngineConfig
 
+log = logging.getLogger(__name__)
+
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _LR_POWER = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
@@ -427,6 +429,11 @@ class Ranks:
         self.is_main = self.accelerator.is_main_process
         self.is_local_main = self.accelerator.is_local_main_process
         self.node = _node()
+        if self.is_main and _restarts_may_hang(os.environ):
+            log.warning(
+                "the launcher may start processes again, and they would look for each other in the store of those that are "
+                "gone, and may hang: launch with --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+            )
 
     def _start_accelerate(self, precision: str, cpu: bool) -> None:
         """Process group and device. Accelerate hears nothing of DeepSpeed: it would ask for transformers."""
@@ -737,6 +744,12 @@ def _node() -> str | None:
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:  # the launcher counts machines there
         return None
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _restarts_may_hang(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher that restarts shares one store between all its rounds, as torch 2.13 does unless told otherwise."""
+    restarts, ranks = (int(environment.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "WORLD_SIZE"))
+    return restarts > 0 and ranks > 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 _NOTHING = contextlib.nullcontext()

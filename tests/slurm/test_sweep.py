@@ -33,6 +33,7 @@ def test_an_array_trains_the_children_and_the_table_comes_behind_them(cluster, c
     first = folder / "lambda_max-0"
     cluster.until((first / "run.json").exists, 300, "the first child to begin", array)
     (first / "stop").touch()  # what a time limit's USR1 does, without waiting for one
+    cluster.start_again(f"{array}_0")
     assert cluster.wait(table, 600) == "COMPLETED", cluster.output(array) + cluster.output(table)
     said = cluster.output(array)
     assert cluster.state(array) == "COMPLETED" and "it goes on when Slurm starts it again" in said, said
