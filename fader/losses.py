@@ -62,6 +62,28 @@ def fool_loss(
     return attribute_loss(attributes, logits, attributes.flipped(labels, draws), known, head)
 
 
+def confusion_loss(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head) -> Tensor:
+    """Cross-entropy of the latent discriminator's logits against even odds: the encoder minimises it.
+
+    Lowest, the sum of ln k, when the latent tells nothing; unlike `fool_loss` it gains nothing by telling the opposite.
+    A continuous attribute is led to 1/2. Arguments and reduction as in `attribute_loss`; of the labels only matters
+    whether they are known.
+
+    Source: Tzeng et al. 2015, arXiv:1510.02192, equation 4, there between domains.
+    """
+    total = logits.new_zeros((), dtype=wide(logits).dtype)
+    for value in range(max(attribute.k for attribute in attributes)):
+        columns, weights = [], []
+        for j, attribute in enumerate(attributes):
+            continuous = attribute.kind == "continuous"
+            columns.append(torch.full_like(labels[:, j], 0.5 if continuous else min(value, attribute.k - 1)))
+            weights.append(float(value == 0) if continuous else float(value < attribute.k) / attribute.k)
+        even = torch.where(labels < 0, labels, torch.stack(columns, 1))
+        losses = attributes.losses(logits, even, known, head)
+        total = total + (losses * losses.new_tensor(weights)).sum()
+    return total
+
+
 def patch_losses(probabilities: Tensor, target: float) -> Tensor:
     """Binary cross-entropy of each image's probability of being real, in nats.
 

@@ -19,12 +19,13 @@ from fader.classifier import Classifier
 from fader.counts import LeakControl
 from fader.discriminators import LatentDiscriminator, PatchDiscriminator
 from fader.layers import Deconv, wide
-from fader.losses import accuracies, attribute_loss, fool_loss, patch_losses, squared_errors
+from fader.losses import accuracies, attribute_loss, confusion_loss, fool_loss, patch_losses, squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.normalization import Norm
 from fader.schedules import Rise, risen
 
 Mode = Literal["eval", "train"]
+Fool = Literal["flipped", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class FaderSettings:
             "constant". "feedback": lambda_max times a factor that holds the leak at leak_target (see `LeakControl`);
             the other two grow linearly.
         leak_target: share of the labels' entropy that the latent discriminator may read, mean over the attributes.
+        fool: where the encoder leads the latent discriminator: "flipped", to the opposite labels, as published; or
+            "uniform", to even odds (see `confusion_loss`).
         feedback_images: images over which a leak one unit above its target multiplies λ by e.
         lambda_patch, lambda_classifier: weights of the patch discriminator's and the classifier's verdict on images
             decoded with random attributes; at 0 these networks do not exist.
@@ -79,6 +82,7 @@ class FaderSettings:
     lambda_shape: Rise | Literal["feedback"] = "linear"
     leak_target: float = 0.05
     feedback_images: int = 2_000
+    fool: Fool = "flipped"
     lambda_patch: float = 0.0
     lambda_classifier: float = 0.0
     smooth_label: float = 0.2
@@ -105,6 +109,8 @@ class FaderSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.lambda_shape not in (*get_args(Rise), "feedback"):
             raise ValueError(f"lambda_shape {self.lambda_shape!r} is none of {', '.join(get_args(Rise))}, feedback")
+        if self.fool not in get_args(Fool):
+            raise ValueError(f"fool {self.fool!r} is none of {', '.join(get_args(Fool))}")
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}; it must be from 0 to 1")
         if not 0 <= self.smooth_label < 0.5:
@@ -220,7 +226,10 @@ class Fader(Method):
         reconstruction = networks["decoder"](latent, self.attributes.code(batch.attributes))
         mse = batch.mean(squared_errors(reconstruction, batch.images))
         logits = networks["latent_discriminator"](latent)
-        fool = fool_loss(self.attributes, logits, batch.attributes, batch.known, batch.draws, s.head)
+        if s.fool == "uniform":
+            fool = confusion_loss(self.attributes, logits, batch.attributes, batch.known, s.head)
+        else:
+            fool = fool_loss(self.attributes, logits, batch.attributes, batch.known, batch.draws, s.head)
         if "leak_control" in networks:
             weight = s.lambda_max * networks["leak_control"].factor() if images >= s.warmup_images else 0.0
         else:

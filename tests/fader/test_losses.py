@@ -9,7 +9,7 @@ import torch
 
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
-from fader.losses import accuracies, attribute_loss, fool_loss, patch_losses, squared_errors
+from fader.losses import accuracies, attribute_loss, confusion_loss, fool_loss, patch_losses, squared_errors
 from fader.schedules import ema_decay, ramp, risen
 
 TWO = Attributes([Attribute("Male"), Attribute("Hair", "k-way", ("black", "blond", "brown"))])
@@ -68,6 +68,22 @@ def test_fool_loss_of_a_k_way_attribute_aims_at_the_drawn_category():
     want = torch.nn.functional.cross_entropy(logits[:3], target)
     got = fool_loss(hair, logits, labels, torch.tensor([3.0]), draws(4), "softmax")
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_confusion_loss_is_lowest_at_even_odds_and_blind_to_the_labels(head):
+    """(ln 4 + ln 4/3) / 2 at odds of 1 : 3 whatever the label, ln 2 + ln 3 where the logits say nothing."""
+    male, one = Attributes([Attribute("Male")]), torch.ones(1)
+    odds = torch.tensor([[0.0, math.log(3)]]) if head == "softmax" else torch.tensor([[math.log(3)]])
+    for label in (0.0, 1.0):
+        loss = confusion_loss(male, odds, torch.tensor([[label]]), one, head)
+        assert loss.item() == pytest.approx((math.log(4) + math.log(4 / 3)) / 2, rel=1e-6)
+    labels, known = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [0.0, -1.0]]), torch.tensor([2.0, 2.0])
+    nothing = torch.zeros(3, 5 if head == "softmax" else 4)
+    assert confusion_loss(TWO, nothing, labels, known, head).item() == pytest.approx(math.log(6), rel=1e-6)
+    aged = Attributes([Attribute("Age", "continuous")])
+    width = aged.logits_width(head)
+    assert confusion_loss(aged, torch.zeros(1, width), torch.tensor([[0.9]]), one, head).item() == 0
 
 
 def test_patch_losses_by_hand():
