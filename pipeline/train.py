@@ -289,6 +289,9 @@ class _Run:
                 return self._loop()
             except NonFinite as fault:
                 if self.salt >= self.experiment.run.rollbacks:
+                    if self.writer:  # what a resume finds is from before the trouble
+                        self.writer.wait()
+                        self.writer.forget_after(self.sound_at)
                     raise
                 self._go_back(fault)
 
