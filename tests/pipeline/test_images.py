@@ -179,6 +179,18 @@ def test_a_look_at_the_header_finds_what_is_cut_short(kind):
             images.check(part, "header")
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"a word"}, {"turned": 6}, {"turned": 3}], ids=str)
+def test_the_header_alone_gives_the_size_that_decoding_gives(mode, options):
+    picture, out = Image.effect_noise((90, 70), 60).convert(mode), io.BytesIO()
+    exif = Image.Exif()
+    if "turned" in options:
+        exif[0x0112] = options["turned"]
+    picture.save(out, "JPEG", exif=exif, **{key: value for key, value in options.items() if key != "turned"})
+    found = images.check(out.getvalue(), "header")
+    assert found == images.check(out.getvalue()) and found[:2] == images.decode(out.getvalue()).size
+
+
 def test_only_decoding_finds_damage_inside():
     out = io.BytesIO()
     Image.effect_noise((90, 70), 60).save(out, "JPEG")
