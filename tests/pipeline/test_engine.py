@@ -15,7 +15,7 @@ import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
 from fader.method import METHODS, Batch, Clock, Loss, Method, Optimizer, Phase, Stage
 from pipeline.config import EngineConfig
-from pipeline.engine import Engine, LossScale
+from pipeline.engine import Engine, LossScale, _restarts_may_hang
 from tests.shams import SHAMS, SGD, ShamSettings, registered
 
 ATTRIBUTES = Attributes([Attribute("Smiling"), Attribute("Beard", "k-way", ("none", "short", "long"))])
@@ -384,3 +384,22 @@ def test_dropout_is_keyed_by_stream_and_draw():
         return float(engine.update(phase, dataclasses.replace(one, draws=draws), Clock())["classifier/loss"])
 
     assert loss(3) == loss(3) != loss(4)
+
+
+def test_bf16_on_a_processor_without_it_is_said_to_be_slow(monkeypatch, caplog):
+    monkeypatch.setattr("pipeline.engine._has_bf16", lambda: False)
+    if torch.cuda.is_available():
+        pytest.skip("the GPU computes bf16 itself")
+    Engine(tiny("judge"), precision="fp32")
+    assert "bf16" not in caplog.text
+    Engine(tiny("judge"), precision="bf16")
+    assert "expect a twentieth of the speed of precision: fp32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("restarts", "ranks", "shared", "hangs"), [("3", "2", "True", True), ("3", "2", "False", False), ("0", "2", "True", False), ("3", "1", "True", False)]
+)  # fmt: skip
+def test_a_launcher_whose_restarts_may_hang_is_known_by_its_environment(restarts, ranks, shared, hangs):
+    launched = {"TORCHELASTIC_MAX_RESTARTS": restarts, "WORLD_SIZE": ranks, "TORCHELASTIC_USE_AGENT_STORE": shared}
+    assert _restarts_may_hang(launched) is hangs
+    assert not _restarts_may_hang({})
