@@ -17,8 +17,12 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fader demo
 
+# The tests of the Slurm jobs mostly wait, so they run beside the others; what they print comes last.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	@mkdir -p build
+	@$(BIN)/python -m pytest tests/slurm >build/test-slurm.log 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
+	$(BIN)/python -m pytest --ignore tests/slurm; code=$$?; \
+	echo "tests/slurm:"; wait $$slurm || code=1; cat build/test-slurm.log; exit $$code
 
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign build/faults/$$(date +%Y%m%d-%H%M%S) --kills 200
