@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,25 +64,34 @@ def fool_loss(
     return attribute_loss(attributes, logits, attributes.flipped(labels, draws), known, head)
 
 
-def confusion_loss(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head) -> Tensor:
-    """Cross-entropy of the latent discriminator's logits against even odds: the encoder minimises it.
+def confusion_loss(
+    attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head, odds: Sequence[Tensor]
+) -> Tensor:
+    """Cross-entropy of the latent discriminator's logits against odds that are the same for all: the encoder minimises it.
 
-    Lowest, the sum of ln k, when the latent tells nothing; unlike `fool_loss` it gains nothing by telling the opposite.
-    A continuous attribute is led to 1/2. Arguments and reduction as in `attribute_loss`; of the labels only matters
-    whether they are known.
+    With the frequencies of the labels as odds it is lowest, their entropy, when the latent tells nothing; unlike
+    `fool_loss` it gains nothing by telling the opposite. Even odds would, where a value is rare, ask for a latent that
+    makes the discriminator expect it too often.
 
-    Source: Tzeng et al. 2015, arXiv:1510.02192, equation 4, there between domains.
+    Args:
+        odds: one [k] an attribute, each of sum 1; a continuous attribute is led to their mean, 0 and 1 the values.
+        labels: [N, A]; only whether they are known matters.
+
+    Other arguments, reduction and errors as in `attribute_loss`.
+
+    Source: Tzeng et al. 2015, arXiv:1510.02192, equation 4, there between two domains and with even odds.
     """
     total = logits.new_zeros((), dtype=wide(logits).dtype)
     for value in range(max(attribute.k for attribute in attributes)):
         columns, weights = [], []
-        for j, attribute in enumerate(attributes):
+        for attribute, share in zip(attributes, odds, strict=True):
             continuous = attribute.kind == "continuous"
-            columns.append(torch.full_like(labels[:, j], 0.5 if continuous else min(value, attribute.k - 1)))
-            weights.append(float(value == 0) if continuous else float(value < attribute.k) / attribute.k)
-        even = torch.where(labels < 0, labels, torch.stack(columns, 1))
-        losses = attributes.losses(logits, even, known, head)
-        total = total + (losses * losses.new_tensor(weights)).sum()
+            label = share[1] if continuous else share.new_tensor(min(value, attribute.k - 1))
+            columns.append(label.to(labels.dtype).expand(len(labels)))
+            weights.append(share.new_tensor(value == 0) if continuous else share[value] if value < attribute.k else share.new_zeros(()))
+        anyone = torch.where(labels < 0, labels, torch.stack(columns, 1))
+        losses = attributes.losses(logits, anyone, known, head)
+        total = total + (losses * torch.stack(weights).to(losses)).sum()
     return total
 
 

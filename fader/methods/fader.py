@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fader.attributes import Attributes, Head
 from fader.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset
 from fader.classifier import Classifier
-from fader.counts import LeakControl
+from fader.counts import LabelCounts, LeakControl
 from fader.discriminators import LatentDiscriminator, PatchDiscriminator
 from fader.layers import Deconv, wide
 from fader.losses import accuracies, attribute_loss, confusion_loss, fool_loss, patch_losses, squared_errors
@@ -25,7 +25,7 @@ from fader.normalization import Norm
 from fader.schedules import Rise, risen
 
 Mode = Literal["eval", "train"]
-Fool = Literal["flipped", "uniform"]
+Fool = Literal["flipped", "marginal"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FaderSettings:
             the other two grow linearly.
         leak_target: share of the labels' entropy that the latent discriminator may read, mean over the attributes.
         fool: where the encoder leads the latent discriminator: "flipped", to the opposite labels, as published; or
-            "uniform", to even odds (see `confusion_loss`).
+            "marginal", to the frequencies of the labels, whatever the picture (see `confusion_loss`).
         feedback_images: images over which a leak one unit above its target multiplies λ by e.
         lambda_patch, lambda_classifier: weights of the patch discriminator's and the classifier's verdict on images
             decoded with random attributes; at 0 these networks do not exist.
@@ -126,7 +126,7 @@ class FaderSettings:
 @register
 class Fader(Method):
     """Networks: encoder, decoder, latent_discriminator; patch_discriminator and classifier where their λ is above 0;
-    leak_control, which learns nothing, where λ is set by feedback."""
+    leak_control, which learns nothing, where λ is set by feedback; so label_counts where the encoder is led to them."""
 
     name = "fader"
     Settings = FaderSettings
@@ -148,6 +148,8 @@ class Fader(Method):
         }
         if s.lambda_shape == "feedback":
             self.networks["leak_control"] = LeakControl(attributes, s.leak_target, s.feedback_images)
+        if s.fool == "marginal":
+            self.networks["label_counts"] = LabelCounts(attributes)
         sizes = {"init_channels": layout.init_channels, "max_channels": layout.max_channels, "norm": batch_norm}
         if s.lambda_patch > 0:
             self.networks["patch_discriminator"] = PatchDiscriminator(image_size, channels, **sizes)
@@ -166,7 +168,7 @@ class Fader(Method):
         if "classifier" in self.networks:
             learners.append(("classifier", self.classifier_loss, s.classifier_steps))
         stream = "fader" if s.shared_batch else ""
-        watching = {"latent_discriminator": ("leak_control",)} if "leak_control" in self.networks else {}
+        watching = {"latent_discriminator": tuple(n for n in ("leak_control", "label_counts") if n in self.networks)}
         phases = [
             Phase((name,), loss, others=s.discriminator_others, repeat=steps, stream=stream, refreshes=watching.get(name, ()))
             for name, loss, steps in learners
@@ -197,6 +199,8 @@ class Fader(Method):
         with torch.no_grad():
             latent = networks["encoder"](batch.images)
         logits = networks["latent_discriminator"](latent)
+        if "label_counts" in networks:
+            networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
         if "leak_control" in networks:
             losses = self.attributes.losses(logits.detach(), batch.attributes, batch.known, self.settings.head)
             networks["leak_control"].observe(
@@ -226,8 +230,9 @@ class Fader(Method):
         reconstruction = networks["decoder"](latent, self.attributes.code(batch.attributes))
         mse = batch.mean(squared_errors(reconstruction, batch.images))
         logits = networks["latent_discriminator"](latent)
-        if s.fool == "uniform":
-            fool = confusion_loss(self.attributes, logits, batch.attributes, batch.known, s.head)
+        if "label_counts" in networks:
+            odds = [block.exp() for block in networks["label_counts"].log_frequencies()]
+            fool = confusion_loss(self.attributes, logits, batch.attributes, batch.known, s.head, odds)
         else:
             fool = fool_loss(self.attributes, logits, batch.attributes, batch.known, batch.draws, s.head)
         if "leak_control" in networks:

@@ -17,7 +17,7 @@ from tests.fader.tiny import MIXED, changed, loss_of, phases, planted, stand, ti
 FULL = {"lambda_patch": 0.1, "lambda_classifier": 0.1}
 CASES = [(name, {}) for name in sorted(METHODS)] + [("fader", FULL), ("fader", {"head": "sigmoid", "num_skips": 1})]
 CASES.append(("fader", {"lambda_shape": "feedback"}))
-CASES.append(("fader", {"fool": "uniform"}))
+CASES.append(("fader", {"fool": "marginal"}))
 
 
 def cases(wanted=lambda changes, phase: True) -> list:
