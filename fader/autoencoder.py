@@ -91,6 +91,8 @@ class Encoder(nn.Module):
             )
         widths = [layout.channels, *layout.widths[: layout.num_layers]]
         self.num_skips = layout.num_skips
+        side = layout.image_size >> (layout.num_layers - layout.num_skips)
+        self.shallowest_shape = widths[layout.num_layers - layout.num_skips], side, side
         self.layers = nn.ModuleList(
             Down(a, b, norm if i > 0 else None, dropout) for i, (a, b) in enumerate(zip(widths, widths[1:]))
         )

@@ -7,6 +7,7 @@ defaults follow the code.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,12 +18,15 @@ from fader.attributes import Attributes, Head
 from fader.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset
 from fader.classifier import Classifier
 from fader.counts import LabelCounts, LeakControl
+from fader.critic import FisherCritic
 from fader.discriminators import LatentDiscriminator, PatchDiscriminator
 from fader.layers import Deconv, wide
 from fader.losses import accuracies, attribute_loss, confusion_loss, fool_loss, patch_losses, squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.normalization import Norm
 from fader.schedules import Rise, risen
+
+_OBSERVERS = ("leak_control", "label_counts", "critic")  # what looks on while the latent discriminator learns
 
 Mode = Literal["eval", "train"]
 Fool = Literal["flipped", "marginal"]
@@ -39,7 +43,7 @@ class FaderSettings:
         head: "softmax", two logits a binary attribute, or "sigmoid", one.
         lambda_reconstruction: weight of the mean squared error.
         lambda_max: weight of the fool loss after the ramp.
-        ramp_images: images over which lambda_max, lambda_patch and lambda_classifier grow from 0; 0 = none.
+        ramp_images: images over which the weights of the fool loss and of all that follow grow from 0; 0 = none.
         warmup_images: images before that, in which they are 0 and only reconstruction is learnt.
         lambda_shape: how they grow: "linear" as published, "cosine", "step" (0, and all at once after ramp_images) or
             "constant". "feedback": lambda_max times a factor that holds the leak at leak_target (see `LeakControl`);
@@ -50,6 +54,9 @@ class FaderSettings:
         feedback_images: images over which a leak one unit above its target multiplies λ by e.
         lambda_patch, lambda_classifier: weights of the patch discriminator's and the classifier's verdict on images
             decoded with random attributes; at 0 these networks do not exist.
+        lambda_fisher: weight of what a linear reader could make of the latent (see `FisherCritic`), which sees further
+            than a discriminator that has to learn; at 0 there is no such critic.
+        fisher_half_life: images after which an old latent counts half in the critic's moments.
         smooth_label: the patch discriminator's targets are this and one minus this. Codes are never smoothed.
         learning_rate: of encoder and decoder, and of each other network that names none of its own.
         decay_share: the last share of training, in which the learning rate of encoder and decoder falls, in a straight
@@ -85,6 +92,8 @@ class FaderSettings:
     fool: Fool = "flipped"
     lambda_patch: float = 0.0
     lambda_classifier: float = 0.0
+    lambda_fisher: float = 0.0
+    fisher_half_life: int = 2_000
     smooth_label: float = 0.2
     learning_rate: float = 2e-4
     latent_discriminator_learning_rate: float | None = None
@@ -104,7 +113,7 @@ class FaderSettings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is none of {', '.join(PRESETS)}")
-        for name in ("lambda_reconstruction", "lambda_max", "lambda_patch", "lambda_classifier", "ramp_images", "warmup_images"):
+        for name in ("lambda_reconstruction", "lambda_max", "lambda_patch", "lambda_classifier", "lambda_fisher", "ramp_images", "warmup_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.lambda_shape not in (*get_args(Rise), "feedback"):
@@ -126,7 +135,8 @@ class FaderSettings:
 @register
 class Fader(Method):
     """Networks: encoder, decoder, latent_discriminator; patch_discriminator and classifier where their λ is above 0;
-    leak_control, which learns nothing, where λ is set by feedback; so label_counts where the encoder is led to them."""
+    leak_control, which learns nothing, where λ is set by feedback; so label_counts where the encoder is led to them, and
+    critic where lambda_fisher is above 0."""
 
     name = "fader"
     Settings = FaderSettings
@@ -150,6 +160,9 @@ class Fader(Method):
             self.networks["leak_control"] = LeakControl(attributes, s.leak_target, s.feedback_images)
         if s.fool == "marginal":
             self.networks["label_counts"] = LabelCounts(attributes)
+        if s.lambda_fisher > 0:
+            size = math.prod(self.networks["encoder"].shallowest_shape)
+            self.networks["critic"] = FisherCritic(attributes, size, s.fisher_half_life)
         sizes = {"init_channels": layout.init_channels, "max_channels": layout.max_channels, "norm": batch_norm}
         if s.lambda_patch > 0:
             self.networks["patch_discriminator"] = PatchDiscriminator(image_size, channels, **sizes)
@@ -168,7 +181,7 @@ class Fader(Method):
         if "classifier" in self.networks:
             learners.append(("classifier", self.classifier_loss, s.classifier_steps))
         stream = "fader" if s.shared_batch else ""
-        watching = {"latent_discriminator": tuple(n for n in ("leak_control", "label_counts") if n in self.networks)}
+        watching = {"latent_discriminator": tuple(n for n in _OBSERVERS if n in self.networks)}
         phases = [
             Phase((name,), loss, others=s.discriminator_others, repeat=steps, stream=stream, refreshes=watching.get(name, ()))
             for name, loss, steps in learners
@@ -201,6 +214,10 @@ class Fader(Method):
         logits = networks["latent_discriminator"](latent)
         if "label_counts" in networks:
             networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
+        if "critic" in networks:
+            networks["critic"].observe(
+                self.attributes, latent.shallowest.flatten(1), batch.attributes, context.reduce_sum
+            )
         if "leak_control" in networks:
             losses = self.attributes.losses(logits.detach(), batch.attributes, batch.known, self.settings.head)
             networks["leak_control"].observe(
@@ -241,6 +258,14 @@ class Fader(Method):
             weight = self._risen(s.lambda_max, images)
         loss = s.lambda_reconstruction * mse + weight * fool
         report: dict[str, Tensor | float] = {"mse": mse.detach(), "fool": fool.detach(), "lambda": weight}
+
+        if "critic" in networks:
+            solution = networks["critic"].solve()
+            latents = latent.shallowest.flatten(1)
+            separation = batch.mean(networks["critic"].estimates(solution, self.attributes, latents, batch.attributes))
+            loss = loss + self._risen(s.lambda_fisher, images) * separation
+            named = zip(self.attributes.names, solution.separations)
+            report |= {"separation": separation.detach(), **{f"separation.{name}": each for name, each in named}}
 
         if "patch_discriminator" in networks or "classifier" in networks:
             labels, code = self._random_code(batch)

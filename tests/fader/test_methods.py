@@ -18,6 +18,7 @@ FULL = {"lambda_patch": 0.1, "lambda_classifier": 0.1}
 CASES = [(name, {}) for name in sorted(METHODS)] + [("fader", FULL), ("fader", {"head": "sigmoid", "num_skips": 1})]
 CASES.append(("fader", {"lambda_shape": "feedback"}))
 CASES.append(("fader", {"fool": "marginal"}))
+CASES.append(("fader", {"lambda_fisher": 0.1}))
 
 
 def cases(wanted=lambda changes, phase: True) -> list:
