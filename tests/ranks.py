@@ -56,7 +56,8 @@ Fault = Callable[[Engine], Draw | None]
 
 @dataclass(frozen=True)
 class Case:
-    """One run. settings: the engine's. wide: float64. poisoned: one rank's batch of one draw is not finite."""
+    """One run. settings: the engine's. wide: float64. poisoned: one rank's batch of one draw is not finite.
+    critic: the encoder is led to the labels' frequencies, and by the solved critic."""
 
     method: str
     settings: EngineConfig = EngineConfig()
@@ -68,6 +69,7 @@ class Case:
     norm: str = "global"
     left_out: int | None = None
     poisoned: bool = False
+    critic: bool = False
 
     def with_(self, **changes: object) -> Case:
         engine = {k: changes.pop(k) for k in list(changes) if k in EngineConfig.model_fields}
@@ -78,6 +80,7 @@ def references() -> dict[str, Case]:
     """What one process runs, in float64 but for what is named otherwise."""
     cases = {name: Case(name) for name in METHOD_NAMES}
     cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH) for name in METHOD_NAMES}
+    cases["fader critic"] = Case("fader", critic=True)
     cases["poisoned"] = Case("sham_quantised", steps=5, left_out=POISONED)
     cases |= {f"fader {precision}": Case("fader", wide=False, precision=precision, steps=5) for precision in ("fp32", "bf16")}
     return cases
@@ -100,6 +103,7 @@ def cases_of_ranks() -> dict[str, Case]:
     for name in METHOD_NAMES:
         cases[f"ddp/{name} uneven"] = Case(name, BACKENDS["ddp"], batch_size=UNEVEN_BATCH)
     cases["zero1/fader uneven"] = Case("fader", BACKENDS["zero1"], False, UNEVEN_BATCH)
+    cases["ddp/fader critic"] = Case("fader", BACKENDS["ddp"], critic=True)
     cases["ddp/local norm"] = Case("fader", BACKENDS["ddp"], norm="local", steps=3)
     cases |= {f"fault/{name}": Case("fader", BACKENDS["ddp"], fault=fault) for name, fault in FAULTS.items()}
     cases |= {
@@ -117,6 +121,7 @@ def build(case: Case) -> Method:
         "fader": lambda: kind.Settings(
             **small, num_layers=2, hidden_channels=8, lambda_max=0.5, lambda_shape="feedback", feedback_images=100,
             latent_dropout=0.0, ema_half_life=64, norm=case.norm,
+            **({"lambda_fisher": 0.1, "fisher_half_life": 50, "fool": "marginal", "ramp_images": 0} if case.critic else {}),
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
     }.get(case.method, lambda: ShamSettings(STEPS * case.batch_size))()  # fmt: skip

@@ -70,6 +70,12 @@ def test_two_ranks_end_with_the_weights_of_one_process(states, backend, name):
     assert distance(of(states["one"], name), of(states["first"], f"{backend}/{name}")) < TOLERANCE[backend]
 
 
+def test_the_solved_critic_knows_the_moments_of_all_ranks(states):
+    one, plain = of(states["one"], "fader critic"), of(states["one"], "fader")
+    assert distance(one, of(states["first"], "ddp/fader critic")) < TOLERANCE["ddp"]
+    assert distance({key: one[key] for key in plain}, plain) > 1e-4, "it changes the weights"
+
+
 @pytest.mark.parametrize("name", WITHOUT_BATCH_NORM)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_in_two_parts_is_the_batch(states, backend, name):
