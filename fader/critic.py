@@ -15,7 +15,7 @@ _WIDEST = 4096
 
 
 class Solution(NamedTuple):
-    """All float64. mean: [size] of all latents. directions: [W, size], for each column of the code Σ⁻¹ (μ_v - μ̄).
+    """All float64, F = size + num_hidden. mean: [F] of all latents. directions: [W, F], for each column of the code Σ⁻¹ (μ_v - μ̄).
     separations: [A]."""
 
     mean: Tensor
@@ -34,30 +34,43 @@ class FisherCritic(nn.Module):
     The separation of attribute a with k values is J = 1/k Σ_v (μ_v - μ̄)ᵀ Σ⁻¹ (μ_v - μ̄): μ_v the mean latent of those
     of value v, μ̄ the mean of the μ_v, so that rare values count alike, Σ the covariance of all. It is 0 when no linear
     reader can tell; of a binary attribute with equally likely values whose latents are Gaussian, 0.5 lets one be right
-    in 92 of 100 cases, 0.1 in 70. A continuous attribute counts as its two ends, each record in proportion.
+    in 84 of 100 cases, 0.1 in 63. A continuous attribute counts as its two ends, each record in proportion.
+
+    What a curved reader could make of a latent z is seen through fixed random features, max(0, (z - mean) R): beside z
+    itself they are what a network with one hidden layer starts from.
 
     All state is buffers, sums that fade: every rank keeps the same, and a checkpoint holds them.
 
     Args:
         size: numbers of a latent.
+        num_hidden: random features beside them.
         half_life: images after which an old one counts half.
         shrinkage: this times the mean variance is added to each number's own.
 
     Raises:
-        ValueError: a latent is too large for its covariance; half_life or shrinkage is not positive.
+        ValueError: latent and features are too many for their covariance; half_life or shrinkage is not positive.
 
-    Source: Fisher 1936, doi:10.1111/j.1469-1809.1936.tb02137.x; several values: Rao 1948, section 7.
+    Source: Fisher 1936, doi:10.1111/j.1469-1809.1936.tb02137.x; several values: Rao 1948, section 7; random features:
+    Rahimi, Recht 2008, "Weighted sums of random kitchen sinks".
     """
 
-    def __init__(self, attributes: Attributes, size: int, half_life: int, shrinkage: float = 0.1) -> None:
+    def __init__(
+        self, attributes: Attributes, size: int, half_life: int, num_hidden: int = 0, shrinkage: float = 0.1
+    ) -> None:
         super().__init__()
-        if size > _WIDEST:
-            raise ValueError(f"a latent of {size:,} numbers is too large for its covariance; {_WIDEST:,} are the most")
+        if size + num_hidden > _WIDEST:
+            raise ValueError(
+                f"a latent of {size:,} numbers and {num_hidden:,} features are too many for their covariance; "
+                f"{_WIDEST:,} are the most"
+            )
         if half_life < 1 or shrinkage <= 0:
             raise ValueError(f"half_life {half_life} and shrinkage {shrinkage:g} must be positive")
         self.slices = attributes.code_slices()
         self.half_life, self.shrinkage = half_life, shrinkage
-        width = attributes.code_width
+        chance = torch.Generator().manual_seed(0)  # on every rank the same
+        self.register_buffer("projection", torch.randn(size, num_hidden, generator=chance) / size**0.5)
+        self.register_buffer("middle", torch.zeros(size))
+        width, size = attributes.code_width, size + num_hidden
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("total", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("products", torch.zeros(size, size, dtype=torch.float64))
@@ -69,7 +82,8 @@ class FisherCritic(nn.Module):
         """Take note of a batch over all ranks, in train mode. latent: [N, size]. labels: [N, A], -1 = unknown."""
         if not self.training:
             return
-        latent, members = latent.double(), _members(attributes, labels).double()
+        latent = self._features(latent).double()
+        members = _members(attributes, labels).double()
         sums = (
             latent.new_tensor([len(latent)]), latent.sum(0), latent.T @ latent, members.sum(0), members.T @ latent,
         )  # fmt: skip
@@ -78,6 +92,15 @@ class FisherCritic(nn.Module):
         kept = (self.count, self.total, self.products, self.value_counts, self.value_totals)
         for old, new in zip(kept, flat.split([part.numel() for part in kept])):
             old.mul_(fade).add_(new.view_as(old))
+        self.middle.copy_(self.total[: len(self.middle)] / self.count)
+
+    def _features(self, latent: Tensor) -> Tensor:
+        """[N, size] to [N, size + num_hidden], at least float32."""
+        latent = wide(latent)
+        if not self.projection.shape[1]:
+            return latent
+        curved = torch.relu((latent - self.middle.to(latent.dtype)) @ self.projection.to(latent.dtype))
+        return torch.cat([latent, curved], 1)
 
     @torch.no_grad()
     def solve(self) -> Solution:
@@ -106,7 +129,7 @@ class FisherCritic(nn.Module):
         Returns:
             [N], float64 where the latent is and float32 else; of either sign.
         """
-        latent = wide(latent)
+        latent = self._features(latent)
         mean, directions, _ = (part.to(latent.dtype) for part in solution)
         share = self.value_counts / self.count.clamp(min=1)
         weights = torch.zeros_like(share)

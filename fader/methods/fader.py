@@ -57,6 +57,7 @@ class FaderSettings:
         lambda_fisher: weight of what a linear reader could make of the latent (see `FisherCritic`), which sees further
             than a discriminator that has to learn; at 0 there is no such critic.
         fisher_half_life: images after which an old latent counts half in the critic's moments.
+        fisher_hidden: random features by which the critic also sees what no linear reader does.
         smooth_label: the patch discriminator's targets are this and one minus this. Codes are never smoothed.
         learning_rate: of encoder and decoder, and of each other network that names none of its own.
         decay_share: the last share of training, in which the learning rate of encoder and decoder falls, in a straight
@@ -94,6 +95,7 @@ class FaderSettings:
     lambda_classifier: float = 0.0
     lambda_fisher: float = 0.0
     fisher_half_life: int = 2_000
+    fisher_hidden: int = 256
     smooth_label: float = 0.2
     learning_rate: float = 2e-4
     latent_discriminator_learning_rate: float | None = None
@@ -162,7 +164,7 @@ class Fader(Method):
             self.networks["label_counts"] = LabelCounts(attributes)
         if s.lambda_fisher > 0:
             size = math.prod(self.networks["encoder"].shallowest_shape)
-            self.networks["critic"] = FisherCritic(attributes, size, s.fisher_half_life)
+            self.networks["critic"] = FisherCritic(attributes, size, s.fisher_half_life, s.fisher_hidden)
         sizes = {"init_channels": layout.init_channels, "max_channels": layout.max_channels, "norm": batch_norm}
         if s.lambda_patch > 0:
             self.networks["patch_discriminator"] = PatchDiscriminator(image_size, channels, **sizes)

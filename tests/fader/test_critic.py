@@ -75,6 +75,19 @@ def test_a_k_way_attribute_weighs_its_values_alike_and_a_continuous_one_is_told_
     assert seen(noise + 4 * value, value, age).solve().separations.item() > 0.05
 
 
+def test_random_features_show_what_no_linear_reader_sees():
+    """A label that says whether a latent lies far out, on either side."""
+    latent = torch.randn(MANY, 3, generator=torch.Generator().manual_seed(0))
+    labels = (latent[:, 1:2].abs() > 1).float()
+    assert seen(latent, labels).solve().separations.item() < 1e-3
+    critic = seen(latent, labels, num_hidden=32)
+    for _ in range(2):  # the first batch does not know its own middle
+        critic.observe(MALE, latent, labels, identity)
+    assert critic.solve().separations.item() > 0.2
+    same = FisherCritic(MALE, 3, 100, num_hidden=32)
+    assert torch.equal(same.projection, critic.projection), "every rank has the same features"
+
+
 def test_unknown_labels_count_nowhere_and_values_never_seen_are_no_news():
     latent, labels = drawn(0.3, 2.0)
     some = labels.clone()
@@ -115,7 +128,7 @@ def test_two_ranks_know_what_one_process_knows():
     sums = []
     for part in halves:  # what each rank gives to the sum
         FisherCritic(MALE, 3, 10**9).train().observe(MALE, *part, lambda x: (sums.append(x), x)[1])
-    rank = FisherCritic(MALE, 3, 10**9, 1e-9).train()
+    rank = FisherCritic(MALE, 3, 10**9, shrinkage=1e-9).train()
     rank.observe(MALE, *halves[0], lambda x: sums[0] + sums[1])
     assert torch.allclose(rank.solve().directions, whole.solve().directions, rtol=1e-9)
     parts = [estimates(whole, *part).sum() for part in halves]
@@ -131,7 +144,7 @@ def test_what_is_not_finite_raises_nothing_and_is_not_finite():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="too large for its covariance"):
+    with pytest.raises(ValueError, match="too many for their covariance"):
         FisherCritic(MALE, 8192, 100)
     with pytest.raises(ValueError, match="must be positive"):
         FisherCritic(MALE, 8, 0)
