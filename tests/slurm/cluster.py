@@ -122,8 +122,9 @@ class Cluster:
             time.sleep(every)
 
     def output(self, job: str) -> str:
-        """What the job, or all tasks of it, wrote so far."""
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob(f"job-{job}-*.log")))
+        """What the job, or all tasks of it, wrote so far. job: its number, or ARRAY_TASK."""
+        number, _, task = job.partition("_")
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob(f"job-{number}-{task or '*'}.log")))
 
     def seconds(self, job: str) -> float:
         """For how long the job has been running, this time."""
