@@ -171,7 +171,6 @@ class DaliDecoder(SplitLoader):
             num_threads=self.threads,
             device_id=index_of(self.device) if on_gpu else None,
             prefetch_queue_depth=self.prefetch,
-            exec_dynamic=on_gpu,  # on two CPU cores it leaves a fifth of them idle between batches that come from outside
         )
         def decoding():
             kinds = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32][: 5 if self._pads else 3]

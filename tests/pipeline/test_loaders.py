@@ -388,7 +388,7 @@ def test_a_picture_that_does_not_decode_is_named(damaged, kind):
     message = str(caught.value)
     assert str(split.keys[row]) in message and split.shards[split.shard[row]].name in message
     assert "fader verify" in message and "\n" not in message
-    assert len(given) <= 2, "what was decoded before it may be given; how much depends on how far DALI worked ahead"
+    assert len(given) == 2
     others = [batch.index.tolist() for batch in loader.batches([Request("a", 0, np.arange(20))])]
     assert others == [list(range(20))]
 
