@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,11 +72,29 @@ def size_fault(path: Path, size: int) -> str | None:
     return None
 
 
+_AT_ONCE = 8192  # rows of a manifest that are Python objects at a time: each is a hundred bytes and more
+
+
+def _numbered(column: pa.ChunkedArray, numbers: Mapping[str, int]) -> np.ndarray:
+    """[n] int64: each string's number; -1 of one that has none."""
+    whole = column.combine_chunks().dictionary_encode(null_encoding="encode")
+    known = np.array([numbers.get(name, -1) for name in whole.dictionary.to_pylist()], np.int64)
+    return known[whole.indices.to_numpy()] if len(whole) else np.zeros(0, np.int64)
+
+
+def _strings(column: pa.ChunkedArray) -> np.ndarray:
+    """[n] str, no wider than the longest."""
+    parts = [np.array(column.slice(k, _AT_ONCE).to_pylist()) for k in range(0, len(column), _AT_ONCE)]
+    return np.concatenate(parts)
+
+
 def data_digest(attribute_list: list[dict[str, Any]], table: pa.Table) -> str:
     """sha256 of what the data is: attributes, and each record's key, split, picture digest and labels, in order."""
     digest = hashlib.sha256(json.dumps([[e["name"], e["kind"], e["categories"]] for e in attribute_list]).encode())
     for column in ("key", "split", "digest"):
-        digest.update("\n".join(table[column].to_pylist()).encode())
+        for start in range(0, table.num_rows, _AT_ONCE):
+            part = table[column].slice(start, _AT_ONCE).to_pylist()
+            digest.update(("\n" * (start > 0) + "\n".join(part)).encode())
     for entry in attribute_list:
         kind = "<f4" if entry["kind"] == "continuous" else "<i1"
         digest.update(table[entry["name"]].to_numpy().astype(kind).tobytes())
@@ -147,7 +166,7 @@ class ShardSet:
         except (pa.ArrowException, KeyError, OSError) as error:
             raise ValueError(f"{self.path / MANIFEST} cannot be read: {error}") from error
         sizes = {shard["file"]: shard["size"] for shard in shards_of(self.info)}
-        limit = np.array([sizes.get(shard, -1) for shard in table["shard"].to_pylist()])
+        limit = _numbered(table["shard"], sizes)
         offset, size = table["offset"].to_numpy(), table["size"].to_numpy()
         if ((offset < 0) | (size < 0) | (offset + size > limit)).any():
             raise ValueError(
@@ -175,11 +194,11 @@ class ShardSet:
         return Split(
             name=name,
             attributes=self.attributes,
-            keys=np.array(table["key"].to_pylist()),
+            keys=_strings(table["key"]),
             labels=np.stack([table[e["name"]].to_numpy().astype(np.float32) for e in attribute_list], 1)
             if attribute_list
             else np.zeros((table.num_rows, 0), np.float32),
-            shard=np.array([number[shard] for shard in table["shard"].to_pylist()], np.int32),
+            shard=_numbered(table["shard"], number).astype(np.int32),
             offset=table["offset"].to_numpy(),
             size=table["size"].to_numpy(),
             width=table["width"].to_numpy(),
