@@ -86,8 +86,11 @@ def break_off(config: Path, run: Path, processes: int, number: signal.Signals) -
     return output
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+@pytest.mark.parametrize(  # kill -9 of a rank of several: tests/faults and tests/slurm
+    ("number", "processes"),
+    [(signal.SIGINT, 1), (signal.SIGKILL, 1), (signal.SIGINT, 2)],
+    ids=["ctrl-c-1", "kill-9-1", "ctrl-c-2"],
+)
 def test_a_run_that_was_broken_off_ends_bit_for_bit_as_the_unbroken_one(config, unbroken, tmp_path, processes, number):
     run = tmp_path / "run"
     output = break_off(config, run, processes, number)
