@@ -189,7 +189,12 @@ class ShardSet:
             counts = ", ".join(f"{split} {self.info['splits'][split]['records']:,}" for split in SPLITS)
             raise ValueError(f"{self.path} has no {name} records ({counts}); prepare a source that has some")
         names = [shard["file"] for shard in self.info["splits"][name]["shards"]]
-        number = {shard: i for i, shard in enumerate(names)}
+        shard = _numbered(table["shard"], {file: i for i, file in enumerate(names)})
+        if (shard < 0).any():
+            raise ValueError(
+                f"{self.path / MANIFEST}: records of {name} stand in tars of another split; remove {self.path} and run "
+                "'fader prepare' again"
+            )
         attribute_list = self.info["attributes"]
         return Split(
             name=name,
@@ -198,7 +203,7 @@ class ShardSet:
             labels=np.stack([table[e["name"]].to_numpy().astype(np.float32) for e in attribute_list], 1)
             if attribute_list
             else np.zeros((table.num_rows, 0), np.float32),
-            shard=_numbered(table["shard"], number).astype(np.int32),
+            shard=shard.astype(np.int32),
             offset=table["offset"].to_numpy(),
             size=table["size"].to_numpy(),
             width=table["width"].to_numpy(),
