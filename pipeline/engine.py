@@ -618,7 +618,8 @@ class Engine(Ranks):
         group = self.groups[phase.trains]
         images = batch.size * self.world_size
         group.set_rate(self._rate_factor(images, clock), clock)
-        buffers = [buffer for name in self.networks for buffer in self.networks[name].buffers()]
+        moving = [network for network in self.networks.values() if network.training]  # in eval mode nothing takes note
+        buffers = [buffer for network in moving for buffer in network.buffers()]
         before = [buffer.clone() for buffer in buffers]
         losses = group.accumulate(phase.loss, _parts(batch, self.settings.accumulation), context)
         norm, finite = group.step()
