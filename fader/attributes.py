@@ -152,6 +152,16 @@ class Attributes(Sequence[Attribute]):
             columns[-1] = torch.where((label < 0)[:, None], 1.0 / attribute.k, columns[-1])
         return torch.cat(columns, 1) if columns else labels.new_zeros(len(labels), 0)
 
+    def members(self, labels: Tensor) -> Tensor:
+        """The code, with 0 in every column of an unknown label: to which values each record is known to belong.
+
+        Raises:
+            ValueError: the number of columns is wrong.
+        """
+        code = self.code(labels)
+        known = [(labels[:, j : j + 1] >= 0).expand(-1, attribute.k) for j, attribute in enumerate(self)]
+        return torch.where(torch.cat(known, 1), code, 0.0) if known else code
+
     def with_slider(self, code: Tensor, name: str, slider: float | Tensor, category: int | None = None) -> Tensor:
         """A copy of `code` with one attribute's slider moved.
 

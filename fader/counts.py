@@ -24,9 +24,7 @@ class LabelCounts(nn.Module):
         """Count a batch of labels [N, A] of every rank, in train mode; unknown ones are left out."""
         if not self.training:
             return
-        known = torch.cat([(labels[:, j : j + 1] >= 0).expand(-1, a.k) for j, a in enumerate(attributes)], 1)
-        seen = torch.where(known, attributes.code(labels), 0.0).sum(0)
-        self.counts += reduce_sum(seen.to(self.counts.dtype))
+        self.counts += reduce_sum(attributes.members(labels).sum(0).to(self.counts.dtype))
 
     def log_frequencies(self) -> list[Tensor]:
         """One [k] float32 block an attribute."""

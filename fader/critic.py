@@ -11,12 +11,15 @@ from fader.attributes import Attributes
 from fader.layers import wide
 from fader.method import ReduceSum
 
-_WIDEST = 4096
+_WIDEST = 4096  # their covariance takes 128 MiB, and a second or more of a CPU core to solve
 
 
 class Solution(NamedTuple):
-    """All float64, F = size + num_hidden. mean: [F] of all latents. directions: [W, F], for each column of the code Σ⁻¹ (μ_v - μ̄).
-    separations: [A]."""
+    """All float64, F = size + num_hidden.
+
+    mean: [F] of all features. directions: [W, F], for each column of the code Σ⁻¹ (μ_v - μ̄), divided by k and by the share
+    of all records that have the value. separations: [A].
+    """
 
     mean: Tensor
     directions: Tensor
@@ -69,7 +72,6 @@ class FisherCritic(nn.Module):
         self.half_life, self.shrinkage = half_life, shrinkage
         chance = torch.Generator().manual_seed(0)  # on every rank the same
         self.register_buffer("projection", torch.randn(size, num_hidden, generator=chance) / size**0.5)
-        self.register_buffer("middle", torch.zeros(size))
         width, size = attributes.code_width, size + num_hidden
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("total", torch.zeros(size, dtype=torch.float64))
@@ -83,7 +85,7 @@ class FisherCritic(nn.Module):
         if not self.training:
             return
         latent = self._features(latent).double()
-        members = _members(attributes, labels).double()
+        members = attributes.members(labels).double()
         sums = (
             latent.new_tensor([len(latent)]), latent.sum(0), latent.T @ latent, members.sum(0), members.T @ latent,
         )  # fmt: skip
@@ -92,14 +94,15 @@ class FisherCritic(nn.Module):
         kept = (self.count, self.total, self.products, self.value_counts, self.value_totals)
         for old, new in zip(kept, flat.split([part.numel() for part in kept])):
             old.mul_(fade).add_(new.view_as(old))
-        self.middle.copy_(self.total[: len(self.middle)] / self.count)
 
     def _features(self, latent: Tensor) -> Tensor:
         """[N, size] to [N, size + num_hidden], at least float32."""
         latent = wide(latent)
         if not self.projection.shape[1]:
             return latent
-        curved = torch.relu((latent - self.middle.to(latent.dtype)) @ self.projection.to(latent.dtype))
+        middle = self.total[: latent.shape[1]] / self.count.clamp(min=1)
+        with torch.autocast(latent.device.type, enabled=False):
+            curved = torch.relu((latent - middle.to(latent.dtype)) @ self.projection.to(latent.dtype))
         return torch.cat([latent, curved], 1)
 
     @torch.no_grad()
@@ -111,13 +114,15 @@ class FisherCritic(nn.Module):
         ridge = self.shrinkage * covariance.diagonal().mean() + 1e-6
         covariance.diagonal().add_(ridge)
         means = self.value_totals / self.value_counts.clamp(min=1e-9)[:, None]
-        apart = torch.zeros_like(means)
+        apart, weights = torch.zeros_like(means), 1 / (self.value_counts / count).clamp(min=1e-6)
         for part in self.slices:
             apart[part] = torch.where((self.value_counts[part] > 0).all(), means[part] - means[part].mean(0), 0.0)
+            weights[part] /= part.stop - part.start
         factor, _ = torch.linalg.cholesky_ex(covariance)  # of what is not finite it makes no error, but what is not finite
         directions = torch.cholesky_solve(apart.T, factor).T
         each = (directions * apart).sum(1)
-        return Solution(mean, directions, torch.stack([each[part].mean() for part in self.slices]))
+        separations = torch.stack([each[part].mean() for part in self.slices])
+        return Solution(mean, directions * weights[:, None], separations)
 
     def estimates(self, solution: Solution, attributes: Attributes, latent: Tensor, labels: Tensor) -> Tensor:
         """What each record adds to the sum of all separations, as far as its own latent goes: its mean over a batch is
@@ -131,16 +136,5 @@ class FisherCritic(nn.Module):
         """
         latent = self._features(latent)
         mean, directions, _ = (part.to(latent.dtype) for part in solution)
-        share = self.value_counts / self.count.clamp(min=1)
-        weights = torch.zeros_like(share)
-        for part in self.slices:
-            weights[part] = 1 / (share[part].clamp(min=1e-6) * (part.stop - part.start))
-        scores = (latent - mean) @ directions.T
-        return (scores * _members(attributes, labels) * weights.to(latent.dtype)).sum(1)
-
-
-def _members(attributes: Attributes, labels: Tensor) -> Tensor:
-    """[N, W]: to which value each record belongs; 0 where that is not known."""
-    code = attributes.code(labels)
-    known = torch.cat([(labels[:, j : j + 1] >= 0).expand(-1, a.k) for j, a in enumerate(attributes)], 1)
-    return torch.where(known, code, 0.0)
+        with torch.autocast(latent.device.type, enabled=False):
+            return (((latent - mean) @ directions.T) * attributes.members(labels)).sum(1)

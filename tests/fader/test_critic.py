@@ -135,6 +135,14 @@ def test_two_ranks_know_what_one_process_knows():
     assert (sum(parts) / MANY).item() == pytest.approx(estimates(whole, latent, labels).mean().item(), rel=1e-4)
 
 
+def test_autocast_leaves_it_alone():
+    latent, labels = drawn(0.3, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        critic = seen(latent, labels, num_hidden=8)
+        found = estimates(critic, latent, labels)
+    assert torch.equal(found, estimates(seen(latent, labels, num_hidden=8), latent, labels))
+
+
 def test_what_is_not_finite_raises_nothing_and_is_not_finite():
     """So the update is left out, and the engine puts the buffers back."""
     latent, labels = drawn(0.5, 1.0)
