@@ -75,8 +75,16 @@ class Layout:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.image_size >> self.num_layers
-        return self.widths[self.num_layers - 1], side, side
+        return self._shape_after(self.num_layers)
+
+    @property
+    def shallowest_shape(self) -> tuple[int, int, int]:
+        """Of `Latent.shallowest`."""
+        return self._shape_after(self.num_layers - self.num_skips)
+
+    def _shape_after(self, layers: int) -> tuple[int, int, int]:
+        side = self.image_size >> layers
+        return self.widths[layers - 1], side, side
 
 
 class Encoder(nn.Module):
@@ -91,8 +99,6 @@ class Encoder(nn.Module):
             )
         widths = [layout.channels, *layout.widths[: layout.num_layers]]
         self.num_skips = layout.num_skips
-        side = layout.image_size >> (layout.num_layers - layout.num_skips)
-        self.shallowest_shape = widths[layout.num_layers - layout.num_skips], side, side
         self.layers = nn.ModuleList(
             Down(a, b, norm if i > 0 else None, dropout) for i, (a, b) in enumerate(zip(widths, widths[1:]))
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fader.attributes import Attributes, Head
@@ -82,16 +83,15 @@ def confusion_loss(
     Source: Tzeng et al. 2015, arXiv:1510.02192, equation 4, there between two domains and with even odds.
     """
     total = logits.new_zeros((), dtype=wide(logits).dtype)
-    for value in range(max(attribute.k for attribute in attributes)):
-        columns, weights = [], []
-        for attribute, share in zip(attributes, odds, strict=True):
-            continuous = attribute.kind == "continuous"
-            label = share[1] if continuous else share.new_tensor(min(value, attribute.k - 1))
-            columns.append(label.to(labels.dtype).expand(len(labels)))
-            weights.append(share.new_tensor(value == 0) if continuous else share[value] if value < attribute.k else share.new_zeros(()))
-        anyone = torch.where(labels < 0, labels, torch.stack(columns, 1))
-        losses = attributes.losses(logits, anyone, known, head)
-        total = total + (losses * torch.stack(weights).to(losses)).sum()
+    for j, (attribute, block) in enumerate(zip(attributes, attributes.blocks(wide(logits), head))):
+        share = odds[j].to(block)
+        if attribute.kind == "continuous":
+            each = (torch.sigmoid(block[:, 0]) - share[1]).square()
+        elif block.shape[1] == 1:
+            each = F.binary_cross_entropy_with_logits(block[:, 0], share[1].expand(len(block)), reduction="none")
+        else:
+            each = F.cross_entropy(block, share.expand(len(block), -1), reduction="none")
+        total = total + torch.where(labels[:, j] >= 0, each, 0.0).sum() / known[j].clamp(min=1e-6)
     return total
 
 

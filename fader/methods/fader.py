@@ -115,7 +115,8 @@ class FaderSettings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is none of {', '.join(PRESETS)}")
-        for name in ("lambda_reconstruction", "lambda_max", "lambda_patch", "lambda_classifier", "lambda_fisher", "ramp_images", "warmup_images"):
+        weights = ("lambda_reconstruction", "lambda_max", "lambda_patch", "lambda_classifier", "lambda_fisher")
+        for name in (*weights, "ramp_images", "warmup_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.lambda_shape not in (*get_args(Rise), "feedback"):
@@ -163,7 +164,7 @@ class Fader(Method):
         if s.fool == "marginal":
             self.networks["label_counts"] = LabelCounts(attributes)
         if s.lambda_fisher > 0:
-            size = math.prod(self.networks["encoder"].shallowest_shape)
+            size = math.prod(layout.shallowest_shape)
             self.networks["critic"] = FisherCritic(attributes, size, s.fisher_half_life, s.fisher_hidden)
         sizes = {"init_channels": layout.init_channels, "max_channels": layout.max_channels, "norm": batch_norm}
         if s.lambda_patch > 0:
@@ -249,11 +250,7 @@ class Fader(Method):
         reconstruction = networks["decoder"](latent, self.attributes.code(batch.attributes))
         mse = batch.mean(squared_errors(reconstruction, batch.images))
         logits = networks["latent_discriminator"](latent)
-        if "label_counts" in networks:
-            odds = [block.exp() for block in networks["label_counts"].log_frequencies()]
-            fool = confusion_loss(self.attributes, logits, batch.attributes, batch.known, s.head, odds)
-        else:
-            fool = fool_loss(self.attributes, logits, batch.attributes, batch.known, batch.draws, s.head)
+        fool = self._fool(networks, logits, batch)
         if "leak_control" in networks:
             weight = s.lambda_max * networks["leak_control"].factor() if images >= s.warmup_images else 0.0
         else:
@@ -282,6 +279,14 @@ class Fader(Method):
                 loss = loss + self._risen(s.lambda_classifier, images) * verdict
                 report["classifier"] = verdict.detach()
         return Loss(loss, {f"autoencoder/{name}": value for name, value in report.items()})
+
+    def _fool(self, networks: Networks, logits: Tensor, batch: Batch) -> Tensor:
+        """What the encoder minimises of the latent discriminator's logits."""
+        attributes, head = self.attributes, self.settings.head
+        if self.settings.fool == "flipped":
+            return fool_loss(attributes, logits, batch.attributes, batch.known, batch.draws, head)
+        odds = [block.exp() for block in networks["label_counts"].log_frequencies()]
+        return confusion_loss(attributes, logits, batch.attributes, batch.known, head, odds)
 
     def _risen(self, weight: float, images: int) -> float:
         s = self.settings

@@ -101,9 +101,8 @@ def test_one_of_two_ranks_is_stopped_and_the_launcher_starts_the_run_again(faces
     launcher = ["--config_file", "launch/accelerate/cpu.yaml", "--rdzv_backend", "c10d", "--max_restarts", "1"]
     words = command("launch.train", config, f"run.folder={run}", "run.watchdog_minutes=0.1", "--continue", launcher=launcher)
     with log.open("w") as file:
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"), stdout=file, stderr=file
-        )
+        told = environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        process = subprocess.Popen(words, cwd=ROOT, env=told, stdout=file, stderr=file)
 
     def until(true: Callable[[], object]) -> None:
         deadline = time.monotonic() + 300
