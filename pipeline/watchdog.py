@@ -5,7 +5,8 @@ keeps a small file, `RUN/ranks/00000.json`, with how far its loop has come; it n
 store for that. The thread whose loop has not moved for too long reads them all. A rank whose file is old runs no more
 (stopped, or its machine is gone); of those that run, the ones that are behind hold up the others. What hangs is
 named, every thread's stack goes to `RUN/ranks/00000.stack`, and the process ends with `EXIT_HUNG`, so that a launcher
-or a batch system can start the run again.
+or a batch system can start the run again. A rank of the same machine that runs no more is killed first: a launcher
+would wait 30 seconds for it to heed a SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 log = logging.getLogger(__name__)
 
 EXIT_HUNG = 70
@@ -32,11 +35,12 @@ _FAREWELL_SECONDS = 2.0  # for the log and the tracker to get rid of the news
 
 @dataclass(frozen=True)
 class _Rank:
-    """What a rank's file says. marks: things begun so far. idle: seconds since the last. silent: seconds since the file."""
+    """What a rank's file says. started: when its process did. marks: things begun so far. idle: seconds since the last. silent: seconds since the file."""
 
     rank: int
     host: str
     pid: int
+    started: float
     marks: int
     what: str
     slow: bool
@@ -62,6 +66,7 @@ class Watchdog:
         self.folder, self.rank, self.world_size = run / "ranks", rank, world_size
         self.patience = minutes * 60
         self.tell = tell
+        self._started = psutil.Process().create_time()
         self._mark = (0, "its start", True)
         self._poll = min(max(self.patience / _POLLS, _POLL_SECONDS[0]), _POLL_SECONDS[1])
         self._over = threading.Event()
@@ -92,13 +97,15 @@ class Watchdog:
                 idle += self._poll
             self._publish(idle)
             if idle >= self.patience * (SLOW if seen[2] else 1):
-                verdict = self._verdict(self._others())
+                ranks = self._others()
+                verdict = self._verdict(ranks)
                 if verdict:
-                    self._end(verdict)
+                    self._end(verdict, [rank for rank in ranks if self._is_silent(rank)])
 
     def _publish(self, idle: float) -> None:
         marks, what, slow = self._mark
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "marks": marks, "what": what, "slow": slow, "idle": idle}
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "started": self._started}
+        about = {**process, "marks": marks, "what": what, "slow": slow, "idle": idle}
         temporary = self._file(self.rank).with_suffix(".tmp")
         try:
             self.folder.mkdir(exist_ok=True)
@@ -124,7 +131,7 @@ class Watchdog:
 
     def _verdict(self, ranks: list[_Rank]) -> str | None:
         """Who hangs, in words; None when somebody is still entitled to his time."""
-        silent = [rank for rank in ranks if rank.silent > self.patience / 2]
+        silent = [rank for rank in ranks if self._is_silent(rank)]
         running = [rank for rank in ranks if rank not in silent]
         missing = sorted(set(range(self.world_size)) - {rank.rank for rank in ranks})
         if silent or missing:
@@ -136,7 +143,10 @@ class Watchdog:
         words = "hangs" if last < first or self.world_size == 1 else "hangs, and so do all"
         return "; ".join(f"{rank}: {words}" for rank in behind)
 
-    def _end(self, verdict: str) -> None:
+    def _is_silent(self, rank: _Rank) -> bool:
+        return rank.silent > self.patience / 2
+
+    def _end(self, verdict: str, silent: list[_Rank]) -> None:
         stack = self._file(self.rank).with_suffix(".stack")
         text = f"no step for {self.patience / 60:g} minutes: {verdict}"
         log.critical("%s. Rank %d ends with code %d, its stacks are in %s; checkpoints are intact", text, self.rank, EXIT_HUNG, stack)
@@ -147,7 +157,21 @@ class Watchdog:
             log.error("stacks not written: %s", error)
         self.tell(text)
         time.sleep(_FAREWELL_SECONDS)
+        for rank in silent:
+            _kill(rank)
         os._exit(EXIT_HUNG)
+
+
+def _kill(rank: _Rank) -> None:
+    """End a rank's process if it is of this machine and still the one that wrote the file."""
+    if rank.host != socket.gethostname():
+        return
+    try:
+        process = psutil.Process(rank.pid)
+        if process.create_time() == rank.started:
+            process.kill()
+    except psutil.Error as error:
+        log.debug("watchdog: %s", error)
 
 
 def clear(run: Path) -> None:
