@@ -36,6 +36,7 @@ IMAGE_SIZE = 16
 GLOBAL_BATCH = 8
 UNEVEN_BATCH = 7
 STEPS = 30
+FEW_STEPS = 10  # where nothing depends on how many there are
 CLIP_NORM = 0.1  # binds on these small methods, as 5 does on large ones
 METHOD_NAMES = ("fader", "judge", *(sham.name for sham in SHAMS))
 WITHOUT_BATCH_NORM = ("sham_sampler", "sham_penalised")
@@ -79,7 +80,8 @@ class Case:
 def references() -> dict[str, Case]:
     """What one process runs, in float64 but for what is named otherwise."""
     cases = {name: Case(name) for name in METHOD_NAMES}
-    cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH) for name in METHOD_NAMES}
+    cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH, steps=FEW_STEPS) for name in METHOD_NAMES}
+    cases |= {f"{name} few": Case(name, steps=FEW_STEPS) for name in ("fader", *WITHOUT_BATCH_NORM)}
     cases["fader critic"] = Case("fader", critic=True)
     cases["poisoned"] = Case("sham_quantised", steps=5, left_out=POISONED)
     cases |= {f"fader {precision}": Case("fader", wide=False, precision=precision, steps=5) for precision in ("fp32", "bf16")}
@@ -96,13 +98,14 @@ def cases_of_ranks() -> dict[str, Case]:
         for name in METHOD_NAMES:
             cases[f"{backend}/{name}"] = Case(name, settings, wide)
         for name in WITHOUT_BATCH_NORM:
-            cases[f"{backend}/{name} in parts"] = Case(name, settings, wide).with_(accumulation=2)
+            cases[f"{backend}/{name} in parts"] = Case(name, settings, wide, steps=FEW_STEPS).with_(accumulation=2)
         cases[f"{backend}/poisoned"] = Case("sham_quantised", settings, wide, steps=5, poisoned=True)
         cases[f"{backend}/fader bf16"] = Case("fader", settings, False, precision="bf16", steps=5)
-        cases[f"{backend}/fader compressed"] = Case("fader", settings, False).with_(gradient_compression="bf16")
+        compressed = Case("fader", settings, False, steps=FEW_STEPS).with_(gradient_compression="bf16")
+        cases[f"{backend}/fader compressed"] = compressed
     for name in METHOD_NAMES:
-        cases[f"ddp/{name} uneven"] = Case(name, BACKENDS["ddp"], batch_size=UNEVEN_BATCH)
-    cases["zero1/fader uneven"] = Case("fader", BACKENDS["zero1"], False, UNEVEN_BATCH)
+        cases[f"ddp/{name} uneven"] = Case(name, BACKENDS["ddp"], batch_size=UNEVEN_BATCH, steps=FEW_STEPS)
+    cases["zero1/fader uneven"] = Case("fader", BACKENDS["zero1"], False, UNEVEN_BATCH, steps=FEW_STEPS)
     cases["ddp/fader critic"] = Case("fader", BACKENDS["ddp"], critic=True)
     cases["ddp/local norm"] = Case("fader", BACKENDS["ddp"], norm="local", steps=3)
     cases |= {f"fault/{name}": Case("fader", BACKENDS["ddp"], fault=fault) for name, fault in FAULTS.items()}
@@ -116,7 +119,8 @@ def cases_of_ranks() -> dict[str, Case]:
 def build(case: Case) -> Method:
     """A tiny method whose groups all learn by SGD."""
     kind = METHODS[case.method]
-    small = {"images": STEPS * case.batch_size, "init_channels": 4, "max_channels": 8}
+    images = (FEW_STEPS if case.steps == FEW_STEPS else STEPS) * case.batch_size
+    small = {"images": images, "init_channels": 4, "max_channels": 8}
     settings = {
         "fader": lambda: kind.Settings(
             **small, num_layers=2, hidden_channels=8, lambda_max=0.5, lambda_shape="feedback", feedback_images=100,
@@ -124,7 +128,7 @@ def build(case: Case) -> Method:
             **({"lambda_fisher": 0.1, "fisher_half_life": 50, "fool": "marginal", "ramp_images": 0} if case.critic else {}),
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
-    }.get(case.method, lambda: ShamSettings(STEPS * case.batch_size))()  # fmt: skip
+    }.get(case.method, lambda: ShamSettings(images))()  # fmt: skip
     torch.manual_seed(5)
     method = kind(settings, ATTRIBUTES, IMAGE_SIZE)
     groups = {
