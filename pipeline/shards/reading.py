@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 from pipeline.datasets import SPLITS
 from pipeline.datasets.source import Place, is_remote
 from pipeline.remote import Remote, cache_folder, fetch, publish
-from pipeline.shards.files import DESCRIPTION, FIXED_COLUMNS, FORMAT, MANIFEST, SHARD_NAME, WORK, file_sha256, replacing
+from pipeline.shards.files import DESCRIPTION, FORMAT, MANIFEST, SHARD_NAME, WORK, file_sha256, replacing
+from pipeline.shards.manifest import Manifest, numbered, numbers
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
     import pyarrow as pa
@@ -72,35 +72,6 @@ def size_fault(path: Path, size: int) -> str | None:
     return None
 
 
-_AT_ONCE = 8192  # rows of a manifest that are Python objects at a time: each is a hundred bytes and more
-
-
-def _numbered(column: pa.ChunkedArray, numbers: Mapping[str, int]) -> np.ndarray:
-    """[n] int64: each string's number; -1 of one that has none."""
-    whole = column.combine_chunks().dictionary_encode(null_encoding="encode")
-    known = np.array([numbers.get(name, -1) for name in whole.dictionary.to_pylist()], np.int64)
-    return known[whole.indices.to_numpy()] if len(whole) else np.zeros(0, np.int64)
-
-
-def _strings(column: pa.ChunkedArray) -> np.ndarray:
-    """[n] str, no wider than the longest."""
-    parts = [np.array(column.slice(k, _AT_ONCE).to_pylist()) for k in range(0, len(column), _AT_ONCE)]
-    return np.concatenate(parts)
-
-
-def data_digest(attribute_list: list[dict[str, Any]], table: pa.Table) -> str:
-    """sha256 of what the data is: attributes, and each record's key, split, picture digest and labels, in order."""
-    digest = hashlib.sha256(json.dumps([[e["name"], e["kind"], e["categories"]] for e in attribute_list]).encode())
-    for column in ("key", "split", "digest"):
-        for start in range(0, table.num_rows, _AT_ONCE):
-            part = table[column].slice(start, _AT_ONCE).to_pylist()
-            digest.update(("\n" * (start > 0) + "\n".join(part)).encode())
-    for entry in attribute_list:
-        kind = "<f4" if entry["kind"] == "continuous" else "<i1"
-        digest.update(table[entry["name"]].to_numpy().astype(kind).tobytes())
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class ShardSet:
     """A finished shard set. digest: the data digest: what the data is, not how it was cut or where it lies.
@@ -152,64 +123,53 @@ class ShardSet:
 
     @cached_property
     def manifest(self) -> pa.Table:
-        """The manifest, one row a record.
+        """The manifest, one row a record, all at once.
 
         Raises:
             ValueError: a column is missing, or a row points outside its tar.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        return self._rows.table()
 
-        try:
-            table = pq.read_table(self.path / MANIFEST)
-            table = table.select([*FIXED_COLUMNS, *(entry["name"] for entry in self.info["attributes"])])
-        except (pa.ArrowException, KeyError, OSError) as error:
-            raise ValueError(f"{self.path / MANIFEST} cannot be read: {error}") from error
+    @property
+    def _rows(self) -> Manifest:
         sizes = {shard["file"]: shard["size"] for shard in shards_of(self.info)}
-        limit = _numbered(table["shard"], sizes)
-        offset, size = table["offset"].to_numpy(), table["size"].to_numpy()
-        if ((offset < 0) | (size < 0) | (offset + size > limit)).any():
-            raise ValueError(
-                f"{self.path / MANIFEST} points outside the tars; remove {self.path} and run 'fader prepare' again"
-            )
-        return table
+        return Manifest(self.path, self.info["attributes"], sizes)
 
     def split(self, name: str) -> Split:
         """The records of one split.
 
         Raises:
-            ValueError: no such split, or not one record in it.
+            ValueError: no such split, not one record in it, or what `manifest` raises.
         """
         if name not in SPLITS:
             raise ValueError(f"unknown split {name!r}; there are {', '.join(SPLITS)}")
-        import pyarrow.compute as pc
-
-        table = self.manifest.filter(pc.equal(self.manifest["split"], name))
-        if not table.num_rows:
+        names = [shard["file"] for shard in self.info["splits"][name]["shards"]]
+        places = {file: i for i, file in enumerate(names)}
+        kept = {column: [] for column in ("keys", "labels", "shard", "offset", "size", "width", "height")}
+        for part in self._rows.parts(split=name):
+            shard = numbered(part["shard"], places)
+            if (shard < 0).any():
+                raise ValueError(
+                    f"{self.path / MANIFEST}: records of {name} stand in tars of another split; remove {self.path} and run "
+                    "'fader prepare' again"
+                )
+            kept["shard"].append(shard.astype(np.int32))
+            kept["keys"].append(np.array(part["key"].to_pylist()))
+            labels = np.empty((part.num_rows, len(self.info["attributes"])), np.float32)
+            for j, entry in enumerate(self.info["attributes"]):
+                labels[:, j] = numbers(part[entry["name"]])
+            kept["labels"].append(labels)
+            for column in ("offset", "size", "width", "height"):
+                kept[column].append(numbers(part[column]))
+        if not kept["keys"]:
             counts = ", ".join(f"{split} {self.info['splits'][split]['records']:,}" for split in SPLITS)
             raise ValueError(f"{self.path} has no {name} records ({counts}); prepare a source that has some")
-        names = [shard["file"] for shard in self.info["splits"][name]["shards"]]
-        shard = _numbered(table["shard"], {file: i for i, file in enumerate(names)})
-        if (shard < 0).any():
-            raise ValueError(
-                f"{self.path / MANIFEST}: records of {name} stand in tars of another split; remove {self.path} and run "
-                "'fader prepare' again"
-            )
-        attribute_list = self.info["attributes"]
         return Split(
             name=name,
             attributes=self.attributes,
-            keys=_strings(table["key"]),
-            labels=np.stack([table[e["name"]].to_numpy().astype(np.float32) for e in attribute_list], 1)
-            if attribute_list
-            else np.zeros((table.num_rows, 0), np.float32),
-            shard=shard.astype(np.int32),
-            offset=table["offset"].to_numpy(),
-            size=table["size"].to_numpy(),
-            width=table["width"].to_numpy(),
-            height=table["height"].to_numpy(),
-            shards=[self.path / shard for shard in names],
-            digest=data_digest(attribute_list, table),
+            **{column: np.concatenate(parts) for column, parts in kept.items()},
+            shards=[self.path / file for file in names],
+            digest=self._rows.data_digest(name),
             remote=self.remote,
         )
 

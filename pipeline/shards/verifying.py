@@ -15,7 +15,8 @@ from pipeline.datasets.source import is_remote
 from pipeline.datasets.workers import Progress, spread, silent, tick
 from pipeline.remote import Remote
 from pipeline.shards.files import BLOCK, DESCRIPTION, MANIFEST, file_sha256, header, label_members, member_json, sha256
-from pipeline.shards.reading import ShardSet, data_digest, read_description, shards_of, size_fault
+from pipeline.shards.manifest import data_digest
+from pipeline.shards.reading import ShardSet, read_description, shards_of, size_fault
 
 _OPEN_TRIALS = 20
 
@@ -117,7 +118,7 @@ def verify(path: Path | str, *, workers: int | None = None, progress: Progress =
     jobs = _verify_jobs(whole, shards)
     found = spread(_verify_shard, jobs, workers, whole.manifest.num_rows, progress)
     faults = [fault for part in found for fault in part]
-    if data_digest(info["attributes"], whole.manifest) != info["digest"]:
+    if data_digest(info["attributes"], lambda name: [whole.manifest[name]]) != info["digest"]:
         faults.append(f"{MANIFEST} does not give the data digest in {DESCRIPTION}")
     known = {shard["file"] for shard in shards}
     faults += [f"{p.name} does not belong to the set" for p in sorted(path.glob("*.tar")) if p.name not in known]

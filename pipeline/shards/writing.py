@@ -34,7 +34,8 @@ from pipeline.shards.files import (
     sha256,
     write_json,
 )
-from pipeline.shards.reading import ShardSet, data_digest
+from pipeline.shards.manifest import data_digest
+from pipeline.shards.reading import ShardSet
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
     import pyarrow as pa
@@ -307,7 +308,7 @@ def describe_set(
         "name": dataset.name,
         "source": dataset.source,
         "source_digest": source,
-        "digest": data_digest(dataset.attribute_list, table),
+        "digest": data_digest(dataset.attribute_list, lambda name: [table[name]]),
         "attributes": [{**entry, "k": len(entry["categories"]) or 2} for entry in dataset.attribute_list],
         "shard_records": shard_records,
         "splits": {split: _describe(dataset.attribute_list, split, table, jobs, written) for split in SPLITS},
