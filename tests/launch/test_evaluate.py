@@ -198,7 +198,7 @@ def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_pa
     tracker = tracking.MlflowTracker(fader, "experiment", "fader", deliver=False)
     tracker.start()
     tracker.finish("FINISHED")
-    monkeypatch.setattr(tracking, "sync", refuse)
+    monkeypatch.setattr(tracking.later, "sync", refuse)
     code, out, _ = run(capsys, monkeypatch, *words, "--report")
     page = fader / "report" / "report-test.html"
     assert code == 0 and f"wrote {page}" in out and "numbers wait in its spool: nobody there" in out

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline import checkpoint, tracking
 from pipeline.config import build
+from pipeline.tracking.delivery import Child
 from pipeline.train import train
 from tests import going_back
 from tests.commands import launch
@@ -19,8 +20,8 @@ from tests.commands import launch
 @pytest.fixture(autouse=True)
 def no_sender(monkeypatch):
     """Tracking writes its spool and starts no process."""
-    monkeypatch.setattr(tracking._Child, "watch", lambda self: None)
-    monkeypatch.setattr(tracking._Child, "wait", lambda self, seconds: None)
+    monkeypatch.setattr(Child, "watch", lambda self: None)
+    monkeypatch.setattr(Child, "wait", lambda self, seconds: None)
 
 
 @pytest.fixture

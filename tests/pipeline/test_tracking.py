@@ -21,7 +21,10 @@ import pytest
 from PIL import Image
 
 from pipeline import tracking
-from pipeline.tracking import MlflowTracker, NodeTracker, NullTracker, open_tracker
+from pipeline.tracking import MlflowTracker, NodeTracker, NullTracker, later, open_tracker
+from pipeline.tracking.sender import Sender, deliver_once, take_lock, try_to_deliver
+from pipeline.tracking.spool import named
+from pipeline.tracking.tracker import QUEUE_EVENTS
 from tests.commands import environment
 from tests.runs import make_store
 
@@ -147,13 +150,13 @@ def test_a_disk_that_refuses_costs_points_and_nothing_else(tmp_path, caplog):
     (tmp_path / "spool").write_text("a file where the folder should be")
     tracker = MlflowTracker(tmp_path, "experiment", "name")
     tracker.start()
-    for step in range(tracking.QUEUE_EVENTS + 2000):
+    for step in range(QUEUE_EVENTS + 2000):
         tracker.log({"a": 1.0}, step, step)
     tracker.artifact(tmp_path / "gone")
     begin = time.monotonic()
     tracker.finish("FINISHED", wait_seconds=1.5)
     assert time.monotonic() - begin < 5
-    assert tracker._queue.qsize() <= tracking.QUEUE_EVENTS and tracker._lost > 0
+    assert tracker._queue.qsize() <= QUEUE_EVENTS and tracker._lost > 0
     assert "cannot be written" in caplog.text
 
 
@@ -181,8 +184,8 @@ def test_a_run_without_a_spool_is_said_so(tmp_path):
 
 def test_addresses_are_kept_without_passwords(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert tracking._named("https://user:secret@host:5000/x") == "https://host:5000/x"
-    assert tracking._named("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert named("https://user:secret@host:5000/x") == "https://host:5000/x"
+    assert named("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 # --- a store in a file ------------------------------------------------------------------------------------------------
@@ -256,7 +259,7 @@ def test_a_run_killed_and_resumed_is_one_run_with_every_point_once(tmp_path, mon
 
     # everything a second time, and to a second store
     count = len(client.get_metric_history(run_id, "autoencoder/mse"))
-    again = tracking._deliver_once(run / "spool", again=True)  # what `sync` asks its child process to do
+    again = deliver_once(run / "spool", again=True)  # what `sync` asks its child process to do
     assert again["run_id"] == run_id and again["sent"] > 50 and again["problem"] is None
     assert len(client.get_metric_history(run_id, "autoencoder/mse")) == count == 51
     assert len(client.list_artifacts(run_id, "images")) == 4, "two pictures, logged at two times, each once"
@@ -264,7 +267,7 @@ def test_a_run_killed_and_resumed_is_one_run_with_every_point_once(tmp_path, mon
     (tmp_path / "other").mkdir()
     other = make_store(tmp_path / "other")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
-    copied = tracking._deliver_once(run / "spool", again=False)
+    copied = deliver_once(run / "spool", again=False)
     assert copied["run_id"] != run_id and copied["uri"] == other
     assert len(MlflowClient(other).get_metric_history(copied["run_id"], "autoencoder/mse")) == 51
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -281,14 +284,14 @@ def test_an_event_the_store_never_takes_does_not_hold_up_the_others(tmp_path, mo
     tracker.artifact(tmp_path / "file")
     tracker.log({"a": 1.0}, 1, 1)
     tracker.finish("FINISHED")
-    sender = tracking._Sender(tmp_path / "spool")
+    sender = Sender(tmp_path / "spool")
 
     def fails(error):
         def log_artifact(*_):
             raise error
 
         monkeypatch.setattr(sender._client, "log_artifact", log_artifact)
-        return tracking._try_to_deliver(tmp_path / "spool", sender)[1]
+        return try_to_deliver(tmp_path / "spool", sender)[1]
 
     for _ in range(10):
         assert "connection refused" in fails(RuntimeError("[Errno 111] Connection refused"))
@@ -306,7 +309,7 @@ def test_what_is_added_later_changes_neither_status_nor_points(tmp_path, monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)
     # in this process: the child's start takes seconds, and other tests try it
-    monkeypatch.setattr(tracking, "sync", lambda run: Delivery(tracking._deliver_once(run / "spool", False)))
+    monkeypatch.setattr(later, "sync", lambda run: Delivery(deliver_once(run / "spool", False)))
     run = tmp_path / "run"
     tracker = quiet(run)
     tracker.start()
@@ -353,7 +356,7 @@ def test_what_is_added_waits_for_a_trainer_at_work_and_for_a_store(tmp_path, mon
     tracker.finish("FINISHED")
     with pytest.raises(ValueError, match="not in the run's folder"):
         tracking.add(tmp_path, {}, 1, files=[__file__])
-    held = tracking._lock(tmp_path / "spool", threading.Event())
+    held = take_lock(tmp_path / "spool", threading.Event())
     added = tracking.add(tmp_path, {"a": 1.0}, 1)
     os.close(held)
     assert added.spooled == 1 and "trainer is at work" in added.problem and tracking.undelivered(tmp_path) == 3

@@ -1,0 +1,151 @@
+"""What is said of a run afterwards, and a run read back from MLflow."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking.delivery import sync
+from pipeline.tracking.sender import reason
+from pipeline.tracking.spool import (
+    Log,
+    State,
+    as_numbers,
+    keep_picture,
+    read_events,
+    run_id_of,
+    undelivered,
+    without_password,
+)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What `add` did. spooled: new events; 0 when everything was there before. problem: why they wait in the spool."""
+
+    spooled: int
+    run_id: str | None
+    uri: str | None
+    problem: str | None
+
+
+def add(
+    run: str | Path,
+    metrics: Mapping[str, float],
+    images: int,
+    *,
+    pictures: Mapping[str, bytes] | None = None,
+    files: Sequence[str | Path] = (),
+) -> Addition | None:
+    """Add what was found out about a run to its MLflow run: delivered now, or later by its trainer or `fader sync`.
+
+    What was added before is not added again: metrics with the same values at the same images seen, pictures and files
+    that have not changed since. The run's status stays, and no point counts as superseded.
+
+    Args:
+        run: the run's folder.
+        metrics: numbers at `images` seen.
+        pictures: PNG bytes by name.
+        files: files in the run's folder, kept in MLflow under the folder they have there (RUN/report/a as report/a).
+
+    Returns:
+        None for a run that is not tracked.
+
+    Raises:
+        ValueError: a file lies outside the run's folder.
+    """
+    folder = Path(run).resolve()
+    spool = folder / "spool"
+    if not (spool / "main.jsonl").is_file():
+        return None
+    events: list[dict[str, Any]] = [{"kind": "metrics", "metrics": as_numbers(metrics)}] if metrics else []
+    for name, png in (pictures or {}).items():
+        events.append({"kind": "picture", "name": name, "file": keep_picture(spool, name, images, png)})
+    for file in map(os.path.abspath, files):
+        path = Path(file).resolve()
+        if not path.is_relative_to(folder):
+            raise ValueError(f"{file} is not in the run's folder {folder}: only what stays with the run can be added")
+        place = "/".join(path.relative_to(folder).parts[:-1])
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        events.append({"kind": "artifact", "path": str(path), "folder": place, "digest": content})
+    later = spool / "later.jsonl"
+    there = {_mark(event): event for event, _ in read_events(later) if event} if later.is_file() else {}
+    now = int(time.time() * 1000)
+    new = [event | {"step": int(images), "time": now} for event in events]
+    new = [event for event in new if _content(there.get(_mark(event), {})) != _content(event)]
+    log = Log(later)
+    log.append(b"".join(json.dumps(event).encode() + b"\n" for event in new), sync=True)
+    log.close()
+    if not undelivered(run):
+        return Addition(len(new), run_id_of(run), State.read(spool).uri, None)
+    if _is_locked(spool):
+        why = "the run's trainer is at work and delivers it"
+        return Addition(len(new), run_id_of(run), State.read(spool).uri, why)
+    try:
+        delivery = sync(run)
+    except ValueError as error:
+        return Addition(len(new), run_id_of(run), State.read(spool).uri, str(error))
+    return Addition(len(new), delivery.run_id, delivery.uri, None)
+
+
+def _mark(event: Mapping[str, Any]) -> str:
+    """What an event is about: a newer one about the same takes its place."""
+    if event["kind"] == "artifact":
+        return json.dumps(["artifact", event["path"]])
+    about = sorted(event["metrics"]) if event["kind"] == "metrics" else event["name"]
+    return json.dumps([event["kind"], event["step"], about])
+
+
+def _content(event: Mapping[str, Any]) -> str:
+    """What an event says, without the time at which it is said; a file says the same at every step."""
+    left_out = {"time", "step"} if event.get("kind") == "artifact" else {"time"}
+    return json.dumps({key: value for key, value in event.items() if key not in left_out}, sort_keys=True)
+
+
+def _is_locked(spool: Path) -> bool:
+    """Whether a sender is at work on a spool."""
+    handle = os.open(spool / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A run as MLflow holds it: the newest value of each metric."""
+
+    run_id: str
+    name: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+def stored(run_id: str) -> Stored:
+    """Read a run back from the store in use (MLFLOW_TRACKING_URI, else MLflow's default).
+
+    Raises:
+        ValueError: the store does not answer, or has no such run.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = mlflow.MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        where = without_password(mlflow.get_tracking_uri())
+        raise ValueError(f"{run_id} is neither a run's folder nor a run in {where} ({reason(error)})") from None
+    name = found.info.run_name or run_id
+    return Stored(run_id, name, dict(found.data.params), {key: float(v) for key, v in found.data.metrics.items()})

@@ -1,0 +1,305 @@
+"""What the training loop uses: a queue, and a thread that writes it to the spool and keeps an eye on the sender."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pipeline.tracking.delivery import Child
+from pipeline.tracking.spool import Log, State, as_numbers, flatten, keep_picture, remaining, run_id_of
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+QUEUE_EVENTS = 10_000  # about 30 MB of metrics; reached only when the disk itself stands still
+
+
+class Tracker(Protocol):
+    """What the loop may say about a run. No method raises or waits, `finish` excepted, which waits a bounded time."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id; None until a store has given one."""
+        ...
+
+    def start(self, images: int = 0) -> None:
+        """Begin, or go on from a checkpoint of `images` seen: points past it are marked as superseded."""
+        ...
+
+    def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None: ...
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """The configuration, nested or flat. On a resume only new keys are added; a changed value becomes a tag."""
+        ...
+
+    def tags(self, values: Mapping[str, Any]) -> None: ...
+
+    def picture(self, name: str, png: bytes, images: int) -> None: ...
+
+    def artifact(self, path: str | Path) -> None:
+        """A file that stays where it is until the run is delivered: best one in the run's folder."""
+        ...
+
+    def rewound(self, images: int, why: str) -> None:
+        """The run went back to a checkpoint of `images` seen while it was running."""
+        ...
+
+    def finish(self, status: Status) -> None: ...
+
+
+class NullTracker:
+    """Says nothing to nobody: for tracking switched off and for all ranks but one."""
+
+    run_id: str | None = None
+
+    def start(self, images: int = 0) -> None: ...
+
+    def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None: ...
+
+    def params(self, values: Mapping[str, Any]) -> None: ...
+
+    def tags(self, values: Mapping[str, Any]) -> None: ...
+
+    def picture(self, name: str, png: bytes, images: int) -> None: ...
+
+    def artifact(self, path: str | Path) -> None: ...
+
+    def rewound(self, images: int, why: str) -> None: ...
+
+    def finish(self, status: Status) -> None: ...
+
+
+class MlflowTracker:
+    """One MLflow run, spooled into the run's folder and delivered by a child process.
+
+    Args:
+        run: the run's folder; the spool is `run/spool`.
+        experiment: the MLflow experiment's name.
+        run_name: the run's name in MLflow.
+        run_id: the MLflow run to go on with; the spool's own record of it comes first.
+        node: None on a single machine; else this node's name, which stands in its system metrics' names.
+        deliver: False spools only; `fader sync RUN` delivers.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        experiment: str,
+        run_name: str,
+        run_id: str | None = None,
+        *,
+        node: str | None = None,
+        deliver: bool = True,
+    ) -> None:
+        self.spool = Path(run).resolve() / "spool"
+        self._about = {"experiment": experiment, "name": run_name, "run_id": run_id}
+        self._node = node
+        self._deliver = deliver
+        self._given_run_id = run_id
+        self._run_id: str | None = None
+        self._queue: queue.Queue[dict[str, Any]] = queue.Queue(QUEUE_EVENTS)
+        self._lost = 0
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._sender: Child | None = None
+        self._attempt = 0
+        self._step = 0
+
+    @property
+    def run_id(self) -> str | None:
+        if self._run_id is None:
+            self._run_id = run_id_of(self.spool.parent)
+        return self._run_id or self._given_run_id
+
+    def start(self, images: int = 0) -> None:
+        if self._thread is not None:
+            return
+        host = {"pid": os.getpid(), "host": socket.gethostname()}
+        self._put({"kind": "start", "step": int(images), "key": uuid.uuid4().hex, **self._about, **host})
+        self._sender = Child(self.spool, self._node, deliver=True) if self._deliver else None
+        self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
+        self._thread.start()
+        atexit.register(self._flush, 2.0)
+
+    def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None:
+        self._put({"kind": "metrics", "step": images, "updates": updates, "metrics": dict(metrics)})
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        self._put({"kind": "params", "params": dict(values)})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        self._put({"kind": "tags", "tags": dict(values)})
+
+    def picture(self, name: str, png: bytes, images: int) -> None:
+        self._put({"kind": "picture", "step": images, "name": name, "png": png})
+
+    def artifact(self, path: str | Path) -> None:
+        self._put({"kind": "artifact", "path": os.path.abspath(path)})
+
+    def rewound(self, images: int, why: str) -> None:
+        self._put({"kind": "rewound", "step": images, "why": why})
+
+    def finish(self, status: Status, wait_seconds: float = 30.0) -> None:
+        """Say how the run ended and wait, a bounded time, until everything is delivered."""
+        deadline = time.monotonic() + wait_seconds
+        self._put({"kind": "finish", "status": status})
+        if self._thread is None or not self._flush(wait_seconds):
+            return
+        if self._sender is None:
+            return
+        try:
+            self._sender.wait(max(deadline - time.monotonic(), 0.1))
+            state = State.read(self.spool)
+            left = remaining(self.spool, state.offsets)
+        except OSError as error:
+            logger.warning("tracking: %s; 'fader sync %s' delivers what is left", error, self.spool.parent)
+            return
+        if left:
+            why = f" ({state.problem})" if state.problem else ""
+            logger.warning(
+                "tracking: %d events are not delivered yet%s; they are in %s, 'fader sync %s' delivers them",
+                left, why, self.spool, self.spool.parent,
+            )  # fmt: skip
+
+    # --- from the queue to the spool --------------------------------------------------------------------------------
+
+    def _put(self, event: dict[str, Any]) -> None:
+        event["time"] = int(time.time() * 1000)
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            self._lost += 1
+
+    def _flush(self, seconds: float) -> bool:
+        """Let the thread write what is queued and end. False when it could not in time."""
+        atexit.unregister(self._flush)
+        self._closing.set()
+        assert self._thread is not None
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            logger.warning("tracking: %s was not written within %g s; the last points are lost", self.spool, seconds)
+        return not self._thread.is_alive()
+
+    def _write(self) -> None:
+        """The thread: queue to disk, and an eye on the sender. Ends when closing and all is written."""
+        log = Log(self.spool / "main.jsonl")
+        events: list[dict[str, Any]] = []
+        lines: list[bytes] = []
+        failing = False
+        while True:
+            closing = self._closing.is_set()  # read first: what was queued before it is taken below
+            events += self._take(1000 - len(events) - len(lines))
+            try:
+                while events:
+                    lines.append(self._encode(events[0], log))
+                    del events[0]
+                log.append(b"".join(lines), sync=closing)
+                lines.clear()
+                if failing:
+                    logger.warning("tracking: %s can be written again", self.spool)
+                failing = False
+                if self._sender is not None:
+                    self._sender.watch()
+                if closing and self._queue.empty():
+                    break
+            except OSError as error:
+                if not failing:
+                    logger.warning("tracking: %s cannot be written (%s); points wait in memory", self.spool, error)
+                failing = True
+                self._closing.wait(1.0)
+                if self._closing.is_set():
+                    time.sleep(0.2)
+        log.close()
+        if self._lost:
+            logger.warning("tracking: %d points were lost while %s could not be written", self._lost, self.spool)
+
+    def _take(self, most: int) -> list[dict[str, Any]]:
+        events = []
+        try:
+            while len(events) < most:
+                events.append(self._queue.get(timeout=0 if events or self._closing.is_set() else 0.2))
+        except queue.Empty:
+            pass
+        return events
+
+    def _encode(self, event: dict[str, Any], log: Log) -> bytes:
+        try:
+            return self._line(event, log)
+        except OSError:
+            raise
+        except Exception:  # a value nobody foresaw costs this event, not the thread
+            logger.exception("tracking: an event (%s) is left out", event.get("kind"))
+            return b""
+
+    def _line(self, event: dict[str, Any], log: Log) -> bytes:
+        """One event as a line of the spool; a picture's bytes go to a file of their own."""
+        if event["kind"] == "start":
+            last = log.last() or {}
+            self._attempt, self._step = last.get("attempt", 0) + 1, last.get("step", 0)
+        if event["kind"] in ("start", "rewound"):
+            event["from"] = self._step
+        self._step = event.setdefault("step", self._step)
+        event["attempt"] = self._attempt
+        if event["kind"] == "metrics":
+            event["metrics"] = as_numbers(event["metrics"])
+        elif event["kind"] == "params":
+            event["params"] = dict(flatten(event["params"]))
+        elif event["kind"] == "tags":
+            event["tags"] = {str(key): str(value) for key, value in event["tags"].items()}
+        elif event["kind"] == "picture":
+            file = keep_picture(self.spool, event["name"], event["step"], event["png"])
+            event = {key: value for key, value in event.items() if key != "png"} | {"file": file}
+        return json.dumps(event).encode() + b"\n"
+
+
+class NodeTracker(NullTracker):
+    """System metrics of one more node of a run, spooled for the main node's sender; the main rank does the rest."""
+
+    def __init__(self, run: str | Path, node: str) -> None:
+        self._child = Child(Path(run).resolve() / "spool", node, deliver=False)
+
+    def start(self, images: int = 0) -> None:
+        self._child.watch()
+
+    def finish(self, status: Status) -> None:
+        self._child.stop()
+
+
+def open_tracker(
+    enabled: bool,
+    run_folder: str | Path,
+    experiment: str,
+    name: str,
+    main: bool,
+    *,
+    run_id: str | None = None,
+    node: str | None = None,
+    local_main: bool = False,
+) -> Tracker:
+    """The tracker of this rank.
+
+    Args:
+        enabled: False gives the null tracker to everyone.
+        run_folder: the run's folder, shared by all nodes.
+        experiment, name: what MLflow calls the experiment and the run.
+        main: whether this is rank 0, the only one that reports.
+        run_id: the MLflow run a resumed run goes on with.
+        node: this node's name when there are several.
+        local_main: whether this is its node's first rank, which samples the system.
+    """
+    if enabled and main:
+        return MlflowTracker(run_folder, experiment, name, run_id, node=node)
+    if enabled and local_main and node is not None:
+        return NodeTracker(run_folder, node)
+    return NullTracker()
