@@ -23,7 +23,7 @@ def config(tmp_path_factory, faces) -> Path:
     """A run that is long enough to be still there when it is asked to end."""
     path = tmp_path_factory.mktemp("config") / "long.yaml"
     text = CONFIG.replace("FACES", str(faces)).replace("PRECISION", "fp32")
-    path.write_text(text.replace("images: 1600", "images: 200000").replace("checkpoint_images: 80", "checkpoint_images: 800"))
+    path.write_text(text.replace("images: 1200", "images: 200000").replace("checkpoint_images: 80", "checkpoint_images: 240"))
     return path
 
 

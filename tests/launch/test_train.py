@@ -21,7 +21,7 @@ from tests.commands import ROOT, command, environment, interruptible, launch
 CONFIG = """
 name: tiny
 method: {name: fader, preset: small, init_channels: 4, max_channels: 16, hidden_channels: 16, num_layers: 3,
-         images: 1600, lambda_max: 0.01, ramp_images: 1000, ema_half_life: 200, encoder_dropout: 0.1}
+         images: 1200, lambda_max: 0.01, ramp_images: 1000, ema_half_life: 200, encoder_dropout: 0.1}
 data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1,
        balance: {Smiling: 0.6, Eyeglasses: 0.3}, augment: {rotation_degrees: 5, translation: 0.03, hue: 0.02}}
 batch_size: 8
@@ -44,7 +44,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
     last = checkpoints(run)[-1]
-    assert last.name.endswith("1600"), last
+    assert last.name.endswith("1200"), last
     return {f"{part}:{k}": v for part in ("networks", "ema", "optimizers") for k, v in load_file(last / f"{part}.safetensors").items()}
 
 
@@ -55,7 +55,7 @@ def unbroken(config, tmp_path_factory):
     for processes in (1, 2):
         run = tmp_path_factory.mktemp("unbroken") / f"run{processes}"
         done = launch("launch.train", config, f"run.folder={run}", processes=processes)
-        assert re.search(r"1,600 / 1,600 images +[\d,]+ images/s +0:00:00 left", done.stderr), done.stderr
+        assert re.search(r"1,200 / 1,200 images +[\d,]+ images/s +0:00:00 left", done.stderr), done.stderr
         states[processes] = final_state(run)
     return states
 
@@ -95,7 +95,7 @@ def break_off(config: Path, run: Path, processes: int, number: signal.Signals) -
 def test_a_run_that_was_broken_off_ends_bit_for_bit_as_the_unbroken_one(config, unbroken, tmp_path, processes, number):
     run = tmp_path / "run"
     output = break_off(config, run, processes, number)
-    assert not [path for path in checkpoints(run) if path.name.endswith("1600")], "it ended before the signal came"
+    assert not [path for path in checkpoints(run) if path.name.endswith("1200")], "it ended before the signal came"
     if number == signal.SIGINT:
         assert "Traceback" not in output or processes > 1, output  # the launcher of several ranks prints its own
         stopped = int(re.search(r"after ([\d,]+) images, state saved", output).group(1).replace(",", ""))
@@ -165,12 +165,12 @@ def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(config, unbroken, tmp_path):
     run = tmp_path / "run"
     break_off(config, run, 1, signal.SIGINT)
-    launch("launch.train", "--resume", run, "method.images=1200")
+    launch("launch.train", "--resume", run, "method.images=900")
     damaged = checkpoints(run)[-1] / "networks.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    done = launch("launch.train", "--resume", run, "method.images=1600")
+    done = launch("launch.train", "--resume", run, "method.images=1200")
     assert "does not match its digest" in done.stderr
     resumed, whole = final_state(run), unbroken[1]
     assert [key for key in whole if not torch.equal(resumed[key], whole[key])] == []

@@ -97,7 +97,7 @@ def test_a_run_that_moves_is_left_alone_also_after_it_was_itself_stopped(tmp_pat
 def test_one_of_two_ranks_is_stopped_and_the_launcher_starts_the_run_again(faces, tmp_path):
     """The launcher may restart once: the watchdog ends what hangs, nothing of it keeps running, and the run goes on."""
     config, run, log = tmp_path / "tiny.yaml", tmp_path / "run", tmp_path / "log"
-    text = CONFIG.replace("FACES", str(faces)).replace("PRECISION", "fp32").replace("images: 1600", "images: 200000")
+    text = CONFIG.replace("FACES", str(faces)).replace("PRECISION", "fp32").replace("images: 1200", "images: 200000")
     config.write_text(text)
     launcher = ["--config_file", "launch/accelerate/cpu.yaml", "--rdzv_backend", "c10d", "--max_restarts", "1"]
     words = command("launch.train", config, f"run.folder={run}", "run.watchdog_minutes=0.1", "--continue", launcher=launcher)
