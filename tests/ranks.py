@@ -82,7 +82,7 @@ def references() -> dict[str, Case]:
     cases = {name: Case(name) for name in METHOD_NAMES}
     cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH, steps=FEW_STEPS) for name in METHOD_NAMES}
     cases |= {f"{name} few": Case(name, steps=FEW_STEPS) for name in ("fader", *WITHOUT_BATCH_NORM)}
-    cases["fader critic"] = Case("fader", critic=True)
+    cases["fader critic"] = Case("fader", critic=True, steps=FEW_STEPS)
     cases["poisoned"] = Case("sham_quantised", steps=5, left_out=POISONED)
     cases |= {f"fader {precision}": Case("fader", wide=False, precision=precision, steps=5) for precision in ("fp32", "bf16")}
     return cases
@@ -106,13 +106,12 @@ def cases_of_ranks() -> dict[str, Case]:
     for name in METHOD_NAMES:
         cases[f"ddp/{name} uneven"] = Case(name, BACKENDS["ddp"], batch_size=UNEVEN_BATCH, steps=FEW_STEPS)
     cases["zero1/fader uneven"] = Case("fader", BACKENDS["zero1"], False, UNEVEN_BATCH, steps=FEW_STEPS)
-    cases["ddp/fader critic"] = Case("fader", BACKENDS["ddp"], critic=True)
+    cases["ddp/fader critic"] = Case("fader", BACKENDS["ddp"], critic=True, steps=FEW_STEPS)
     cases["ddp/local norm"] = Case("fader", BACKENDS["ddp"], norm="local", steps=3)
-    cases |= {f"fault/{name}": Case("fader", BACKENDS["ddp"], fault=fault) for name, fault in FAULTS.items()}
-    cases |= {
-        f"deepspeed fault/{name}": Case("fader", BACKENDS["zero1"], False, fault=fault)
-        for name, fault in DEEPSPEED_FAULTS.items()
-    }
+    planted = (("fault", "ddp", True, FAULTS), ("deepspeed fault", "zero1", False, DEEPSPEED_FAULTS))
+    for kind, backend, wide, faults in planted:
+        for name, fault in faults.items():
+            cases[f"{kind}/{name}"] = Case("fader", BACKENDS[backend], wide, fault=fault, steps=FEW_STEPS)
     return cases
 
 

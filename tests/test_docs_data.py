@@ -16,7 +16,8 @@ from PIL import Image
 
 from launch import cli
 from pipeline.shards import ShardSet
-from tests.commands import ROOT, launch
+from tests.commands import ROOT
+from tests.warm import forked
 from tests.pipeline.planted import write_celeba
 from tests.pipeline.test_datasets import write_daynight, write_domains, write_mnist, write_table, write_wds
 
@@ -75,7 +76,7 @@ def done(tmp_path_factory) -> tuple[Path, list[str]]:
         assert program == "fader", f"the page runs {step!r}, which this test cannot"
         one = ["--workers", "1"] if command == "prepare" and words[0] != "upload" else []
         if command == "train":
-            launch("launch.train", *words, "tracking.enabled=false", cwd=folder)
+            forked("launch.train", *words, "tracking.enabled=false", cwd=folder)
         else:
             run(folder, [program, command, *words, *one])
         ran.append(step)

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import ROOT, command, environment, launch
+from tests.commands import ROOT, command, environment
 from tests.launch.test_train import CONFIG, checkpoints
+from tests.warm import forked
 
 EXIT_AGAIN = 75
 
@@ -91,10 +92,11 @@ def test_one_process_ends_with_75_and_the_same_command_goes_on(config, tmp_path)
     assert second.ended() == (EXIT_AGAIN, "75")
     assert second.stopped_by == "its stop file"
     ended = seen(run)
-    launch("launch.train", config, f"run.folder={run}", "--continue", f"method.images={ended}")
+    forked("launch.train", config, f"run.folder={run}", "--continue", f"method.images={ended}")
     assert seen(run) == ended and not (run / "stop").exists(), "the stop file of the attempt before is gone"
 
 
+@pytest.mark.ranks
 def test_two_ranks_agree_although_one_alone_heard_it(config, tmp_path):
     """A signal to one worker; then a launcher that is gone. The launcher must take the first for a good end."""
     run = tmp_path / "run"
@@ -113,5 +115,5 @@ def test_two_ranks_agree_although_one_alone_heard_it(config, tmp_path):
 
 
 def test_resume_and_continue_are_not_given_together(tmp_path):
-    done = launch("launch.train", "--resume", tmp_path, "--continue", code=2)
+    done = forked("launch.train", "--resume", tmp_path, "--continue", code=2)
     assert "give one of them" in done.stderr

@@ -17,9 +17,9 @@ from pipeline import checkpoint, registry, tracking
 from pipeline.datasets import Dataset
 from pipeline.images import Preprocessing, to_uint8
 from pipeline.shards import ShardSet, prepare
-from tests.commands import launch
 from tests.pipeline.test_evaluation import SIZE, Identity, Oracle, Seer, levels, painted
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run
+from tests.warm import forked
 
 DATA = {"image_size": SIZE, "crop": "center"}
 COUNTS = {"train": 60, "valid": 6, "test": 40}
@@ -155,11 +155,12 @@ def test_data_that_is_not_here_is_asked_for(shams, capsys, monkeypatch):
         assert code == 2 and message in err and "--data" in err
 
 
+@pytest.mark.ranks
 def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(shards, tmp_path, capsys, monkeypatch):
     data = {"path": str(shards), **DATA}
     judge = make_run(tmp_path / "judge", JUDGE, data=data)
     fader = make_run(tmp_path / "fader", FADER, data=data, judge=str(judge))
-    done = launch("launch.evaluate", fader, "--device", "cpu", "--batch-size", "16", cwd=tmp_path)
+    done = forked("launch.evaluate", fader, "--device", "cpu", "--batch-size", "16", cwd=tmp_path)
     report = fader / "report" / "evaluation-test.json"
     assert f"wrote {report}" in done.stdout and "another data set" in done.stdout
     content = json.loads(report.read_text())
@@ -168,7 +169,7 @@ def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(s
     assert (fader / "report" / "evaluation-test.md").read_text().startswith("# Evaluation")
     assert registry.load(fader).card["metrics"] == content["metrics"]
     two = tmp_path / "two.json"
-    done = launch(
+    done = forked(
         "launch.evaluate", fader, "--device", "cpu", "--batch-size", "16", "--json", two, processes=2, cwd=tmp_path
     )
     assert done.stdout.count(f"wrote {report}") == 1, "one rank writes"

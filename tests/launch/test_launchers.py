@@ -12,8 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import ranks
-from tests.commands import ROOT, command, environment, launch
+from tests.commands import ROOT, command, environment
 from tests.pipeline.test_ranks import TOLERANCE, State, distance, of
+from tests.warm import forked
+
+pytestmark = pytest.mark.ranks
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_two_launchers_with_the_same_command_are_one_run_of_four_ranks(short, tm
 
 def test_deepspeed_needs_no_launcher(short, tmp_path):
     """One process by plain Python, the back end by the experiment."""
-    launch("tests.ranks", tmp_path, "alone")
+    forked("tests.ranks", tmp_path, "alone")
     found = load_file(tmp_path / "rank0.safetensors")
     assert int(found["world_size"]) == 1
     for backend in ("zero0", "zero1", "zero2"):

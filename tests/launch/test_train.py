@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.commands import ROOT, command, environment, interruptible, launch
+from tests.commands import ROOT, command, environment, interruptible
+from tests.warm import forked
 
 CONFIG = """
 name: tiny
@@ -49,15 +52,17 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(config, tmp_path_factory):
+def unbroken(config, tmp_path_factory) -> Callable[[int], dict[str, torch.Tensor]]:
     """The final state of a run nobody disturbs, by number of ranks."""
-    states = {}
-    for processes in (1, 2):
+
+    @cache
+    def state(processes: int) -> dict[str, torch.Tensor]:
         run = tmp_path_factory.mktemp("unbroken") / f"run{processes}"
-        done = launch("launch.train", config, f"run.folder={run}", processes=processes)
+        done = forked("launch.train", config, f"run.folder={run}", processes=processes)
         assert re.search(r"1,200 / 1,200 images +[\d,]+ images/s +0:00:00 left", done.stderr), done.stderr
-        states[processes] = final_state(run)
-    return states
+        return final_state(run)
+
+    return state
 
 
 def break_off(config: Path, run: Path, processes: int, number: signal.Signals) -> str:
@@ -89,7 +94,7 @@ def break_off(config: Path, run: Path, processes: int, number: signal.Signals) -
 
 @pytest.mark.parametrize(  # kill -9 of a rank of several: tests/faults and tests/slurm
     ("number", "processes"),
-    [(signal.SIGINT, 1), (signal.SIGKILL, 1), (signal.SIGINT, 2)],
+    [(signal.SIGINT, 1), (signal.SIGKILL, 1), pytest.param(signal.SIGINT, 2, marks=pytest.mark.ranks)],
     ids=["ctrl-c-1", "kill-9-1", "ctrl-c-2"],
 )
 def test_a_run_that_was_broken_off_ends_bit_for_bit_as_the_unbroken_one(config, unbroken, tmp_path, processes, number):
@@ -102,8 +107,8 @@ def test_a_run_that_was_broken_off_ends_bit_for_bit_as_the_unbroken_one(config, 
         assert f"fader train --resume {run}" in output
         assert checkpoints(run)[-1].name.endswith(f"{stopped:012d}"), "every image that was seen is in the checkpoint"
     alone = shutil.copytree(run, tmp_path / "alone")
-    launch("launch.train", "--resume", run, processes=processes)
-    resumed, whole = final_state(run), unbroken[processes]
+    forked("launch.train", "--resume", run, processes=processes)
+    resumed, whole = final_state(run), unbroken(processes)
     assert resumed.keys() == whole.keys()
     assert [key for key in whole if not torch.equal(resumed[key], whole[key])] == []
     if processes > 1:
@@ -112,7 +117,7 @@ def test_a_run_that_was_broken_off_ends_bit_for_bit_as_the_unbroken_one(config, 
 
 def _goes_on_with_one_rank(run: Path, whole: dict[str, torch.Tensor]) -> None:
     """Another order of sums, so not the same bits; a copy of the broken run, moved."""
-    launch("launch.train", "--resume", run, processes=1)
+    forked("launch.train", "--resume", run, processes=1)
     resumed = final_state(run)
     assert resumed.keys() == whole.keys()
     weights = [key for key in whole if key.startswith("networks:") and whole[key].is_floating_point()]
@@ -121,7 +126,7 @@ def _goes_on_with_one_rank(run: Path, whole: dict[str, torch.Tensor]) -> None:
 
 
 def test_bf16_trains(config, tmp_path):
-    done = launch("launch.train", config, f"run.folder={tmp_path / 'run'}", "precision=bf16", "method.images=400")
+    done = forked("launch.train", config, f"run.folder={tmp_path / 'run'}", "precision=bf16", "method.images=400")
     assert "autoencoder/mse" in done.stderr
     state = load_file(checkpoints(tmp_path / "run")[-1] / "networks.safetensors")
     assert all(value.dtype != torch.bfloat16 for value in state.values()), "weights stay float32"
@@ -146,7 +151,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(config, tmp_path, words, sa
     words = [str(config) if word == "CONFIG" else word for word in words]
     if words and words[0] == str(config):
         words.append(f"run.folder={tmp_path / 'run'}")
-    done = launch("launch.train", *words, code=2)
+    done = forked("launch.train", *words, code=2)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and says in lines[0], done.stderr
     assert "Traceback" not in done.stderr
@@ -155,9 +160,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(config, tmp_path, words, sa
 
 def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
     run = tmp_path / "run"
-    launch("launch.train", config, f"run.folder={run}", "method.images=80")
+    forked("launch.train", config, f"run.folder={run}", "method.images=80")
     before = (run / "config.yaml").read_bytes()
-    done = launch("launch.train", config, f"run.folder={run}", code=2)
+    done = forked("launch.train", config, f"run.folder={run}", code=2)
     assert f"fader train --resume {run}" in done.stderr
     assert (run / "config.yaml").read_bytes() == before
 
@@ -165,12 +170,12 @@ def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(config, unbroken, tmp_path):
     run = tmp_path / "run"
     break_off(config, run, 1, signal.SIGINT)
-    launch("launch.train", "--resume", run, "method.images=900")
+    forked("launch.train", "--resume", run, "method.images=900")
     damaged = checkpoints(run)[-1] / "networks.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    done = launch("launch.train", "--resume", run, "method.images=1200")
+    done = forked("launch.train", "--resume", run, "method.images=1200")
     assert "does not match its digest" in done.stderr
-    resumed, whole = final_state(run), unbroken[1]
+    resumed, whole = final_state(run), unbroken(1)
     assert [key for key in whole if not torch.equal(resumed[key], whole[key])] == []

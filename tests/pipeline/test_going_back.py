@@ -14,7 +14,7 @@ from pipeline.config import build
 from pipeline.tracking.delivery import Child
 from pipeline.train import train
 from tests import going_back
-from tests.commands import launch
+from tests.warm import forked
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +75,10 @@ def test_now_and_then_one_is_no_reason(faces, tmp_path, poisoned, caplog):
     assert "8 updates were not finite" in caplog.text and "went back" not in caplog.text
 
 
+@pytest.mark.ranks
 def test_two_ranks_go_back_together_though_one_alone_met_it(faces, tmp_path):
     """By DDP and by ZeRO-1: equal weights on both ranks, at the same salt."""
-    launch("tests.going_back", faces, tmp_path, processes=2)
+    forked("tests.going_back", faces, tmp_path, processes=2)
     for backend in ("ddp", "deepspeed"):
         first, second = (load_file(tmp_path / f"{backend}-{rank}.safetensors") for rank in range(2))
         assert int(first["salt"]) == int(second["salt"]) == 1

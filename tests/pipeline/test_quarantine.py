@@ -17,8 +17,8 @@ from pipeline.dali_loader import open_loader
 from pipeline.images import Preprocessing
 from pipeline.quarantine import Quarantine
 from pipeline.shards import ShardSet, Split
-from tests.commands import launch
 from tests.damaged import BAD, damaged_set, grey, labels
+from tests.warm import forked
 
 SMALL = Preprocessing(32, crop="center")
 KINDS = [("dali", "device"), ("dali", "host"), ("dali", "none"), ("pillow", "none"), ("sequential", "none")]
@@ -168,16 +168,18 @@ def runs(shards, tmp_path_factory) -> Path:
     for processes in (1, 2):
         folder = out / str(processes)
         folder.mkdir()
-        launch("tests.damaged", shards.path, folder, processes=processes)
+        forked("tests.damaged", shards.path, folder, processes=processes)
     return out
 
 
+@pytest.mark.ranks
 def test_both_ranks_end_with_the_same_weights(runs):
     first, second = (load_file(runs / "2" / f"unbroken-rank{rank}of2.safetensors") for rank in (0, 1))
     names = [name for name in first if name.startswith("w:")]
     assert names and all(torch.equal(first[name], second[name]) for name in names)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_run_ends_bit_for_bit_as_the_unbroken_one(runs, processes):
     for rank in range(processes):
@@ -189,6 +191,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_unbroken_one(runs, processes):
         assert torch.equal(unbroken["index"][16:], resumed["index"])
 
 
+@pytest.mark.ranks
 def test_two_ranks_read_what_one_process_reads_and_count_what_is_known_alike(runs):
     whole = load_file(runs / "1" / "unbroken-rank0of1.safetensors")
     first, second = (load_file(runs / "2" / f"unbroken-rank{rank}of2.safetensors") for rank in (0, 1))
@@ -197,6 +200,7 @@ def test_two_ranks_read_what_one_process_reads_and_count_what_is_known_alike(run
     assert torch.equal(first["known"], whole["known"]) and torch.equal(second["known"], whole["known"])
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_checkpoint_names_what_every_rank_left_out(runs, train, processes):
     found = checkpoint.latest(runs / str(processes) / "unbroken")

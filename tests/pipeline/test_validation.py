@@ -12,8 +12,8 @@ from fader.method import METHODS
 from pipeline import checkpoint, registry
 from pipeline.config import RunConfig
 from pipeline.validation import Standing, names
-from tests.commands import launch
 from tests.runs import FADER, JUDGE, make_run
+from tests.warm import forked
 
 KNOWN = ["swap_accuracy", "mse", "psnr"]
 
@@ -135,12 +135,13 @@ def config(tmp_path_factory, faces):
     return path
 
 
+@pytest.mark.ranks
 def test_the_best_checkpoint_and_its_standing_survive_a_stop(config, tmp_path):
     """Unbroken on two ranks, and stopped half-way and resumed on one: the same looks, the same best."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    launch("launch.train", config, f"run.folder={whole}", processes=2)
-    launch("launch.train", config, f"run.folder={broken}", "method.images=320")
-    launch("launch.train", "--resume", broken, "method.images=640")
+    forked("launch.train", config, f"run.folder={whole}", processes=2)
+    forked("launch.train", config, f"run.folder={broken}", "method.images=320")
+    forked("launch.train", "--resume", broken, "method.images=640")
     about = [json.loads((run / "checkpoints" / "best.json").read_text()) for run in (whole, broken)]
     assert about[0]["metric"] == "psnr" and about[0]["images"] == about[1]["images"]
     assert about[0]["value"] == pytest.approx(about[1]["value"], rel=1e-4)
@@ -160,12 +161,12 @@ def test_patience_ends_a_run_and_a_resume_does_not_begin_it_again(config, tmp_pa
     """A slider that learns nothing: its accuracy never rises after the first look."""
     run = tmp_path / "run"
     words = ["run.patience_metric=judge_accuracy", "run.patience_images=160", "run.keep_best={psnr: min}"]
-    done = launch("launch.train", config, f"run.folder={run}", *words)
+    done = forked("launch.train", config, f"run.folder={run}", *words)
     assert "no better judge_accuracy: training ends" in done.stderr
     assert checkpoint.images_of(checkpoint.latest(run)) == 240
     worst = checkpoint.best(run, "psnr", "min")
     assert checkpoint.images_of(worst) == 80 and "psnr" in checkpoint.metrics_of(worst), "the first look's, though old"
-    launch("launch.train", "--resume", run)
+    forked("launch.train", "--resume", run)
     assert checkpoint.images_of(checkpoint.latest(run)) == 240
 
 

@@ -94,6 +94,7 @@ def test_a_run_that_moves_is_left_alone_also_after_it_was_itself_stopped(tmp_pat
     assert not (tmp_path / "ranks/00000.json").exists()
 
 
+@pytest.mark.ranks
 def test_one_of_two_ranks_is_stopped_and_the_launcher_starts_the_run_again(faces, tmp_path):
     """The launcher may restart once: the watchdog ends what hangs, nothing of it keeps running, and the run goes on."""
     config, run, log = tmp_path / "tiny.yaml", tmp_path / "run", tmp_path / "log"
