@@ -15,7 +15,8 @@ import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
 from fader.method import METHODS, Batch, Clock, Loss, Method, Optimizer, Phase, Stage
 from pipeline.config import EngineConfig
-from pipeline.engine import Engine, LossScale, _restarts_may_hang
+from pipeline.engine import Engine, LossScale
+from pipeline.engine.ranks import restarts_may_hang
 from tests.shams import SHAMS, SGD, ShamSettings, registered
 
 ATTRIBUTES = Attributes([Attribute("Smiling"), Attribute("Beard", "k-way", ("none", "short", "long"))])
@@ -388,7 +389,7 @@ def test_dropout_is_keyed_by_stream_and_draw():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA nothing is computed on the processor")
 def test_bf16_on_a_processor_without_it_is_said_to_be_slow(monkeypatch, caplog):
-    monkeypatch.setattr("pipeline.engine._has_bf16", lambda: False)
+    monkeypatch.setattr("pipeline.engine.engine._has_bf16", lambda: False)
     Engine(tiny("judge"), precision="fp32")
     assert "bf16" not in caplog.text
     Engine(tiny("judge"), precision="bf16")
@@ -401,5 +402,5 @@ def test_bf16_on_a_processor_without_it_is_said_to_be_slow(monkeypatch, caplog):
 )
 def test_a_launcher_whose_restarts_may_hang_is_known_by_its_environment(restarts, ranks, shared, hangs):
     launched = {"TORCHELASTIC_MAX_RESTARTS": restarts, "WORLD_SIZE": ranks, "TORCHELASTIC_USE_AGENT_STORE": shared}
-    assert _restarts_may_hang(launched) is hangs
-    assert not _restarts_may_hang({})
+    assert restarts_may_hang(launched) is hangs
+    assert not restarts_may_hang({})

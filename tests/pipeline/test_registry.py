@@ -14,6 +14,7 @@ import torch
 
 from pipeline import checkpoint, config, registry
 from pipeline.engine import State
+from pipeline.registry.serving import example, signature
 from tests.commands import environment
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run, make_store, painter
 
@@ -37,8 +38,8 @@ def test_an_aligner_is_exported_and_served_by_its_window(tmp_path):
     """Windows of half the training pictures' side in, four numbers a window out, those of its own `align`."""
     small = {"init_channels": 4, "max_channels": 8, "hidden_channels": 8}
     model = registry.load(registry.export(make_run(tmp_path / "aligner", {"name": "aligner", **small}), tmp_path / "out"))
-    assert registry._signature(model).inputs.inputs[0].shape == (-1, 3, 16, 16)
-    assert registry._example(model).shape == (1, 3, 16, 16)
+    assert signature(model).inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert example(model).shape == (1, 3, 16, 16)
     windows = np.random.default_rng(0).uniform(-1, 1, (3, 3, 16, 16)).astype(np.float32)
     served = registry.answer(model, windows, {})
     off = model.method.align(torch.from_numpy(windows))

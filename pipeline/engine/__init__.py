@@ -1,0 +1,25 @@
+"""Accelerate and DeepSpeed behind few verbs: update, mean, largest, state, load. Only this package knows of several processes.
+
+A phase's loss is what gets wrapped. For each trained group the engine builds one module whose forward runs a whole loss
+with the raw networks inside, while only the group's parameters require gradients; the back end wraps *that*. So no
+method can call a trained network around its wrapper, autocast covers everything, and a frozen discriminator costs no
+communication. Back ends: one process, DDP, and DeepSpeed ZeRO-0, 1, 2 (one DeepSpeed engine a trained group).
+
+Accelerate makes the process group and names device and rank on every back end. DeepSpeed is asked for in the experiment
+or by Accelerate's launcher (`--use_deepspeed`, `distributed_type: DEEPSPEED`); the engine reads what that launcher left
+in the environment and starts DeepSpeed itself, because Accelerate's own way takes one model and needs transformers.
+
+    engine     the engine: one update of one phase, the moving averages, state and load
+    groups     a trained group on one process and under DDP: its wrapped loss, optimizer, loss scale
+    zero       a trained group behind a DeepSpeed engine, and DeepSpeed's settings
+    ranks      the processes of a launch and what they say to each other
+    launcher   what the launcher left in the environment
+    state      what a run must restore
+"""
+
+from pipeline.engine.engine import Engine
+from pipeline.engine.groups import LossScale
+from pipeline.engine.ranks import Ranks, leave
+from pipeline.engine.state import State
+
+__all__ = ["Engine", "LossScale", "Ranks", "State", "leave"]

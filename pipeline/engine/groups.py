@@ -1,0 +1,140 @@
+"""A trained group: the loss that is wrapped, its optimizer, its moving average; on one process and under DDP."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fader.method import Batch, Clock, Context, Loss, LossFunction, Optimizer
+from pipeline.engine.state import like, on_cpu
+
+_NOTHING = contextlib.nullcontext()
+
+
+class GroupLoss(nn.Module):
+    """What a back end wraps: all networks, of which one group trains, and a forward that runs a phase's loss."""
+
+    def __init__(self, networks: nn.ModuleDict) -> None:
+        super().__init__()
+        self.networks = networks
+
+    def forward(self, loss: LossFunction, batch: Batch, context: Context) -> Loss:
+        return loss(self.networks, batch, context)
+
+
+class LossScale:
+    """fp16's factor on one group's loss: halved when a gradient overflows, doubled after 2,000 updates without that.
+
+    It lives on the device and is never waited for.
+
+    Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
+    """
+
+    INTERVAL = 2000
+
+    def __init__(self, device: torch.device, scale: float = 65536.0) -> None:
+        self.scale = torch.tensor(scale, device=device)
+        self.good = torch.zeros((), device=device)
+
+    def update(self, finite: Tensor) -> Tensor:
+        """Take note of an update. finite: 1 or 0. Returns 1 where it overflowed although nothing was scaled."""
+        fault = (1.0 - finite) * (self.scale <= 1.0)
+        good = (self.good + 1.0) * finite
+        grown = torch.where(good >= self.INTERVAL, self.scale * 2.0, self.scale)
+        self.scale = torch.where(finite > 0, grown, self.scale * 0.5).clamp(1.0, 2.0**24)
+        self.good = torch.where(good >= self.INTERVAL, 0.0, good)
+        return fault
+
+
+class Group:
+    """One trained group: its wrapped loss, its optimizer, its moving average. This one serves one process and DDP."""
+
+    def __init__(self, trains: tuple[str, ...], settings: Optimizer, networks: nn.ModuleDict) -> None:
+        self.trains = trains
+        self.settings = settings
+        self.names = [f"{name}/{key}" for name in trains for key, _ in networks[name].named_parameters()]
+        self.parameters = [p for name in trains for p in networks[name].parameters()]
+        self.optimizer = optimizer_of(settings, self.parameters)
+        self.wrapped: Any = None
+        self.loss_scale: LossScale | None = None
+        self.ema: dict[str, nn.Module] = {}
+        if settings.ema_half_life:
+            self.ema = {name: copy.deepcopy(networks[name]).requires_grad_(False).eval() for name in trains}
+
+    def set_rate(self, factor: float, clock: Clock) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(clock.stage_images) * factor
+
+    def accumulate(self, function: LossFunction, parts: Sequence[Batch], context: Context) -> list[Loss]:
+        """Leave the gradient of the parts' mean loss, averaged over ranks, where `step` looks for it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for number, part in enumerate(parts, 1):
+            with self.wrapped.no_sync() if number < len(parts) and hasattr(self.wrapped, "no_sync") else _NOTHING:
+                loss: Loss = self.wrapped(function, part, context)
+                value = loss.value if len(parts) == 1 else loss.value / len(parts)
+                (value if self.loss_scale is None else value * self.loss_scale.scale).backward()
+            losses.append(loss)
+        return losses
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Clip, and move unless a gradient is not finite. Returns the norm before clipping, and 1 or 0: finite."""
+        self._unscale()
+        norm, finite = clip(self.parameters, self.settings.clip_norm)
+        self.optimizer.found_inf = 1.0 - finite
+        self.optimizer.step()
+        return norm, finite
+
+    def _unscale(self) -> None:
+        if self.loss_scale is not None:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1.0 / self.loss_scale.scale)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by name, whole, on the CPU."""
+        found = {}
+        for name, parameter in zip(self.names, self.parameters):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"{name}/{key}"] = on_cpu(value)
+        return found
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what `moments` gave, by parameter; the weights have been loaded before."""
+        for name, parameter in zip(self.names, self.parameters):
+            self.optimizer.state.pop(parameter, None)
+            if moments[name]:
+                self.optimizer.state[parameter] = {k: like(parameter, v) for k, v in moments[name].items()}
+
+
+def optimizer_of(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Fused kinds only: they skip an update on the device when `found_inf` is set."""
+    if settings.kind == "sgd":
+        return torch.optim.SGD(
+            parameters, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay, fused=True
+        )
+    return torch.optim.Adam(
+        parameters, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+@torch.no_grad()
+def clip(parameters: list[nn.Parameter], clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Scale all gradients to an L2 norm of at most `clip_norm` (0 = leave them). Returns norm before; 1 if finite."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm, torch.isfinite(norm).to(torch.float32)
+
+
+def reduce_in_bf16(state, bucket):
+    """DDP's hook for bf16 gradients on any back end (torch's own takes NCCL only, and reads annotations as objects)."""
+    small = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
+    reduced = dist.all_reduce(small, async_op=True).get_future()
+    return reduced.then(lambda future: bucket.buffer().copy_(future.value()[0]))

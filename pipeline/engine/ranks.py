@@ -1,0 +1,146 @@
+"""The processes of a launch, and what they say to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+
+from fader.method import Batch
+from pipeline.engine.launcher import PRECISION, environment
+
+log = logging.getLogger(__name__)
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Sum over all ranks. Its gradient is the sum of all ranks' gradients, so it differentiates any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return AllReduceSum.apply(gradient)
+
+
+class Ranks:
+    """The processes of a launch: which of them this one is, where it computes, and what all of them know together.
+
+    Args:
+        precision: of autocast, for those that train.
+        cpu: compute on the CPU where there is a GPU, too.
+    """
+
+    def __init__(self, precision: str = "fp32", cpu: bool = False) -> None:
+        self._start_accelerate(precision, cpu)
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.is_local_main = self.accelerator.is_local_main_process
+        self.node = _node()
+        if self.is_main and restarts_may_hang(os.environ):
+            log.warning(
+                "the launcher may start processes again, and they would look for each other in the store of those that are "
+                "gone, and may hang: launch with --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+            )
+
+    def _start_accelerate(self, precision: str, cpu: bool) -> None:
+        """Process group and device. Accelerate hears nothing of DeepSpeed: it would ask for transformers."""
+        AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
+        with environment("ACCELERATE_USE_DEEPSPEED", "false"):
+            self.accelerator = Accelerator(
+                cpu=cpu or not torch.cuda.is_available(),
+                mixed_precision=PRECISION[precision],
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
+                ],
+            )
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, differentiable; the identity on one."""
+        return AllReduceSum.apply(tensor) if self.world_size > 1 else tensor
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean over ranks of named scalars; waits for the device once."""
+        if not values:
+            return {}
+        stacked = torch.stack([torch.as_tensor(v, device=self.device).double().reshape(()) for v in values.values()])
+        if self.world_size > 1:
+            dist.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.world_size).tolist()))
+
+    def largest(self, value: float) -> float:
+        """The largest over ranks, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.item()
+
+    def on_node(self, value: Any) -> list[Any]:
+        """What every rank of this machine gave, in the order of ranks; all ranks of the run call it together.
+
+        Of this machine are those whose processes see each other; in a container of its own a rank is alone.
+        """
+        if self.world_size == 1:
+            return [value]
+        place = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino)
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, (place, value))
+        return [theirs for where, theirs in found if where == place]
+
+    def union(self, words: Iterable[str]) -> list[str]:
+        """All words that any rank gave, sorted; all ranks call it together."""
+        found: list[list[str]] = [sorted(set(words))] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, found[self.rank])
+        return sorted({word for part in found for word in part})
+
+    def count_known(self, batch: Batch) -> Batch:
+        """The batch with `known` counted by all ranks together, which on each was counted from the plan: for labels that
+        depend on what another rank could decode."""
+        known = (batch.attributes >= 0).sum(0).to(batch.known.dtype)
+        return dataclasses.replace(batch, known=self.reduce_sum(known) / self.world_size)
+
+    def wait(self) -> None:
+        """A barrier."""
+        self.accelerator.wait_for_everyone()
+
+
+def leave() -> None:
+    """End this process's part in its group, if it has one, when nothing is to be said to other ranks any more.
+
+    A process that exits while the group stands may abort in the group's threads, which a launcher takes for a crash.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _node() -> str | None:
+    """This machine's name, as Slurm says it or else the machine; None for a run of one machine."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:  # the launcher counts machines there
+        return None
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def restarts_may_hang(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher that restarts shares one store between all its rounds, as torch 2.13 does unless told otherwise."""
+    restarts, ranks = (int(environment.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "WORLD_SIZE"))
+    return restarts > 0 and ranks > 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -1,0 +1,43 @@
+"""What a run must restore of weights and optimizers, and how tensors come back to where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class State:
+    """Everything of the weights and optimizers that a run must restore, by name, on the CPU.
+
+    networks: "network/parameter or buffer". ema: the same names. optimizers: "network/parameter/moment", the step count
+    among them, whole whatever back end and number of ranks held them; and "group/loss_scale" under fp16.
+    """
+
+    networks: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizers: dict[str, Tensor]
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy on the parameter's device; a moment also in its memory format, which fused kernels take for granted."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, requires_grad=False).copy_(value)
+    return value.to(parameter.device, copy=True)
+
+
+def load_networks(networks: nn.ModuleDict, state: Mapping[str, Tensor], what: str) -> None:
+    for name, network in networks.items():
+        prefix = f"{name}/"
+        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        try:
+            network.load_state_dict(part)
+        except RuntimeError as error:
+            raise ValueError(f"the {what} does not fit network {name}: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,66 @@
+"""What a model's card says of it, beside what the run or the export itself says."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from fader.method import Method
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+LICENCE = (
+    "Weights carry the terms of the images they were trained on (see the data digest). "
+    "CelebA is for non-commercial research only, and so is a model trained on it."
+)
+_OURS = "attribute-sliders"
+_PACKAGES = (_OURS, "torch", "safetensors", "numpy", "Pillow", "mlflow")
+
+
+def about_method(method: Method) -> dict[str, Any]:
+    return {
+        "method": method.name,
+        "settings": json.loads(json.dumps(method.settings_dict())),
+        "networks": {
+            name: sum(parameter.numel() for parameter in network.parameters())
+            for name, network in method.networks.items()
+        },
+        "attributes": method.attributes.to_list(),
+        "image_size": method.image_size,
+        "channels": method.channels,
+    }
+
+
+def evaluated(run: Path, chosen: Path, variant: str) -> dict[str, float]:
+    """The numbers `fader evaluate` left in the run's folder; empty when these weights were not evaluated."""
+    path = run / "report" / f"evaluation-test{variant}.json"
+    if not path.is_file():
+        return {}
+    if path.stat().st_mtime < chosen.stat().st_mtime:
+        logger.warning("%s is older than %s: its numbers are left out", path, chosen.name)
+        return {}
+    return json.loads(path.read_text())["metrics"]
+
+
+def versions_here() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def requirements() -> list[str]:
+    """What a served model needs beside this package, as pip reads it (a build's own suffix, "+cpu", is on no index)."""
+    return [f"{name}=={version.partition('+')[0]}" for name, version in versions_here().items() if name != _OURS]
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
