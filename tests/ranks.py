@@ -49,6 +49,7 @@ BACKENDS = {
 KINDS = ("single", "ddp", "zero1", "zero2")  # whose checkpoints must load each other's
 SAVED_AT = (0, 1, 5, 9)  # steps; the sampler's second stage begins at step 7
 GOES_ON = 3  # steps after a load, so that 5 crosses the stage boundary
+CRITIC = {"lambda_fisher": 0.1, "fisher_half_life": 50, "fisher_steps": 1, "fool": "marginal", "ramp_images": 0}
 POISONED = 2  # the draw that is not finite
 
 Draw = Callable[[str, int], Batch]
@@ -124,7 +125,7 @@ def build(case: Case) -> Method:
         "fader": lambda: kind.Settings(
             **small, num_layers=2, hidden_channels=8, lambda_max=0.5, lambda_shape="feedback", feedback_images=100,
             latent_dropout=0.0, ema_half_life=64, norm=case.norm,
-            **({"lambda_fisher": 0.1, "fisher_half_life": 50, "fool": "marginal", "ramp_images": 0} if case.critic else {}),
+            **(CRITIC if case.critic else {}),
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
     }.get(case.method, lambda: ShamSettings(images))()  # fmt: skip

@@ -58,6 +58,8 @@ class FaderSettings:
             than a discriminator that has to learn; at 0 there is no such critic.
         fisher_half_life: images after which an old latent counts half in the critic's moments.
         fisher_hidden: random features by which the critic also sees what no linear reader does.
+        fisher_steps: batches a step, beside the discriminator's, of which the critic alone takes note: they cost the
+            encoder's forward pass, and let a longer fisher_half_life reach no further back in steps.
         smooth_label: the patch discriminator's targets are this and one minus this. Codes are never smoothed.
         learning_rate: of encoder and decoder, and of each other network that names none of its own.
         decay_share: the last share of training, in which the learning rate of encoder and decoder falls, in a straight
@@ -96,6 +98,7 @@ class FaderSettings:
     lambda_fisher: float = 0.0
     fisher_half_life: int = 2_000
     fisher_hidden: int = 256
+    fisher_steps: int = 0
     smooth_label: float = 0.2
     learning_rate: float = 2e-4
     latent_discriminator_learning_rate: float | None = None
@@ -189,6 +192,10 @@ class Fader(Method):
             Phase((name,), loss, others=s.discriminator_others, repeat=steps, stream=stream, refreshes=watching.get(name, ()))
             for name, loss, steps in learners
         ]
+        if "critic" in self.networks and s.fisher_steps:
+            phases.append(
+                Phase((), self.observe, others="eval", repeat=s.fisher_steps, stream=stream, refreshes=("critic",))
+            )
         phases.append(Phase(("encoder", "decoder"), self.autoencoder_loss, others=s.autoencoder_others, stream=stream))
         return (Stage("fader", tuple(phases), s.images),)
 
@@ -227,6 +234,12 @@ class Fader(Method):
                 self.attributes, losses, batch.attributes, batch.known, context.reduce_sum
             )
         return self._recognition("latent_discriminator", logits, batch)
+
+    def observe(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        """Nothing learns; the critic takes note of the latents."""
+        latents = networks["encoder"](batch.images).shallowest.flatten(1)
+        networks["critic"].observe(self.attributes, latents, batch.attributes, context.reduce_sum)
+        return Loss(latents.new_zeros(()))
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The classifier learns to read the attributes off real images."""

@@ -60,6 +60,22 @@ def moved(before: dict, method: Method, parameters_only: bool = True) -> set[str
     return changed
 
 
+def test_the_critic_reads_batches_of_its_own_and_nothing_else_takes_note_of_them():
+    method = tiny("fader", lambda_fisher=0.1, fisher_steps=3, fisher_half_life=10**9)
+    engine, (stage,) = Engine(method), method.stages()
+    (looks,) = [phase for phase in stage.phases if not phase.trains]
+    assert (looks.name, looks.repeat) == ("critic", 3)
+    critic, before = method.networks["critic"], weights(method)
+    engine.update(looks, batch(), Clock())
+    assert moved(before, method, parameters_only=False) == {"critic"}
+    (reads,) = [phase for phase in stage.phases if phase.trains == ("latent_discriminator",)]
+    engine.update(reads, batch(1), Clock())
+    assert critic.count.item() == pytest.approx(2 * 8)
+    alone = tiny("fader", lambda_fisher=0.1)
+    assert not [phase for phase in alone.stages()[0].phases if not phase.trains]
+
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_each_phase_moves_only_its_networks_and_no_other_holds_a_gradient(name, precision):
