@@ -15,7 +15,7 @@ _WIDEST = 4096  # their covariance takes 128 MiB, and a second or more of a CPU 
 
 
 class Solution(NamedTuple):
-    """All float64, F = size, or 2 size + num_pairs with folds.
+    """All float64, F = size + num_hidden.
 
     mean: [F] of all features. directions: [W, F], for each column of the code Σ⁻¹ (μ_v - μ̄), divided by k and by the share
     of all records that have the value. separations: [A].
@@ -39,99 +39,80 @@ class FisherCritic(nn.Module):
     reader can tell; of a binary attribute with equally likely values whose latents are Gaussian, 0.5 lets one be right
     in 84 of 100 cases, 0.1 in 63. A continuous attribute counts as its two ends, each record in proportion.
 
-    What a curved reader could make of a latent is seen through features beside it: with u_i its numbers, standardised,
-    the folds |u_i|, and the folds |u_i ± u_j| / √2 of some pairs, drawn once. Against the linear reader alone an encoder
-    hides what it knows in them: on CelebA, when a fresh linear probe read Male with 0.65, one of latents and folds read 0.83.
+    What a curved reader could make of a latent z is seen through fixed random features, max(0, (z - mean) R): beside z
+    itself they are what a network with one hidden layer starts from.
 
-    All state is buffers, sums that fade: every rank keeps the same, and a checkpoint holds them. What was observed since
-    they were last asked for is taken into them then: one matrix product, and one sum over ranks.
+    All state is buffers, sums that fade: every rank keeps the same, and a checkpoint holds them.
 
     Args:
         size: numbers of a latent.
-        num_pairs: of numbers whose folds it sees, beside those of each number; None = no folds, a linear reader.
+        num_hidden: random features beside them.
         half_life: images after which an old one counts half.
-        shrinkage: this times its own variance is added to each feature's.
+        shrinkage: this times the mean variance is added to each number's own.
 
     Raises:
-        ValueError: the features are too many for their covariance; half_life or shrinkage is not positive.
+        ValueError: latent and features are too many for their covariance; half_life or shrinkage is not positive.
 
-    Source: Fisher 1936, doi:10.1111/j.1469-1809.1936.tb02137.x; several values: Rao 1948, section 7.
+    Source: Fisher 1936, doi:10.1111/j.1469-1809.1936.tb02137.x; several values: Rao 1948, section 7; random features:
+    Rahimi, Recht 2008, "Weighted sums of random kitchen sinks".
     """
 
     def __init__(
-        self, attributes: Attributes, size: int, half_life: int, num_pairs: int | None = None, shrinkage: float = 0.1
+        self, attributes: Attributes, size: int, half_life: int, num_hidden: int = 0, shrinkage: float = 0.1
     ) -> None:
         super().__init__()
-        features = size if num_pairs is None else 2 * size + num_pairs
-        if features > _WIDEST:
+        if size + num_hidden > _WIDEST:
             raise ValueError(
-                f"a latent of {size:,} numbers has {features:,} features here, too many for their covariance; "
+                f"a latent of {size:,} numbers and {num_hidden:,} features are too many for their covariance; "
                 f"{_WIDEST:,} are the most"
             )
         if half_life < 1 or shrinkage <= 0:
             raise ValueError(f"half_life {half_life} and shrinkage {shrinkage:g} must be positive")
-        if num_pairs and size < 2:
-            raise ValueError("a latent of one number has no pairs")
-        self.size, self.folds, self.slices = size, num_pairs is not None, attributes.code_slices()
+        self.slices = attributes.code_slices()
         self.half_life, self.shrinkage = half_life, shrinkage
         chance = torch.Generator().manual_seed(0)  # on every rank the same
-        first = torch.randint(0, size, (num_pairs or 0,), generator=chance)
-        other = (first + torch.randint(1, max(size, 2), first.shape, generator=chance)) % size
-        self.register_buffer("pairs", torch.stack([first, other]))
-        self.register_buffer("signs", torch.randint(0, 2, first.shape, generator=chance) * 2 - 1)
-        width = attributes.code_width
+        self.register_buffer("projection", torch.randn(size, num_hidden, generator=chance) / size**0.5)
+        width, size = attributes.code_width, size + num_hidden
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("total", torch.zeros(features, dtype=torch.float64))
-        self.register_buffer("products", torch.zeros(features, features, dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("products", torch.zeros(size, size, dtype=torch.float64))
         self.register_buffer("value_counts", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("value_totals", torch.zeros(width, features, dtype=torch.float64))
-        self._waiting: list[tuple[Tensor, Tensor]] = []  # latents and members, until `solve`
+        self.register_buffer("value_totals", torch.zeros(width, size, dtype=torch.float64))
 
     @torch.no_grad()
-    def observe(self, attributes: Attributes, latent: Tensor, labels: Tensor) -> None:
-        """Take note of this rank's share of a batch, in train mode. latent: [N, size]. labels: [N, A], -1 = unknown."""
-        if self.training:
-            self._waiting.append((wide(latent), attributes.members(labels)))
-
-    def _take_in(self, reduce_sum: ReduceSum) -> None:
-        """Move what waits into the moments; nothing of it where any rank's is not finite. All ranks have some, or none."""
-        if not self._waiting:
+    def observe(self, attributes: Attributes, latent: Tensor, labels: Tensor, reduce_sum: ReduceSum) -> None:
+        """Take note of a batch over all ranks, in train mode. latent: [N, size]. labels: [N, A], -1 = unknown."""
+        if not self.training:
             return
-        latent, members = (torch.cat(parts) for parts in zip(*self._waiting))
-        self._waiting.clear()
-        features, members = self._features(latent).double(), members.double()
+        latent = self._features(latent).double()
+        members = attributes.members(labels).double()
         sums = (
-            features.new_tensor([len(features)]), features.sum(0), features.T @ features, members.sum(0), members.T @ features,
+            latent.new_tensor([len(latent)]), latent.sum(0), latent.T @ latent, members.sum(0), members.T @ latent,
         )  # fmt: skip
         flat = reduce_sum(torch.cat([part.reshape(-1) for part in sums]))
         fade = 0.5 ** (flat[0] / self.half_life)
-        sound = flat.isfinite().all()
         kept = (self.count, self.total, self.products, self.value_counts, self.value_totals)
         for old, new in zip(kept, flat.split([part.numel() for part in kept])):
-            old.copy_(torch.where(sound, old * fade + new.view_as(old), old))
+            old.mul_(fade).add_(new.view_as(old))
 
     def _features(self, latent: Tensor) -> Tensor:
-        """[N, size] to [N, F], at least float32: the latent, its folds, its pairs' folds."""
+        """[N, size] to [N, size + num_hidden], at least float32."""
         latent = wide(latent)
-        if not self.folds:
+        if not self.projection.shape[1]:
             return latent
-        count = self.count.clamp(min=1)
-        middle = self.total[: self.size] / count
-        variance = self.products.diagonal()[: self.size] / count - middle.square()
-        spread = torch.where(self.count > 0, variance.clamp(min=1e-6).sqrt(), 1.0)
+        middle = self.total[: latent.shape[1]] / self.count.clamp(min=1)
         with torch.autocast(latent.device.type, enabled=False):
-            unit = (latent - middle.to(latent.dtype)) / spread.to(latent.dtype)
-            pairs = (unit[:, self.pairs[0]] + self.signs * unit[:, self.pairs[1]]) / 2**0.5
-            return torch.cat([latent, unit.abs(), pairs.abs()], 1)
+            curved = torch.relu((latent - middle.to(latent.dtype)) @ self.projection.to(latent.dtype))
+        return torch.cat([latent, curved], 1)
 
     @torch.no_grad()
-    def solve(self, reduce_sum: ReduceSum) -> Solution:
-        """What the moments so far come to, over all ranks; 0 of an attribute that has a value which was not seen."""
-        self._take_in(reduce_sum)
+    def solve(self) -> Solution:
+        """What the moments so far come to; 0 of an attribute that has a value which was not seen."""
         count = self.count.clamp(min=1)
         mean = self.total / count
         covariance = self.products / count - torch.outer(mean, mean)
-        covariance.diagonal().mul_(1 + self.shrinkage).add_(1e-6)
+        ridge = self.shrinkage * covariance.diagonal().mean() + 1e-6
+        covariance.diagonal().add_(ridge)
         means = self.value_totals / self.value_counts.clamp(min=1e-9)[:, None]
         apart, weights = torch.zeros_like(means), 1 / (self.value_counts / count).clamp(min=1e-6)
         for part in self.slices:

@@ -56,10 +56,10 @@ class FaderSettings:
             decoded with random attributes; at 0 these networks do not exist.
         lambda_fisher: weight of what a linear reader could make of the latent (see `FisherCritic`), which sees further
             than a discriminator that has to learn; at 0 there is no such critic.
-        fisher_half_life: images that the critic has seen after which an old one counts half.
-        fisher_pairs: pairs of the latent's numbers whose folds the critic sees, beside the fold of each; None = no folds.
-        fisher_steps: batches a step, beside the discriminator's, of which the critic alone takes note. They cost the
-            encoder's forward pass: an estimate from as many images reaches less far back, to fewer encoders of before.
+        fisher_half_life: images after which an old latent counts half in the critic's moments.
+        fisher_hidden: random features by which the critic also sees what no linear reader does.
+        fisher_steps: batches a step, beside the discriminator's, of which the critic alone takes note: they cost the
+            encoder's forward pass, and let a longer fisher_half_life reach no further back in steps.
         smooth_label: the patch discriminator's targets are this and one minus this. Codes are never smoothed.
         learning_rate: of encoder and decoder, and of each other network that names none of its own.
         decay_share: the last share of training, in which the learning rate of encoder and decoder falls, in a straight
@@ -96,9 +96,9 @@ class FaderSettings:
     lambda_patch: float = 0.0
     lambda_classifier: float = 0.0
     lambda_fisher: float = 0.0
-    fisher_half_life: int = 16_000
-    fisher_pairs: int | None = 512
-    fisher_steps: int = 8
+    fisher_half_life: int = 2_000
+    fisher_hidden: int = 256
+    fisher_steps: int = 0
     smooth_label: float = 0.2
     learning_rate: float = 2e-4
     latent_discriminator_learning_rate: float | None = None
@@ -168,7 +168,7 @@ class Fader(Method):
             self.networks["label_counts"] = LabelCounts(attributes)
         if s.lambda_fisher > 0:
             size = math.prod(layout.shallowest_shape)
-            self.networks["critic"] = FisherCritic(attributes, size, s.fisher_half_life, s.fisher_pairs)
+            self.networks["critic"] = FisherCritic(attributes, size, s.fisher_half_life, s.fisher_hidden)
         sizes = {"init_channels": layout.init_channels, "max_channels": layout.max_channels, "norm": batch_norm}
         if s.lambda_patch > 0:
             self.networks["patch_discriminator"] = PatchDiscriminator(image_size, channels, **sizes)
@@ -225,7 +225,9 @@ class Fader(Method):
         if "label_counts" in networks:
             networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
         if "critic" in networks:
-            networks["critic"].observe(self.attributes, latent.shallowest.flatten(1), batch.attributes)
+            networks["critic"].observe(
+                self.attributes, latent.shallowest.flatten(1), batch.attributes, context.reduce_sum
+            )
         if "leak_control" in networks:
             losses = self.attributes.losses(logits.detach(), batch.attributes, batch.known, self.settings.head)
             networks["leak_control"].observe(
@@ -236,7 +238,7 @@ class Fader(Method):
     def observe(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """Nothing learns; the critic takes note of the latents."""
         latents = networks["encoder"](batch.images).shallowest.flatten(1)
-        networks["critic"].observe(self.attributes, latents, batch.attributes)
+        networks["critic"].observe(self.attributes, latents, batch.attributes, context.reduce_sum)
         return Loss(latents.new_zeros(()))
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
@@ -270,7 +272,7 @@ class Fader(Method):
         report: dict[str, Tensor | float] = {"mse": mse.detach(), "fool": fool.detach(), "lambda": weight}
 
         if "critic" in networks:
-            solution = networks["critic"].solve(context.reduce_sum)
+            solution = networks["critic"].solve()
             latents = latent.shallowest.flatten(1)
             separation = batch.mean(networks["critic"].estimates(solution, self.attributes, latents, batch.attributes))
             loss = loss + self._risen(s.lambda_fisher, images) * separation
