@@ -16,8 +16,6 @@ from tests.commands import ROOT, command, environment
 from tests.pipeline.test_ranks import TOLERANCE, State, distance, of
 from tests.warm import forked
 
-pytestmark = pytest.mark.ranks
-
 
 @pytest.fixture(scope="module")
 def short() -> State:
@@ -44,6 +42,7 @@ def start(line: list[str]) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_launchers_back_end_is_taken_over(short, taken_over, stage):
     """By deepspeed_zero1.yaml and deepspeed_zero2.yaml."""
@@ -53,6 +52,7 @@ def test_the_launchers_back_end_is_taken_over(short, taken_over, stage):
         assert distance(short, of(found, "deepspeed/fader")) < TOLERANCE["zero1"]
 
 
+@pytest.mark.ranks
 def test_two_launchers_with_the_same_command_are_one_run_of_four_ranks(short, tmp_path):
     """many_nodes.yaml as it stands; the port alone is another, so that tests may run beside each other."""
     words = ["--config_file", "launch/accelerate/many_nodes.yaml", "--main_process_port", str(ranks.free_port())]
