@@ -92,8 +92,9 @@ class FisherCritic(nn.Module):
         flat = reduce_sum(torch.cat([part.reshape(-1) for part in sums]))
         fade = 0.5 ** (flat[0] / self.half_life)
         kept = (self.count, self.total, self.products, self.value_counts, self.value_totals)
+        sound = flat.isfinite().all()  # over all ranks; what is not is left out, without waiting for the device
         for old, new in zip(kept, flat.split([part.numel() for part in kept])):
-            old.mul_(fade).add_(new.view_as(old))
+            old.copy_(torch.where(sound, old * fade + new.view_as(old), old))
 
     def _features(self, latent: Tensor) -> Tensor:
         """[N, size] to [N, size + num_hidden], at least float32."""

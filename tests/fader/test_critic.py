@@ -143,12 +143,16 @@ def test_autocast_leaves_it_alone():
     assert torch.equal(found, estimates(seen(latent, labels, num_hidden=8), latent, labels))
 
 
-def test_what_is_not_finite_raises_nothing_and_is_not_finite():
-    """So the update is left out, and the engine puts the buffers back."""
+def test_what_is_not_finite_is_left_out_and_nothing_that_was_known_is_lost():
+    """Also in a phase that trains nothing, of which the engine undoes nothing."""
     latent, labels = drawn(0.5, 1.0)
-    latent[0, 0] = math.nan
     critic = seen(latent, labels)
-    assert not estimates(critic, latent, labels).isfinite().any()
+    before = estimates(critic, latent, labels)
+    for wrong in (math.nan, math.inf):
+        damaged = latent.clone()
+        damaged[0, 0] = wrong
+        critic.observe(MALE, damaged, labels, identity)
+        assert torch.equal(estimates(critic, latent, labels), before)
 
 
 def test_what_cannot_be_is_refused():
