@@ -90,11 +90,12 @@ class FisherCritic(nn.Module):
             latent.new_tensor([len(latent)]), latent.sum(0), latent.T @ latent, members.sum(0), members.T @ latent,
         )  # fmt: skip
         flat = reduce_sum(torch.cat([part.reshape(-1) for part in sums]))
-        fade = 0.5 ** (flat[0] / self.half_life)
-        kept = (self.count, self.total, self.products, self.value_counts, self.value_totals)
         sound = flat.isfinite().all()  # over all ranks; what is not is left out, without waiting for the device
+        fade = torch.where(sound, 0.5 ** (flat[0] / self.half_life), 1.0)
+        flat = torch.where(sound, flat, 0.0)
+        kept = (self.count, self.total, self.products, self.value_counts, self.value_totals)
         for old, new in zip(kept, flat.split([part.numel() for part in kept])):
-            old.copy_(torch.where(sound, old * fade + new.view_as(old), old))
+            old.mul_(fade).add_(new.view_as(old))
 
     def _features(self, latent: Tensor) -> Tensor:
         """[N, size] to [N, size + num_hidden], at least float32."""

@@ -192,10 +192,9 @@ class Fader(Method):
             Phase((name,), loss, others=s.discriminator_others, repeat=steps, stream=stream, refreshes=watching.get(name, ()))
             for name, loss, steps in learners
         ]
-        if "critic" in self.networks and s.fisher_steps:
-            phases.append(
-                Phase((), self.observe, others="eval", repeat=s.fisher_steps, stream=stream, refreshes=("critic",))
-            )
+        if "critic" in self.networks and s.fisher_steps:  # always batches of its own: those of other phases it has seen
+            others = s.discriminator_others
+            phases.append(Phase((), self.observe, others=others, repeat=s.fisher_steps, refreshes=("critic",)))
         phases.append(Phase(("encoder", "decoder"), self.autoencoder_loss, others=s.autoencoder_others, stream=stream))
         return (Stage("fader", tuple(phases), s.images),)
 
