@@ -17,8 +17,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fader demo
 
-# The tests of the Slurm jobs mostly wait, so they run beside the others (and are done before those on several ranks, which
-# come last and need both cores); what they print comes at the end.
+# The tests of the Slurm jobs mostly wait, so they run beside the others (those on several ranks, which need both cores, come last,
+# when these should be done); what they print comes at the end.
 test: $(STAMP)
 	@mkdir -p build
 	@$(BIN)/python -m pytest tests/slurm >build/test-slurm.log 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
