@@ -12,7 +12,6 @@ back end takes it: DeepSpeed reduces in float32, so its cases run as they do in 
 from __future__ import annotations
 
 import dataclasses
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -316,12 +315,6 @@ def autocast_inside_deepspeed() -> bool:
     draw = lambda stream, k: one_share(case, stream, k, engine.rank, engine.world_size)  # noqa: E731
     train(engine, draw, Position(), 2, GLOBAL_BATCH)
     return all(seen) and len(seen) == 2
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launched() -> dict[str, torch.Tensor]:

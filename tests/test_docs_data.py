@@ -17,9 +17,9 @@ from PIL import Image
 from launch import cli
 from pipeline.shards import ShardSet
 from tests.commands import ROOT
-from tests.warm import forked
 from tests.pipeline.planted import write_celeba
 from tests.pipeline.test_datasets import write_daynight, write_domains, write_mnist, write_table, write_wds
+from tests.warm import forked
 
 PAGE = ROOT / "docs/data.md"
 

@@ -8,20 +8,23 @@ module, words, environment, folder and exit code, in a process of its own. Sever
 from __future__ import annotations
 
 import atexit
-import contextlib
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Sequence
 from functools import cache
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.commands import ROOT, environment
+import pytest
+
+from tests.commands import ROOT, as_rank, environment, free_port
 
 PATIENCE_SECONDS = 900
 
@@ -33,20 +36,12 @@ def _server() -> ForkServerContext:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.imported"])
-    with _environment(environment()), contextlib.chdir(ROOT):
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(ROOT)
+        for name, value in environment().items():
+            here.setenv(name, value)
         ensure_running()
     return context
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def forked(
@@ -62,34 +57,33 @@ def forked(
         ]
         for rank in ranks:
             rank.start()
-        for rank in ranks:
-            rank.join(PATIENCE_SECONDS)
-        hanging = [rank for rank in ranks if rank.exitcode is None]
-        for rank in hanging:
-            rank.kill()
-            rank.join()
+        hanging = _ended(ranks, code)
         out, err = ("".join(file.read_text() for file in kind if file.exists()) for kind in zip(*files))
     codes = [rank.exitcode for rank in ranks]
-    assert not hanging, f"{len(hanging)} of {processes} did not end\n{out}\n{err}"
-    assert codes == [code] * processes, f"exit codes {codes}\n{out}\n{err}"
+    assert codes == [code] * processes, f"exit codes {codes}, of which {hanging} had to be killed\n{out}\n{err}"
     return subprocess.CompletedProcess(line, code, out, err)
+
+
+def _ended(ranks: Sequence[BaseProcess], code: int) -> int:
+    """Wait for all; when one fails, or patience ends, kill the others, as a launcher does. Returns how many were killed."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while running := [rank for rank in ranks if rank.exitcode is None]:
+        ended = wait([rank.sentinel for rank in running], deadline - time.monotonic())
+        if not ended or any(rank.exitcode not in (None, code) for rank in ranks):
+            break
+    hanging = [rank for rank in ranks if rank.exitcode is None]
+    for rank in hanging:
+        rank.kill()
+        rank.join()
+    return len(hanging)
 
 
 def _ranks(processes: int) -> list[dict[str, str]]:
     """What launch/accelerate/cpu.yaml makes a launcher set for each rank; nothing for one process."""
     if processes == 1:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "ACCELERATE_MIXED_PRECISION": "no",
-    }
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    port = free_port()
+    return [{**as_rank(rank, processes, port), "ACCELERATE_MIXED_PRECISION": "no"} for rank in range(processes)]
 
 
 def _become(line: list[str], cwd: str, variables: dict[str, str], out: str, err: str) -> None:

@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.dataset  # noqa: F401  reading a manifest imports it, and that pandas: 0.7 s in each run anew
 import torch
-import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.2 s
 from safetensors.torch import load_file
 
 from pipeline import checkpoint
 from pipeline.config import Experiment, build
 from pipeline.interruption import Interrupted
 from pipeline.train import Progress, train
+from tests import imported  # noqa: F401  here, once, what each run would import anew
+from tests.commands import as_rank, free_port
 
 BATCH = 8
 STEPS_A_SAVE = 5
@@ -86,7 +86,7 @@ class Attempt:
 
     def __post_init__(self) -> None:
         self.before = newest(self.run)
-        port = _free_port() if self.num_ranks > 1 else 0
+        port = free_port() if self.num_ranks > 1 else 0
         self.pids = [self._fork(rank, port) for rank in range(self.num_ranks)]
 
     def _fork(self, rank: int, port: int) -> int:
@@ -101,9 +101,7 @@ class Attempt:
             os.dup2(log, 2)
             logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(message)s", force=True)
             if self.num_ranks > 1:
-                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": self.num_ranks, "RANK": rank}
-                local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.num_ranks}
-                os.environ.update({name: str(value) for name, value in (address | local).items()})
+                os.environ.update(as_rank(rank, self.num_ranks, port))
             train(self.experiment, self.run, resume=(self.run / "run.json").exists(), watch=self.board.watch)
             code = 0
         except Interrupted as stopped:
@@ -183,9 +181,3 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
     """Names of tensors that are not equal to the bit."""
     return sorted(key for key in one.keys() | other.keys() if key not in one or key not in other or not torch.equal(one[key], other[key]))
-
-
-def _free_port() -> int:
-    from tests.ranks import free_port
-
-    return free_port()

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import ranks
-from tests.commands import ROOT, command, environment
+from tests.commands import ROOT, command, environment, free_port
 from tests.pipeline.test_ranks import TOLERANCE, State, distance, of
 from tests.warm import forked
 
@@ -55,7 +55,7 @@ def test_the_launchers_back_end_is_taken_over(short, taken_over, stage):
 @pytest.mark.ranks
 def test_two_launchers_with_the_same_command_are_one_run_of_four_ranks(short, tmp_path):
     """many_nodes.yaml as it stands; the port alone is another, so that tests may run beside each other."""
-    words = ["--config_file", "launch/accelerate/many_nodes.yaml", "--main_process_port", str(ranks.free_port())]
+    words = ["--config_file", "launch/accelerate/many_nodes.yaml", "--main_process_port", str(free_port())]
     line = command("tests.ranks", tmp_path, "one", launcher=words)
     nodes = [start(line) for _ in range(2)]
     outputs = [node.communicate(timeout=900)[0] for node in nodes]

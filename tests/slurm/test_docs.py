@@ -10,8 +10,7 @@ import re
 import subprocess
 import sys
 
-from tests.commands import ROOT
-from tests.ranks import free_port
+from tests.commands import ROOT, free_port
 
 PAGE = ROOT / "docs/cluster.md"
 FEW = (

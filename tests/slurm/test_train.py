@@ -72,7 +72,7 @@ def unbroken(cluster, config, tmp_path_factory) -> Unbroken:
 
 
 def port() -> str:
-    from tests.ranks import free_port
+    from tests.commands import free_port
 
     return str(free_port())
 
