@@ -20,10 +20,11 @@ from fader.similarity import Similarity
 
 Networks = Mapping[str, nn.Module]
 ReduceSum = Callable[[Tensor], Tensor]
+Rows = Callable[[Tensor], Tensor]  # of every rank's share of a batch, the whole
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """The sum over all ranks when there is one."""
+    """The sum over all ranks, or all ranks' rows, when there is one."""
     return tensor
 
 
@@ -90,10 +91,16 @@ class Clock:
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss may know of the world. reduce_sum: differentiable sum over all ranks, the identity on one."""
+    """What a loss may know of the world.
+
+    reduce_sum: differentiable sum over all ranks, the identity on one.
+    gather: of a tensor with a row for each record of this rank's share, that of the whole global batch, in its order and
+    without gradients; not for a share that is taken in parts.
+    """
 
     clock: Clock = Clock()
     reduce_sum: ReduceSum = identity
+    gather: Rows = identity
 
 
 LossFunction = Callable[[Networks, Batch, Context], Loss]
@@ -179,6 +186,9 @@ class Optimizer:
 class Method:
     """Base of every method. Subclasses set `name` and `Settings`, build `networks`, and implement the two functions.
 
+    for_use: the networks that encoding, decoding, sampling or judging need, where that is not all of them; what only
+    training needs is left out of exports.
+
     Args:
         settings: an instance of the subclass's `Settings` dataclass.
         attributes: what the decoder is conditioned on, in the order of the batch's columns.
@@ -188,6 +198,7 @@ class Method:
 
     name: ClassVar[str]
     Settings: ClassVar[type]
+    for_use: ClassVar[tuple[str, ...]] = ()
     learns_geometry: ClassVar[bool] = False  # its truth is where things stand in a picture, so augmentation must not move them
 
     def __init__(self, settings: Any, attributes: Attributes, image_size: int, channels: int = 3) -> None:

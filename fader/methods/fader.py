@@ -26,7 +26,7 @@ from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phas
 from fader.normalization import Norm
 from fader.schedules import Rise, risen
 
-_OBSERVERS = ("leak_control", "label_counts", "critic")  # what looks on while the latent discriminator learns
+_OBSERVERS = ("leak_control", "label_counts")  # what looks on while the latent discriminator learns
 
 Mode = Literal["eval", "train"]
 Fool = Literal["flipped", "marginal"]
@@ -54,12 +54,14 @@ class FaderSettings:
         feedback_images: images over which a leak one unit above its target multiplies λ by e.
         lambda_patch, lambda_classifier: weights of the patch discriminator's and the classifier's verdict on images
             decoded with random attributes; at 0 these networks do not exist.
-        lambda_fisher: weight of what a linear reader could make of the latent (see `FisherCritic`), which sees further
-            than a discriminator that has to learn; at 0 there is no such critic.
-        fisher_half_life: images after which an old latent counts half in the critic's moments.
-        fisher_hidden: random features by which the critic also sees what no linear reader does.
-        fisher_steps: batches a step, beside the discriminator's, of which the critic alone takes note: they cost the
-            encoder's forward pass, and let a longer fisher_half_life reach no further back in steps.
+        lambda_fisher: weight of what a reader solved for the latest latents makes of them (see `FisherCritic`), which
+            sees further than a discriminator that has to learn; at 0 there is no such critic.
+        fisher_records: latents that the critic remembers. The more, the less of what it reads is chance; of its time,
+            they take the cube.
+        fisher_ridge: how coarse a reader it is.
+        fisher_steps: batches a step that the critic alone reads: they cost the encoder's forward pass, and make what it
+            remembers more recent.
+        fisher_every: steps from one solution to the next.
         smooth_label: the patch discriminator's targets are this and one minus this. Codes are never smoothed.
         learning_rate: of encoder and decoder, and of each other network that names none of its own.
         decay_share: the last share of training, in which the learning rate of encoder and decoder falls, in a straight
@@ -96,9 +98,10 @@ class FaderSettings:
     lambda_patch: float = 0.0
     lambda_classifier: float = 0.0
     lambda_fisher: float = 0.0
-    fisher_half_life: int = 2_000
-    fisher_hidden: int = 256
-    fisher_steps: int = 0
+    fisher_records: int = 4_096
+    fisher_ridge: float = 1e-3
+    fisher_steps: int = 4
+    fisher_every: int = 16
     smooth_label: float = 0.2
     learning_rate: float = 2e-4
     latent_discriminator_learning_rate: float | None = None
@@ -126,6 +129,8 @@ class FaderSettings:
             raise ValueError(f"lambda_shape {self.lambda_shape!r} is none of {', '.join(get_args(Rise))}, feedback")
         if self.fool not in get_args(Fool):
             raise ValueError(f"fool {self.fool!r} is none of {', '.join(get_args(Fool))}")
+        if self.fisher_steps < 1 or self.fisher_every < 1:
+            raise ValueError(f"fisher_steps {self.fisher_steps} and fisher_every {self.fisher_every} must be at least 1")
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}; it must be from 0 to 1")
         if not 0 <= self.smooth_label < 0.5:
@@ -146,6 +151,7 @@ class Fader(Method):
 
     name = "fader"
     Settings = FaderSettings
+    for_use = ("encoder", "decoder")
     settings: FaderSettings
 
     def __init__(self, settings: FaderSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
@@ -168,7 +174,7 @@ class Fader(Method):
             self.networks["label_counts"] = LabelCounts(attributes)
         if s.lambda_fisher > 0:
             size = math.prod(layout.shallowest_shape)
-            self.networks["critic"] = FisherCritic(attributes, size, s.fisher_half_life, s.fisher_hidden)
+            self.networks["critic"] = FisherCritic(attributes, size, s.fisher_records, s.fisher_ridge)
         sizes = {"init_channels": layout.init_channels, "max_channels": layout.max_channels, "norm": batch_norm}
         if s.lambda_patch > 0:
             self.networks["patch_discriminator"] = PatchDiscriminator(image_size, channels, **sizes)
@@ -192,9 +198,10 @@ class Fader(Method):
             Phase((name,), loss, others=s.discriminator_others, repeat=steps, stream=stream, refreshes=watching.get(name, ()))
             for name, loss, steps in learners
         ]
-        if "critic" in self.networks and s.fisher_steps:  # always batches of its own: those of other phases it has seen
-            others = s.discriminator_others
-            phases.append(Phase((), self.observe, others=others, repeat=s.fisher_steps, refreshes=("critic",)))
+        if "critic" in self.networks:  # of what other phases learn from there is no need to read twice
+            look = {"others": s.discriminator_others, "refreshes": ("critic",)}
+            phases.append(Phase((), self.observe, repeat=s.fisher_steps, **look))
+            phases.append(Phase((), self.solve, source=None, name="solution", **look))
         phases.append(Phase(("encoder", "decoder"), self.autoencoder_loss, others=s.autoencoder_others, stream=stream))
         return (Stage("fader", tuple(phases), s.images),)
 
@@ -223,10 +230,6 @@ class Fader(Method):
         logits = networks["latent_discriminator"](latent)
         if "label_counts" in networks:
             networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
-        if "critic" in networks:
-            networks["critic"].observe(
-                self.attributes, latent.shallowest.flatten(1), batch.attributes, context.reduce_sum
-            )
         if "leak_control" in networks:
             losses = self.attributes.losses(logits.detach(), batch.attributes, batch.known, self.settings.head)
             networks["leak_control"].observe(
@@ -235,10 +238,16 @@ class Fader(Method):
         return self._recognition("latent_discriminator", logits, batch)
 
     def observe(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """Nothing learns; the critic takes note of the latents."""
+        """Nothing learns; the critic remembers the latents."""
         latents = networks["encoder"](batch.images).shallowest.flatten(1)
-        networks["critic"].observe(self.attributes, latents, batch.attributes, context.reduce_sum)
+        networks["critic"].observe(self.attributes, latents, batch.attributes, context.gather)
         return Loss(latents.new_zeros(()))
+
+    def solve(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        """Nothing learns; now and then the critic solves for what it remembers."""
+        if context.clock.updates % self.settings.fisher_every == 0:
+            networks["critic"].solve()
+        return Loss(batch.known.new_zeros(()))
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The classifier learns to read the attributes off real images."""
@@ -271,11 +280,10 @@ class Fader(Method):
         report: dict[str, Tensor | float] = {"mse": mse.detach(), "fool": fool.detach(), "lambda": weight}
 
         if "critic" in networks:
-            solution = networks["critic"].solve()
-            latents = latent.shallowest.flatten(1)
-            separation = batch.mean(networks["critic"].estimates(solution, self.attributes, latents, batch.attributes))
+            critic = networks["critic"]
+            separation = batch.mean(critic.estimates(self.attributes, latent.shallowest.flatten(1), batch.attributes))
             loss = loss + self._risen(s.lambda_fisher, images) * separation
-            named = zip(self.attributes.names, solution.separations)
+            named = zip(self.attributes.names, critic.separations.clone())
             report |= {"separation": separation.detach(), **{f"separation.{name}": each for name, each in named}}
 
         if "patch_discriminator" in networks or "classifier" in networks:

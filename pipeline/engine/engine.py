@@ -129,7 +129,7 @@ class Engine(Ranks):
         """
         self._stand(phase)
         torch.manual_seed(key_of(self.seed, "dropout", batch.draws.stream, batch.draws.draw, self.rank))
-        context = Context(clock, self.reduce_sum)
+        context = Context(clock, self.reduce_sum, lambda rows: self.gather(rows, round(batch.size * self.world_size)))
         if not phase.trains:
             with torch.no_grad(), self.accelerator.autocast():
                 report = _detached(phase.loss(self.networks, batch, context).report)

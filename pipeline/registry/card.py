@@ -14,7 +14,7 @@ from fader.method import Method
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # since 2 without the networks that only training needs
 LICENCE = (
     "Weights carry the terms of the images they were trained on (see the data digest). "
     "CelebA is for non-commercial research only, and so is a model trained on it."

@@ -214,12 +214,12 @@ def version_of(mlflow: Any, address: str, name: str, alias: str | None, version:
 
 
 def _fill(method: Method, networks: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
-    """Load every network's weights, and let them stand in eval mode."""
-    if set(networks) != set(method.networks):
-        raise ValueError(
-            f"{source}: holds the networks {', '.join(sorted(networks))}; "
-            f"its method has {', '.join(sorted(method.networks))}"
-        )
+    """Load the weights of the networks that use needs, and let these stand in eval mode; the others go."""
+    if method.for_use:
+        method.networks = {name: method.networks[name] for name in method.for_use}
+    missing = sorted(set(method.networks) - set(networks))
+    if missing:
+        raise ValueError(f"{source}: holds the networks {', '.join(sorted(networks))}; its method has {missing[0]}, too")
     for name, network in method.networks.items():
         try:
             network.load_state_dict(networks[name], strict=True)

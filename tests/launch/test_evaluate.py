@@ -165,7 +165,7 @@ def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(s
     assert f"wrote {report}" in done.stdout and "another data set" in done.stdout
     content = json.loads(report.read_text())
     assert content["judge"] == str(judge) and content["records"] == 40 and content["images_seen"] == 3200
-    assert content["cost"]["parameters"].keys() == {"encoder", "decoder", "latent_discriminator"}
+    assert content["cost"]["parameters"].keys() == {"encoder", "decoder"}
     assert (fader / "report" / "evaluation-test.md").read_text().startswith("# Evaluation")
     assert registry.load(fader).card["metrics"] == content["metrics"]
     two = tmp_path / "two.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint, config, registry
 from pipeline.engine import State
@@ -62,6 +64,26 @@ def test_an_export_is_the_run_without_its_run(runs, tmp_path):
     files = sorted(str(path.relative_to(export)) for path in export.rglob("*") if path.is_file())
     assert files == ["card.json", "judge/card.json", "judge/model.safetensors", "model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["export"], "a temporary folder was left"
+
+
+def test_an_export_holds_what_use_needs_and_one_from_before_is_read(runs, tmp_path):
+    """Nothing of discriminators, nor of the critic, which remembers latents of training pictures."""
+    export = registry.export(make_run(tmp_path / "run", FADER | {"lambda_fisher": 1, "fisher_records": 8}), tmp_path / "out")
+    path, card = export / "model.safetensors", json.loads((export / "card.json").read_text())
+    held = load_file(path)
+    assert {name.partition("/")[0] for name in held} == set(card["networks"]) == {"encoder", "decoder"}
+
+    def changed(tensors: dict[str, torch.Tensor], number: int) -> None:
+        save_file(tensors, path)
+        told = card | {"format": number, "weights_digest": hashlib.sha256(path.read_bytes()).hexdigest()}
+        (export / "card.json").write_text(json.dumps(told))
+
+    changed(held | {"latent_discriminator/weight": torch.ones(3)}, 1)
+    model = registry.load(export)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in weights(model).items())
+    changed({name: tensor for name, tensor in held.items() if name.startswith("encoder")}, 2)
+    with pytest.raises(ValueError, match="holds the networks encoder; its method has decoder, too"):
+        registry.load(export)
 
 
 def test_the_card_says_what_the_weights_are(runs, tmp_path):
@@ -134,7 +156,7 @@ def test_what_cannot_be_loaded_says_why(runs, tmp_path):
         ({"format": 99}, "upgrade"),
         ({"method": "vqgan"}, "unknown method 'vqgan'"),
         ({"settings": {"wings": 2}}, "no setting 'wings'"),
-        ({"image_size": 64}, "does not take these weights"),
+        ({"channels": 1}, "does not take these weights"),
     ]:
         (export / "card.json").write_text(json.dumps(json.loads(card) | change))
         refused(export, match)
