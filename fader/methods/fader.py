@@ -283,7 +283,7 @@ class Fader(Method):
             critic = networks["critic"]
             separation = batch.mean(critic.estimates(self.attributes, latent.shallowest.flatten(1), batch.attributes))
             loss = loss + self._risen(s.lambda_fisher, images) * separation
-            named = zip(self.attributes.names, critic.separations.clone())
+            named = zip(self.attributes.names, critic.separations)
             report |= {"separation": separation.detach(), **{f"separation.{name}": each for name, each in named}}
 
         if "patch_discriminator" in networks or "classifier" in networks:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fader.kernel import KernelReader
 from fader.method import Batch, ReduceSum
 from pipeline import metrics
 from pipeline.evaluation.measure import PROBE_RECORDS, Pass, flat_latent, hard
@@ -78,7 +79,8 @@ def leaks(
     return found
 
 
-PROBES = ("linear", "mlp")
+PROBES = ("linear", "mlp", "kernel")
+_RIDGES = (1e-2, 1e-3, 1e-4, 1e-5)  # of the kernel readers
 _STRENGTHS = (1.0, 0.1, 0.01, 0.001)  # of the L2 penalty of the linear probes, beside a mean loss
 
 Classifier = Callable[[Tensor], Tensor]
@@ -97,9 +99,10 @@ def answers(
     """What fresh classifiers, trained on frozen latents, say of other latents.
 
     Logistic regressions with several strengths of L2 and a network with one hidden layer learn every attribute with
-    class-balanced cross-entropy, on latents standardised by what they learn from. For each attribute the classifier
-    (and the network's epoch) is chosen by balanced accuracy on the last fifth of the training records, from which none
-    of them learns. A pure function of its arguments.
+    class-balanced cross-entropy, on latents standardised by what they learn from; kernel discriminants with several ridges
+    (see `KernelReader`) are solved for them. For each attribute the classifier (and the network's epoch) is chosen by
+    balanced accuracy on the last fifth of the training records, from which none of them learns. A pure function of its
+    arguments.
 
     Args:
         train, test: [N, F] and [M, F] float32.
@@ -149,6 +152,8 @@ def answers(
                 consider("linear", classifier)
             for classifier in _mlp_probe(learn, loss, sum(ks), hidden, epochs, seed):
                 consider("mlp", classifier)
+            for classifier in _kernel_probes(learn, labels, ks):
+                consider("kernel", classifier)
     kinds = [kind if can else -1 for (_, kind), can in zip(best, learnable)]
     return preds, torch.tensor(kinds, dtype=torch.float64)
 
@@ -191,3 +196,14 @@ def _mlp_probe(
             loss(network(learn[rows]), rows).backward()
             optimizer.step()
         yield network
+
+
+def _kernel_probes(learn: Tensor, labels: Tensor, ks: Sequence[int]) -> Iterator[Classifier]:
+    """A kernel discriminant for each ridge, from coarse to fine."""
+    edges = [sum(ks[:j]) for j in range(len(ks) + 1)]
+    slices = [slice(start, stop) for start, stop in zip(edges, edges[1:])]
+    members = torch.cat([(labels[:, j : j + 1] == torch.arange(k)).float() for j, k in enumerate(ks)], 1)
+    for ridge in _RIDGES:
+        reader = KernelReader(learn.shape[1], len(learn), slices, ridge)
+        reader.fit(learn, members, torch.ones(len(learn)))
+        yield reader.logits
