@@ -23,6 +23,7 @@ class State:
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, laid out in order, that no further training changes."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

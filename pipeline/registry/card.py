@@ -24,6 +24,7 @@ _PACKAGES = (_OURS, "torch", "safetensors", "numpy", "Pillow", "mlflow")
 
 
 def about_method(method: Method) -> dict[str, Any]:
+    """What a card says of the method: enough to build it again, and the parameters of each of its networks."""
     return {
         "method": method.name,
         "settings": json.loads(json.dumps(method.settings_dict())),
@@ -49,6 +50,7 @@ def evaluated(run: Path, chosen: Path, variant: str) -> dict[str, float]:
 
 
 def versions_here() -> dict[str, str]:
+    """The versions of the packages that decide what weights do, of those that are installed."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
