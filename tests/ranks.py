@@ -48,10 +48,11 @@ BACKENDS = {
 KINDS = ("single", "ddp", "zero1", "zero2")  # whose checkpoints must load each other's
 SAVED_AT = (0, 1, 5, 9)  # steps; the sampler's second stage begins at step 7
 GOES_ON = 3  # steps after a load, so that 5 crosses the stage boundary
-CRITIC = {
-    "fisher_records": 20, "fisher_ridge": 0.1, "fisher_steps": 1, "fisher_every": 2,
-    "fool": "marginal", "ramp_images": 0, "discriminator_others": "train",
-}  # fmt: skip
+CRITICS = {
+    "moments": {"fisher_half_life": 50},
+    "kernel": {"fisher_records": 20, "fisher_ridge": 0.1, "fisher_every": 2},
+}
+WITH_CRITIC = {"fisher_steps": 1, "fool": "marginal", "ramp_images": 0, "discriminator_others": "train"}
 POISONED = 2  # the draw that is not finite
 
 Draw = Callable[[str, int], Batch]
@@ -61,7 +62,7 @@ Fault = Callable[[Engine], Draw | None]
 @dataclass(frozen=True)
 class Case:
     """One run. settings: the engine's. wide: float64. poisoned: one rank's batch of one draw is not finite.
-    critic: weight of the solved critic, beside which the encoder is led to the labels' frequencies; 0 = neither."""
+    critic: the encoder is led to the labels' frequencies, and by this solved critic, if it is heard."""
 
     method: str
     settings: EngineConfig = EngineConfig()
@@ -73,7 +74,8 @@ class Case:
     norm: str = "global"
     left_out: int | None = None
     poisoned: bool = False
-    critic: float = 0.0
+    critic: str = ""
+    heard: bool = True
 
     def with_(self, **changes: object) -> Case:
         engine = {k: changes.pop(k) for k in list(changes) if k in EngineConfig.model_fields}
@@ -85,8 +87,9 @@ def references() -> dict[str, Case]:
     cases = {name: Case(name) for name in METHOD_NAMES}
     cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH, steps=FEW_STEPS) for name in METHOD_NAMES}
     cases |= {f"{name} few": Case(name, steps=FEW_STEPS) for name in ("fader", *WITHOUT_BATCH_NORM)}
-    cases["fader critic"] = Case("fader", batch_size=UNEVEN_BATCH, critic=1.0, steps=FEW_STEPS)
-    cases["fader critic unheard"] = Case("fader", batch_size=UNEVEN_BATCH, critic=1e-12, steps=FEW_STEPS)
+    for critic in CRITICS:
+        cases[f"fader {critic}"] = Case("fader", batch_size=UNEVEN_BATCH, critic=critic, steps=FEW_STEPS)
+        cases[f"fader {critic} unheard"] = cases[f"fader {critic}"].with_(heard=False)
     cases["poisoned"] = Case("sham_quantised", steps=5, left_out=POISONED)
     cases |= {f"fader {precision}": Case("fader", wide=False, precision=precision, steps=5) for precision in ("fp32", "bf16")}
     return cases
@@ -110,7 +113,7 @@ def cases_of_ranks() -> dict[str, Case]:
     for name in METHOD_NAMES:
         cases[f"ddp/{name} uneven"] = Case(name, BACKENDS["ddp"], batch_size=UNEVEN_BATCH, steps=FEW_STEPS)
     cases["zero1/fader uneven"] = Case("fader", BACKENDS["zero1"], False, UNEVEN_BATCH, steps=FEW_STEPS)
-    cases["ddp/fader critic"] = Case("fader", BACKENDS["ddp"], batch_size=UNEVEN_BATCH, critic=1.0, steps=FEW_STEPS)
+    cases |= {f"ddp/fader {critic}": references()[f"fader {critic}"].with_(backend="ddp") for critic in CRITICS}
     cases["ddp/local norm"] = Case("fader", BACKENDS["ddp"], norm="local", steps=3)
     planted = (("fault", "ddp", True, FAULTS), ("deepspeed fault", "zero1", False, DEEPSPEED_FAULTS))
     for kind, backend, wide, faults in planted:
@@ -128,7 +131,8 @@ def build(case: Case) -> Method:
         "fader": lambda: kind.Settings(
             **small, num_layers=2, hidden_channels=8, lambda_max=0.5, lambda_shape="feedback", feedback_images=100,
             latent_dropout=0.0, ema_half_life=64, norm=case.norm,
-            **({"lambda_fisher": case.critic, **CRITIC} if case.critic else {}),
+            **({"critic": case.critic, **CRITICS[case.critic], **WITH_CRITIC} if case.critic else {}),
+            lambda_fisher=(1.0 if case.heard else 1e-12) if case.critic else 0.0,
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
     }.get(case.method, lambda: ShamSettings(images))()  # fmt: skip

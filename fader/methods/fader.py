@@ -20,13 +20,14 @@ from fader.classifier import Classifier
 from fader.counts import LabelCounts, LeakControl
 from fader.critic import FisherCritic
 from fader.discriminators import LatentDiscriminator, PatchDiscriminator
+from fader.kernel_critic import KernelCritic
 from fader.layers import Deconv, wide
 from fader.losses import accuracies, attribute_loss, confusion_loss, fool_loss, patch_losses, squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.normalization import Norm
 from fader.schedules import Rise, risen
 
-_OBSERVERS = ("leak_control", "label_counts")  # what looks on while the latent discriminator learns
+_OBSERVERS = ("leak_control", "label_counts", "critic")  # what looks on while the latent discriminator learns
 
 Mode = Literal["eval", "train"]
 Fool = Literal["flipped", "marginal"]
@@ -54,14 +55,17 @@ class FaderSettings:
         feedback_images: images over which a leak one unit above its target multiplies λ by e.
         lambda_patch, lambda_classifier: weights of the patch discriminator's and the classifier's verdict on images
             decoded with random attributes; at 0 these networks do not exist.
-        lambda_fisher: weight of what a reader solved for the latest latents makes of them (see `FisherCritic`), which
-            sees further than a discriminator that has to learn; at 0 there is no such critic.
-        fisher_records: latents that the critic remembers. The more, the less of what it reads is chance; of its time,
-            they take the cube.
-        fisher_ridge: how coarse a reader it is.
-        fisher_steps: batches a step that the critic alone reads: they cost the encoder's forward pass, and make what it
-            remembers more recent.
-        fisher_every: steps from one solution to the next.
+        lambda_fisher: weight of what a reader that is solved for, not trained, makes of the latent; it sees further than a
+            discriminator that has to learn. At 0 there is no such critic.
+        critic: which: "moments", a linear reader and random features, by running moments (see `FisherCritic`); or
+            "kernel", a reader of any shape, of the latents seen last (see `KernelCritic`), which reads more and costs more.
+        fisher_steps: batches a step of which the critic alone takes note: they cost the encoder's forward pass, and what
+            it knows is of more records, or more recent. The critic by moments also sees the discriminator's; that by
+            the kernel sees no others and needs at least one.
+        fisher_half_life, fisher_hidden: of the moments: images after which an old latent counts half; random features by
+            which the critic also sees what no linear reader does.
+        fisher_records, fisher_ridge, fisher_every: of the kernel: latents that are remembered (the more, the less of
+            what it reads is chance; its time grows with their cube); how coarse it is; steps from one solution to the next.
         smooth_label: the patch discriminator's targets are this and one minus this. Codes are never smoothed.
         learning_rate: of encoder and decoder, and of each other network that names none of its own.
         decay_share: the last share of training, in which the learning rate of encoder and decoder falls, in a straight
@@ -98,9 +102,12 @@ class FaderSettings:
     lambda_patch: float = 0.0
     lambda_classifier: float = 0.0
     lambda_fisher: float = 0.0
+    critic: Literal["moments", "kernel"] = "moments"
+    fisher_steps: int = 0
+    fisher_half_life: int = 2_000
+    fisher_hidden: int = 256
     fisher_records: int = 4_096
     fisher_ridge: float = 1e-3
-    fisher_steps: int = 4
     fisher_every: int = 16
     smooth_label: float = 0.2
     learning_rate: float = 2e-4
@@ -129,8 +136,13 @@ class FaderSettings:
             raise ValueError(f"lambda_shape {self.lambda_shape!r} is none of {', '.join(get_args(Rise))}, feedback")
         if self.fool not in get_args(Fool):
             raise ValueError(f"fool {self.fool!r} is none of {', '.join(get_args(Fool))}")
-        if self.fisher_steps < 1 or self.fisher_every < 1:
-            raise ValueError(f"fisher_steps {self.fisher_steps} and fisher_every {self.fisher_every} must be at least 1")
+        if self.critic not in ("moments", "kernel"):
+            raise ValueError(f"critic {self.critic!r} is none of moments, kernel")
+        if self.critic == "kernel" and self.lambda_fisher > 0 and min(self.fisher_steps, self.fisher_every) < 1:
+            raise ValueError(
+                f"the kernel's critic reads batches of its own: fisher_steps is {self.fisher_steps} and fisher_every "
+                f"{self.fisher_every}; neither can be below 1"
+            )
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}; it must be from 0 to 1")
         if not 0 <= self.smooth_label < 0.5:
@@ -174,7 +186,10 @@ class Fader(Method):
             self.networks["label_counts"] = LabelCounts(attributes)
         if s.lambda_fisher > 0:
             size = math.prod(layout.shallowest_shape)
-            self.networks["critic"] = FisherCritic(attributes, size, s.fisher_records, s.fisher_ridge)
+            if s.critic == "kernel":
+                self.networks["critic"] = KernelCritic(attributes, size, s.fisher_records, s.fisher_ridge)
+            else:
+                self.networks["critic"] = FisherCritic(attributes, size, s.fisher_half_life, s.fisher_hidden)
         sizes = {"init_channels": layout.init_channels, "max_channels": layout.max_channels, "norm": batch_norm}
         if s.lambda_patch > 0:
             self.networks["patch_discriminator"] = PatchDiscriminator(image_size, channels, **sizes)
@@ -193,14 +208,17 @@ class Fader(Method):
         if "classifier" in self.networks:
             learners.append(("classifier", self.classifier_loss, s.classifier_steps))
         stream = "fader" if s.shared_batch else ""
-        watching = {"latent_discriminator": tuple(n for n in _OBSERVERS if n in self.networks)}
+        by_moments = s.critic == "moments"
+        watch = tuple(name for name in _OBSERVERS if name in self.networks and (by_moments or name != "critic"))
+        watching = {"latent_discriminator": watch}
         phases = [
             Phase((name,), loss, others=s.discriminator_others, repeat=steps, stream=stream, refreshes=watching.get(name, ()))
             for name, loss, steps in learners
         ]
-        if "critic" in self.networks:  # of what other phases learn from there is no need to read twice
-            look = {"others": s.discriminator_others, "refreshes": ("critic",)}
+        look = {"others": s.discriminator_others, "refreshes": ("critic",)}
+        if "critic" in self.networks and s.fisher_steps:  # always batches of its own: those of other phases it has seen
             phases.append(Phase((), self.observe, repeat=s.fisher_steps, **look))
+        if "critic" in self.networks and not by_moments:
             phases.append(Phase((), self.solve, source=None, name="solution", **look))
         phases.append(Phase(("encoder", "decoder"), self.autoencoder_loss, others=s.autoencoder_others, stream=stream))
         return (Stage("fader", tuple(phases), s.images),)
@@ -230,6 +248,8 @@ class Fader(Method):
         logits = networks["latent_discriminator"](latent)
         if "label_counts" in networks:
             networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
+        if "critic" in networks and self.settings.critic == "moments":
+            self._note(networks, latent, batch, context)
         if "leak_control" in networks:
             losses = self.attributes.losses(logits.detach(), batch.attributes, batch.known, self.settings.head)
             networks["leak_control"].observe(
@@ -238,13 +258,17 @@ class Fader(Method):
         return self._recognition("latent_discriminator", logits, batch)
 
     def observe(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """Nothing learns; the critic remembers the latents."""
-        latents = networks["encoder"](batch.images).shallowest.flatten(1)
-        networks["critic"].observe(self.attributes, latents, batch.attributes, context.gather)
-        return Loss(latents.new_zeros(()))
+        """Nothing learns; the critic takes note of the latents."""
+        latent = networks["encoder"](batch.images)
+        self._note(networks, latent, batch, context)
+        return Loss(latent.shallowest.new_zeros(()))
+
+    def _note(self, networks: Networks, latent: Latent, batch: Batch, context: Context) -> None:
+        over_ranks = context.gather if self.settings.critic == "kernel" else context.reduce_sum
+        networks["critic"].observe(self.attributes, latent.shallowest.flatten(1), batch.attributes, over_ranks)
 
     def solve(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """Nothing learns; now and then the critic solves for what it remembers."""
+        """Nothing learns; now and then the kernel's critic solves for what it remembers."""
         if context.clock.updates % self.settings.fisher_every == 0:
             networks["critic"].solve()
         return Loss(batch.known.new_zeros(()))
@@ -280,10 +304,12 @@ class Fader(Method):
         report: dict[str, Tensor | float] = {"mse": mse.detach(), "fool": fool.detach(), "lambda": weight}
 
         if "critic" in networks:
-            critic = networks["critic"]
-            separation = batch.mean(critic.estimates(self.attributes, latent.shallowest.flatten(1), batch.attributes))
+            estimates, separations = networks["critic"].read(
+                self.attributes, latent.shallowest.flatten(1), batch.attributes
+            )
+            separation = batch.mean(estimates)
             loss = loss + self._risen(s.lambda_fisher, images) * separation
-            named = zip(self.attributes.names, critic.separations)
+            named = zip(self.attributes.names, separations)
             report |= {"separation": separation.detach(), **{f"separation.{name}": each for name, each in named}}
 
         if "patch_discriminator" in networks or "classifier" in networks:

@@ -19,6 +19,7 @@ CASES = [(name, {}) for name in sorted(METHODS)] + [("fader", FULL), ("fader", {
 CASES.append(("fader", {"lambda_shape": "feedback"}))
 CASES.append(("fader", {"fool": "marginal"}))
 CASES.append(("fader", {"lambda_fisher": 0.1}))
+CASES.append(("fader", {"lambda_fisher": 0.1, "critic": "kernel", "fisher_steps": 1}))
 
 
 def cases(wanted=lambda changes, phase: True) -> list:
