@@ -10,20 +10,14 @@ import torch
 from fader.attributes import Attribute, Attributes
 from fader.critic import FisherCritic
 from fader.method import identity
+from tests.fader.tiny import two_groups
 
 MALE = Attributes([Attribute("Male")])
 MANY = 20_000
 
 
 def drawn(share: float, apart: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, 3] latents of very different scales and a correlation, whose label moves the second by `apart` of its deviations;
-    [N, 1] labels, a share of them 1."""
-    chance = torch.Generator().manual_seed(seed)
-    labels = (torch.rand(MANY, 1, generator=chance) < share).float()
-    noise = torch.randn(MANY, 3, generator=chance)
-    noise[:, 0] += noise[:, 2]
-    noise[:, 1] += apart * labels[:, 0]
-    return noise * torch.tensor([10.0, 1.0, 0.1]) + 5, labels
+    return two_groups(MANY, share, apart, seed)
 
 
 def seen(latent: torch.Tensor, labels: torch.Tensor, attributes: Attributes = MALE, **settings) -> FisherCritic:

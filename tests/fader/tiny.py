@@ -73,3 +73,14 @@ def weights(method: Method) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], method: Method) -> set[str]:
     """Networks of which a weight or a buffer differs."""
     return {key.split("/")[0] for key, value in weights(method).items() if not torch.equal(value, before[key])}
+
+
+def two_groups(many: int, share: float, apart: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """[N, 3] latents of very different scales and a correlation, whose label moves the second by `apart` of its deviations;
+    [N, 1] labels, a share of them 1."""
+    chance = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(many, 1, generator=chance) < share).float()
+    noise = torch.randn(many, 3, generator=chance)
+    noise[:, 0] += noise[:, 2]
+    noise[:, 1] += apart * labels[:, 0]
+    return noise * torch.tensor([10.0, 1.0, 0.1]) + 5, labels
