@@ -25,8 +25,9 @@ def members(labels: torch.Tensor) -> torch.Tensor:
 
 def fitted(latents: torch.Tensor, labels: torch.Tensor, room: int = 120) -> KernelReader:
     reader = KernelReader(4, room, SLICES, ridge=1e-2).double()
-    pad = torch.nn.functional.pad
-    reader.fit(pad(latents, (0, 0, 0, room - 120), value=7.0), pad(members(labels), (0, 0, 0, room - 120)), (torch.arange(room) < 120).double())
+    empty = (0, 0, 0, room - 120)  # rows that are no records
+    padded = (torch.nn.functional.pad(part, empty, value=value) for part, value in ((latents, 7.0), (members(labels), 0.0)))
+    reader.fit(*padded, (torch.arange(room) < 120).double())
     return reader
 
 
