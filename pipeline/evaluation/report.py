@@ -88,7 +88,7 @@ class Preservation:
 class Leak:
     """What a fresh probe reads of one attribute from frozen latents: balanced accuracy on other records.
 
-    chance is 1/k. probe: which of the probes did best on held-out training records ("linear" or "mlp").
+    chance is 1/k. probe: which of the probes did best on held-out training records ("linear", "mlp" or "kernel").
     """
 
     attribute: str
