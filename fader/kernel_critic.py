@@ -10,7 +10,7 @@ from fader.kernel import KernelReader
 from fader.layers import wide
 from fader.method import Rows
 
-_MOST = 16_384  # the kernel of so many takes 1 GiB, and minutes of a CPU core to solve
+_MOST = 16_384  # the kernel of so many takes 1 GiB, and 1.5e12 operations to solve
 
 
 class KernelCritic(nn.Module):
