@@ -119,10 +119,7 @@ def answers(
     scale = torch.where(std > 1e-6 * std.max().clamp(min=1e-30), 1 / std.clamp(min=1e-30), 0.0)
     learn, held, test = ((part - mean) * scale for part in (train[:num_learn], train[num_learn:], test))
     labels, held_labels = train_labels[:num_learn], train_labels[num_learn:]
-    weights = []
-    for j, k in enumerate(ks):
-        counts = torch.stack([(labels[:, j] == value).sum() for value in range(k)]).float()
-        weights.append(torch.where(counts > 0, counts.sum() / (k * counts.clamp(min=1)), 0.0))
+    weights = [_balance(labels[:, j], k) for j, k in enumerate(ks)]
     learnable = [int((weight > 0).sum()) >= 2 for weight in weights]
     best = [(-1.0, 0)] * len(ks)
     preds = torch.zeros(len(test), len(ks), dtype=torch.float64)
@@ -156,6 +153,12 @@ def answers(
                 consider("kernel", classifier)
     kinds = [kind if can else -1 for (_, kind), can in zip(best, learnable)]
     return preds, torch.tensor(kinds, dtype=torch.float64)
+
+
+def _balance(labels: Tensor, k: int) -> Tensor:
+    """[k] weights by which the values of an attribute count alike; 0 of a value that no record has."""
+    counts = torch.stack([(labels == value).sum() for value in range(k)]).float()
+    return torch.where(counts > 0, counts.sum() / (k * counts.clamp(min=1)), 0.0)
 
 
 def _linear_probes(learn: Tensor, loss: Callable[..., Tensor], width: int) -> Iterator[Classifier]:
