@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fader.attributes import Attributes
-from fader.layers import wide
 from fader.method import ReduceSum
+from fader.networks.layers import wide
 
 _WIDEST = 4096  # their covariance takes 128 MiB, and a second or more of a CPU core to solve
 

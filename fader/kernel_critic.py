@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from fader.attributes import Attributes
 from fader.kernel import KernelReader
-from fader.layers import wide
 from fader.method import Rows
+from fader.networks.layers import wide
 
 _MOST = 16_384  # the kernel of so many takes 1 GiB, and 1.5e12 operations to solve
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fader.attributes import Attributes, Head
 from fader.draws import Draws
-from fader.layers import wide
+from fader.networks.layers import wide
 
 
 def squared_errors(reconstruction: Tensor, images: Tensor) -> Tensor:

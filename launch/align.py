@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,9 +13,9 @@ from launch.command import describe, main
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.alignment import Face
-    from pipeline.misalignment import Errors
-    from pipeline.registry import Model
+    from pipeline.faces.alignment import Face
+    from pipeline.faces.misalignment import Errors
+    from pipeline.models import Model
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SHEET_PAIRS = 24
@@ -80,15 +80,16 @@ def _photos(given: list[Path]) -> list[Path]:
 def _aligner(model: str | None) -> Model | None:
     if model is None:
         return None
-    from pipeline import alignment, registry
+    from pipeline import models
+    from pipeline.faces import alignment
 
-    return alignment.check_aligner(registry.load(model))
+    return alignment.check_aligner(models.load(model))
 
 
 def _align(photos: list[Path], out: Path, aligner: Model | None, every_face: bool, kind: str, overwrite: bool) -> None:
     import numpy as np
 
-    from pipeline import alignment
+    from pipeline.faces import alignment
     from pipeline.images import png_bytes
 
     names = _Names(out, kind)
@@ -204,8 +205,8 @@ def _sheet(pairs: list[np.ndarray]) -> np.ndarray:
 
 
 def _measure(shards: Path, split: str, count: int, model: str | None) -> None:
-    from pipeline import misalignment
-    from pipeline.shards import ShardSet
+    from pipeline.data.shards import ShardSet
+    from pipeline.faces import misalignment
 
     aligner = _aligner(model)
     records = ShardSet.open(shards).split(split)
@@ -227,7 +228,7 @@ def _measure(shards: Path, split: str, count: int, model: str | None) -> None:
 
 
 def _table(found: list[Errors]) -> list[str]:
-    from pipeline.misalignment import RIGHT_WITHIN
+    from pipeline.faces.misalignment import RIGHT_WITHIN
 
     right = f"within {RIGHT_WITHIN:.1f} px"
     lines = [f"{'':<24} {'found':>8} {right:>14} {'median px':>10} {'90th percentile px':>19}"]

@@ -15,8 +15,7 @@ import typer
 from launch.command import main
 
 if TYPE_CHECKING:
-    from pipeline.shards import ShardSet
-    from pipeline.throughput import Rates
+    from pipeline.loading.throughput import Rates
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -49,8 +48,8 @@ def data(
     fader prepare beside tar."""
     import torch
 
-    from pipeline import throughput
-    from pipeline.shards import ShardSet
+    from pipeline.data.shards import ShardSet
+    from pipeline.loading import throughput
 
     wanted = _numbers(sizes, "--sizes")
     records = _numbers(memory, "--memory") if memory else []
@@ -104,8 +103,8 @@ def _show(what: str) -> None:
 
 
 def _drawn(out: Path, count: int) -> Path:
-    from pipeline import shards
-    from pipeline.datasets import DATASETS
+    from pipeline.data import shards
+    from pipeline.data.datasets import DATASETS
 
     shards.prepare(DATASETS["faces"](out / "source", count=count), out, shard_records=1024)
     return out
@@ -131,7 +130,7 @@ def _heading(about: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _prepare_line(seconds: dict[str, list[float]], count: int) -> str:
-    from pipeline.throughput import median_ratio
+    from pipeline.loading.throughput import median_ratio
 
     shown = []
     for name, label in (("prepare", "prepare"), ("prepare header", "prepare --check header")):
@@ -141,7 +140,7 @@ def _prepare_line(seconds: dict[str, list[float]], count: int) -> str:
 
 
 def _line(size: int, rates: Rates) -> str:
-    from pipeline.throughput import median_ratio
+    from pipeline.loading.throughput import median_ratio
 
     shown = " ".join(f"{statistics.median(rates[name]):>11,.0f}" for name in COLUMNS)
     ratios = (f"{median_ratio(rates, *name.split('/')):>{len(name)}.2f}" for name in RATIOS)
@@ -150,7 +149,7 @@ def _line(size: int, rates: Rates) -> str:
 
 def _memory(split: Any, work: Path, records: int) -> dict[str, int]:
     """Measured in a process of its own, over a set in which the split's pictures repeat."""
-    from pipeline import throughput
+    from pipeline.loading import throughput
 
     out = throughput.write_repeated(split, work / f"repeated{records}", records)
     line = [sys.executable, "-m", "launch.bench", "one-memory", str(out)]
@@ -163,8 +162,8 @@ def _memory(split: Any, work: Path, records: int) -> dict[str, int]:
 @app.command(hidden=True)
 def one_memory(path: Path) -> None:
     """The peak memory of this process while it streams a set, as JSON."""
-    from pipeline import throughput
-    from pipeline.shards import ShardSet
+    from pipeline.data.shards import ShardSet
+    from pipeline.loading import throughput
 
     split = ShardSet.open(path).split("train")
     found = throughput.streaming_memory(split, _preprocessing(split, 64), throughput.Measure())

@@ -79,7 +79,7 @@ def _fader(*words: object) -> None:
 
 def _photos(faces: Path) -> list[Path]:
     """Six drawn faces of the test split, which nothing was trained on, as photos of one's own."""
-    from pipeline.shards import ShardSet
+    from pipeline.data.shards import ShardSet
 
     keys = ShardSet.open(faces).split("test").keys[:6]
     return [next((faces / "source").rglob(f"{key}.jpg")) for key in keys]

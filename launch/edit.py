@@ -17,7 +17,7 @@ from launch.command import main
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.registry import Model, Slider
+    from pipeline.models import Model, Slider
 
 _SEVERAL = ("--set", "--sweep", "--attributes")
 _MAX_STEPS = 101
@@ -77,16 +77,16 @@ def edit(
 
     import torch
 
-    from pipeline import registry
+    from pipeline import models
     from pipeline.images import grid, to_float
 
-    loaded = registry.load(model, checkpoint=checkpoint, ema=not raw)
+    loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
     sliders = [loaded.slider(*_pair(word, "--set")) for word in set_ or []]
     sweeps = [_sweep(loaded, word) for word in sweep or []]
     pairs = [_pair(word, "--attributes") for word in attributes or []]
     given = {name: loaded.label(name, value) for name, value in pairs}
     if align == "auto":
-        pictures, said = _aligned(pictures, registry.load(aligner) if aligner else None)
+        pictures, said = _aligned(pictures, models.load(aligner) if aligner else None)
     else:
         said = []
     squares, notes = zip(*(_square(photo, picture, loaded) for photo, picture in pictures))
@@ -166,7 +166,7 @@ def _aligned(pictures: Sequence[tuple[Path, Any]], aligner: Model | None) -> tup
     import numpy as np
     from PIL import Image
 
-    from pipeline import alignment
+    from pipeline.faces import alignment
 
     if aligner is not None:
         alignment.check_aligner(aligner)

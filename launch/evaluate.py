@@ -16,10 +16,10 @@ from launch import judges
 from launch.command import main
 
 if TYPE_CHECKING:
+    from pipeline.data.shards import ShardSet
     from pipeline.engine import Ranks
     from pipeline.evaluation import Report, Table
-    from pipeline.registry import Model
-    from pipeline.shards import ShardSet
+    from pipeline.models import Model
 
 
 def evaluate(
@@ -60,10 +60,10 @@ def evaluate(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the tables here")] = None,
 ) -> None:
     """Swap accuracy by attribute and direction, fidelity, leak and cost, judged on images the model has not seen."""
-    from pipeline import registry
+    from pipeline import models as registry
+    from pipeline.data.shards import ShardSet
     from pipeline.engine import leave
     from pipeline.evaluation import markdown
-    from pipeline.shards import ShardSet
 
     if report_page:
         _only_runs(models)
@@ -251,7 +251,7 @@ def _seer(
     models: list[Model], judge: str | None, data: Path, judge_images: int | None, way: Way
 ) -> Model | None:
     """The judge that the tables need, or that was named."""
-    from pipeline import registry
+    from pipeline import models as registry
 
     sliding = [model for model in models if _slides(model)]
     if sliding and {"swap", "distribution"} & set(way.tables):
@@ -290,7 +290,7 @@ def show(table: Table) -> None:
 
 def _only_runs(models: list[str]) -> None:
     """Raises ValueError unless every model is a run, into whose folder its report goes."""
-    from pipeline.registry import parse_source
+    from pipeline.models import parse_source
 
     for source in models:
         if not (parse_source(source)[0] / "config.yaml").is_file():

@@ -10,7 +10,7 @@ import typer
 from launch.command import main
 
 if TYPE_CHECKING:
-    from pipeline.inspection import Inspection
+    from pipeline.data.inspection import Inspection
 
 
 def inspect(
@@ -20,7 +20,7 @@ def inspect(
     log: Annotated[str | None, typer.Option(help="MLflow experiment to log it to.", metavar="EXPERIMENT")] = None,
 ) -> None:
     """Counts, balance, co-occurrence, sizes, JPEG quality, duplicates and a contact sheet of a shard set."""
-    from pipeline import inspection
+    from pipeline.data import inspection
 
     to = to or out / "inspect"
     found = inspection.inspect(out, seed=seed)

@@ -14,7 +14,7 @@ from launch.train import exit_code
 if TYPE_CHECKING:
     from pipeline.config import Experiment
     from pipeline.engine import Ranks
-    from pipeline.registry import Model
+    from pipeline.models import Model
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def find(models: Sequence[Model], named: str | None, data: Path, images: int | N
     Raises:
         ValueError: the judge named cannot be loaded; the models do not say what they see; the training fails.
     """
-    from pipeline import registry
+    from pipeline import models as registry
 
     if named:
         return registry.load(named)
@@ -49,9 +49,10 @@ def kept(model: Model, data: Path, images: int | None, ranks: Ranks) -> Model:
 
     It knows every attribute of the data, so that it serves other models of the same size and crop, too.
     """
-    from pipeline import checkpoint, registry
-    from pipeline.interruption import Interrupted
-    from pipeline.train import train
+    from pipeline import models as registry
+    from pipeline.models import checkpoint
+    from pipeline.training.interruption import Interrupted
+    from pipeline.training.run import train
 
     experiment = derived(model, data, images)
     folder = experiment.folder
@@ -77,7 +78,7 @@ def kept(model: Model, data: Path, images: int | None, ranks: Ranks) -> Model:
 def derived(model: Model, data: Path, images: int | None = None) -> Experiment:
     """The experiment of such a judge: the data as the model sees them, all attributes, the official classifier."""
     from pipeline import config
-    from pipeline.shards import ShardSet
+    from pipeline.data.shards import ShardSet
 
     shards, size = ShardSet.open(data), model.preprocessing.image_size
     beside = model.run.parent if model.run else Path("runs")

@@ -16,9 +16,9 @@ import typer
 from launch.command import main
 
 if TYPE_CHECKING:
-    from pipeline.datasets import Dataset
-    from pipeline.shards import ShardSet
-    from pipeline.datasets.workers import Progress
+    from pipeline.data.datasets import Dataset
+    from pipeline.data.datasets.workers import Progress
+    from pipeline.data.shards import ShardSet
 
 app = typer.Typer(
     help="Write a data set as WebDataset shards with a manifest. What is read may lie here, or at an address "
@@ -198,7 +198,7 @@ def faces(
     shard_records: ShardRecords = 4096,
 ) -> None:
     """Drawn faces with known attributes; the pictures and their lists stay in OUT/source, in CelebA's file format."""
-    from pipeline.datasets import DATASETS
+    from pipeline.data.datasets import DATASETS
 
     if _part.get() != Part():
         raise ValueError("faces are drawn by one command; OUT/source can be cut up then: fader prepare celeba OUT/source")
@@ -216,7 +216,7 @@ def upload(
     address: Annotated[str, typer.Argument(help="Where to copy it, as fsspec knows it: s3://bucket/name, gs://…")],
 ) -> None:
     """Copy a finished shard set to an address; data.path of a config may name it, and tars are fetched when needed."""
-    from pipeline import shards
+    from pipeline.data import shards
 
     shards.upload(source, address)
     typer.echo(f"{source} lies at {address} now\nnext: fader train CONFIG data.path={address}")
@@ -229,7 +229,7 @@ def _parts(text: str) -> tuple[str, ...]:
 def _prepare(
     name: str, options: dict[str, Any], out: Path, workers: int | None, skip_bad: bool, shard_records: int
 ) -> None:
-    from pipeline.datasets import DATASETS, Shares
+    from pipeline.data.datasets import DATASETS, Shares
 
     if options.get("shares"):
         options["shares"] = Shares.parse(options["shares"])
@@ -237,7 +237,7 @@ def _prepare(
 
 
 def _write(read: Callable[[], Dataset], out: Path, workers: int | None, skip_bad: bool, shard_records: int) -> None:
-    from pipeline import shards
+    from pipeline.data import shards
 
     part = _part.get()
     try:

@@ -22,11 +22,11 @@ def register(
     raw: Annotated[bool, typer.Option("--raw", help="the weights as trained, not their moving averages")] = False,
 ) -> None:
     """Export a run (model.safetensors, card.json) and register it as a version in MLflow."""
-    from pipeline import registry
+    from pipeline import models
 
     typer.echo(f"registering {run} as {name}", err=True)
-    version = registry.register(run, name, alias=alias, judge=judge, out=out, checkpoint=checkpoint, ema=not raw)
-    model = registry.load(version.export)
+    version = models.register(run, name, alias=alias, judge=judge, out=out, checkpoint=checkpoint, ema=not raw)
+    model = models.load(version.export)
     typer.echo(f"wrote {version.export} (model.safetensors, card.json)")
     linked = f", linked to run {version.run_id}" if version.run_id else "; the run itself was not tracked"
     typer.echo(f"registered {version.name} version {version.version} as {version.address} in {version.store}{linked}")

@@ -19,7 +19,7 @@ from launch.train import Watcher, exit_code
 if TYPE_CHECKING:
     from pipeline.engine import Ranks
     from pipeline.evaluation.compare import Compared
-    from pipeline.sweep import Child, Sweep
+    from pipeline.training.sweep import Child, Sweep
 
 
 def sweep(
@@ -54,8 +54,8 @@ def sweep(
 
     Given again it goes on: children that are finished are skipped, one that was broken off is resumed.
     """
-    from pipeline import sweep as sweeps
     from pipeline.engine import leave
+    from pipeline.training import sweep as sweeps
 
     if checkpoint not in ("latest", "best"):
         raise ValueError(f"--checkpoint {checkpoint}: the children are compared by their latest or their best")
@@ -149,10 +149,11 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed:
     Raises:
         ValueError: its folder holds a run of other settings.
     """
-    from pipeline import checkpoint, config
-    from pipeline.sweep import with_parent
-    from pipeline.interruption import Interrupted
-    from pipeline.train import train
+    from pipeline import config
+    from pipeline.models import checkpoint
+    from pipeline.training.interruption import Interrupted
+    from pipeline.training.run import train
+    from pipeline.training.sweep import with_parent
 
     began = (child.folder / "run.json").is_file()
     if began and config.load(child.folder / "config.yaml").digest != child.experiment.digest:
@@ -182,12 +183,12 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed:
 
 def _evaluate(child: Child, asked: _Asked, ranks: Ranks) -> None:
     """Evaluate a child, unless that was done for these weights."""
-    from pipeline import registry
-    from pipeline.shards import ShardSet
+    from pipeline import models
+    from pipeline.data.shards import ShardSet
 
     data = Path(child.experiment.data.path)
     shards = ShardSet.open(data)
-    model = registry.load(child.folder, checkpoint=asked.checkpoint)
+    model = models.load(child.folder, checkpoint=asked.checkpoint)
     seer = judges.find([model], None, data, asked.judge_images, ranks)
     split, path = shards.split(asked.split), _report(child, asked)
     rests_on = {
@@ -210,19 +211,21 @@ def _evaluate(child: Child, asked: _Asked, ranks: Ranks) -> None:
 
 def _report(child: Child, asked: _Asked) -> Path:
     """Where the evaluation of a child lies."""
-    from pipeline import registry
-    from pipeline.shards import ShardSet
+    from pipeline import models
+    from pipeline.data.shards import ShardSet
 
     split = ShardSet.open(child.experiment.data.path).split(asked.split)
     records = min(asked.limit or len(split), len(split))
-    variant = registry.variant_of(child.folder, asked.checkpoint)
+    variant = models.variant_of(child.folder, asked.checkpoint)
     return child.folder / "report" / f"evaluation-{asked.split}{suffix(variant, asked.tables, records, len(split))}.json"
 
 
 def _conclude(asked: Sweep, asked_of: _Asked) -> None:
     """The table and the plot of what there is, on the terminal, in the sweep's folder and in its MLflow run."""
-    from pipeline import checkpoint, evaluation, sweep, tracking
+    from pipeline import evaluation, tracking
     from pipeline.evaluation import compare
+    from pipeline.models import checkpoint
+    from pipeline.training import sweep
 
     found: list[Compared | None] = []
     for child in asked.children:

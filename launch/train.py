@@ -14,7 +14,7 @@ from launch.command import main
 
 if TYPE_CHECKING:
     from pipeline.config import Experiment
-    from pipeline.train import Progress
+    from pipeline.training.run import Progress
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def train(
         raise ValueError("--resume RUN and --continue are two ways to say it: give one of them")
 
     from pipeline.engine import leave
-    from pipeline.interruption import Interrupted
-    from pipeline.train import train as run_training
+    from pipeline.training.interruption import Interrupted
+    from pipeline.training.run import train as run_training
 
     experiment, folder, resumed = _what_to_train(words, resume, go_on)
     if _is_first():
@@ -98,7 +98,7 @@ def exit_code(code: int) -> int:
     A launcher takes any code but 0 for a crash, which it would mend by starting the workers again: a run that wants to
     go on in another job ends its workers with 0, and FADER_EXIT_FILE alone says so.
     """
-    from pipeline.interruption import EXIT_AGAIN, launched
+    from pipeline.training.interruption import EXIT_AGAIN, launched
 
     if _is_first():
         _leave_word(code)

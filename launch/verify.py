@@ -14,7 +14,7 @@ def verify(
     out: Annotated[str, typer.Argument(help="Folder or address of a finished shard set.")], workers: Workers = None
 ) -> None:
     """Read a shard set back whole; name what is damaged and exit with code 2."""
-    from pipeline import shards
+    from pipeline.data import shards
 
     with progress_bar("reading back") as progress:
         report = shards.verify(out, workers=workers, progress=progress)

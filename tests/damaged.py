@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import config, train
-from pipeline.datasets.record import Dataset
+from pipeline import config
+from pipeline.data.datasets.record import Dataset
+from pipeline.data.shards import ShardSet, prepare
 from pipeline.engine import Engine
-from pipeline.shards import ShardSet, prepare
+from pipeline.training import run as train
 
 SIZES = {"train": 40, "valid": 8}
 BAD = (11, 12, 30)  # rows of train; the second stands right behind the first

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.datasets import DATASETS
+from pipeline.data.datasets import DATASETS
+from pipeline.data.shards import ShardSet, prepare, verify
 from pipeline.images import check, decode
-from pipeline.shards import ShardSet, prepare, verify
-from tests.pipeline.test_datasets import encoded, grey, seen, tar_of, write_mnist, write_table
+from tests.pipeline.data.test_datasets import encoded, grey, seen, tar_of, write_mnist, write_table
 
 CPU_SECONDS, WALL_SECONDS, EXTRA_MEMORY = 10, 120, 1 << 30
 SIZES = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"77777777777\0", b"\x80" + b"\xff" * 11)

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fader.method import METHODS, Loss, Method, Optimizer, Phase, Stage, register
-from pipeline import train as training
-from pipeline.batches import salted
 from pipeline.config import build
+from pipeline.loading.plan import salted
+from pipeline.training import run as training
 
 
 @dataclass(frozen=True)

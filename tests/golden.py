@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from fader.draws import Draws
 from fader.method import METHODS, Batch, Method
 from pipeline import config
 from pipeline.engine import Engine
-from pipeline.steps import Position, steps
+from pipeline.training.steps import Position, steps
 from tests.test_configs import AVAILABLE, CELEBA, CONFIGS
 
 FILE = Path(__file__).with_suffix(".json")

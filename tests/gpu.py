@@ -105,10 +105,10 @@ def train_official_256_fp32() -> dict[str, Any]:
 @cell(120)
 def loader_mixed_decode_128() -> dict[str, Any]:
     """Drawn faces decoded on the GPU: streamed and kept batches a second, and that they agree to the bit."""
-    from pipeline.batches import Plan, Request
-    from pipeline.dali_loader import open_loader
+    from pipeline.data.shards import ShardSet
     from pipeline.images import Preprocessing
-    from pipeline.shards import ShardSet
+    from pipeline.loading.dali import open_loader
+    from pipeline.loading.plan import Plan, Request
 
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "launch.prepare", "faces", f"{folder}/set", "--count", "4000"]
@@ -144,8 +144,8 @@ def loader_mixed_decode_128() -> dict[str, Any]:
 def augmentation_128() -> dict[str, Any]:
     """Everything on, pictures a second; and as far from the CPU's as rounding goes."""
     from fader.draws import Draws
-    from pipeline.augmentation import augmented
     from pipeline.config import AugmentConfig
+    from pipeline.loading.augmentation import augmented
 
     settings = AugmentConfig(
         rotation_degrees=5, translation=0.03, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02
@@ -176,7 +176,7 @@ def ranks_over_nccl() -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from tests import ranks
-    from tests.pipeline.test_ranks import distance, of, same
+    from tests.pipeline.engine.test_ranks import distance, of, same
 
     count = min(torch.cuda.device_count(), 2)
     name = "one_node" if count == 2 else "deepspeed_zero1"

@@ -4,5 +4,5 @@ import pyarrow.dataset  # noqa: F401  reading a manifest imports it, and that pa
 import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.2 s
 
 import launch.command  # noqa: F401
-import pipeline.registry  # noqa: F401
-import pipeline.train  # noqa: F401
+import pipeline.models  # noqa: F401
+import pipeline.training.run  # noqa: F401

@@ -4,7 +4,7 @@
     accelerate launch --config_file launch/accelerate/X.yaml -m tests.ranks OUT one      one case as the launcher says
     python -m tests.ranks OUT alone                                                      DeepSpeed without a launcher
 
-OUT holds one process's states already: tests/pipeline/test_ranks.py writes them before it launches this.
+OUT holds one process's states already: tests/pipeline/engine/test_ranks.py writes them before it launches this.
 Parity is held in SGD, because Adam would turn rounding into differences as large as a fault's, and in float64 where the
 back end takes it: DeepSpeed reduces in float32, so its cases run as they do in earnest, in float32.
 """
@@ -24,10 +24,10 @@ import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
 from fader.method import METHODS, Batch, Method
-from pipeline.batches import share
 from pipeline.config import EngineConfig
 from pipeline.engine import Engine, State
-from pipeline.steps import Position, steps
+from pipeline.loading.plan import share
+from pipeline.training.steps import Position, steps
 from tests.shams import SHAMS, ShamSettings, registered
 
 ATTRIBUTES = Attributes([Attribute("Smiling"), Attribute("Beard", "k-way", ("none", "short", "long"))])

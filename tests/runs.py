@@ -20,8 +20,9 @@ from PIL import Image
 
 from fader.attributes import Attribute, Attributes
 from fader.method import METHODS, Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
-from pipeline import checkpoint, config
+from pipeline import config
 from pipeline.engine import State
+from pipeline.models import checkpoint
 
 ATTRIBUTES = Attributes(
     [Attribute("Smiling"), Attribute("Eyeglasses"), Attribute("Beard", "k-way", ("none", "moustache", "full"))]

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from launch import cli
-from pipeline.shards import ShardSet
+from pipeline.data.shards import ShardSet
 from tests.commands import ROOT
+from tests.pipeline.data.test_datasets import write_daynight, write_domains, write_mnist, write_table, write_wds
 from tests.pipeline.planted import write_celeba
-from tests.pipeline.test_datasets import write_daynight, write_domains, write_mnist, write_table, write_wds
 from tests.warm import forked
 
 PAGE = ROOT / "docs/data.md"
@@ -93,7 +93,7 @@ def test_every_command_of_the_page_runs(done):
 
 
 def test_the_page_names_every_set_and_every_crop():
-    from pipeline.datasets import DATASETS
+    from pipeline.data.datasets import DATASETS
     from pipeline.images import CROPS
 
     text = PAGE.read_text()

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fader.attributes import Attributes
-from fader.classifier import Classifier
 from fader.draws import Draws
-from fader.layers import wide
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
-from fader.normalization import Norm
+from fader.networks.classifier import Classifier
+from fader.networks.layers import wide
+from fader.networks.normalization import Norm
 from fader.similarity import Similarity, positions, sample
 
 _LEVER = 0.4

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from fader.attributes import Attributes, Head
-from fader.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset
-from fader.classifier import Classifier
 from fader.counts import LabelCounts, LeakControl
 from fader.critic import FisherCritic
-from fader.discriminators import LatentDiscriminator, PatchDiscriminator
 from fader.kernel_critic import KernelCritic
-from fader.layers import Deconv, wide
 from fader.losses import accuracies, attribute_loss, confusion_loss, fool_loss, patch_losses, squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
-from fader.normalization import Norm
+from fader.networks.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset
+from fader.networks.classifier import Classifier
+from fader.networks.discriminators import LatentDiscriminator, PatchDiscriminator
+from fader.networks.layers import Deconv, wide
+from fader.networks.normalization import Norm
 from fader.schedules import Rise, risen
 
 _OBSERVERS = ("leak_control", "label_counts", "critic")  # what looks on while the latent discriminator learns

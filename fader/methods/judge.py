@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fader.attributes import Attributes, Head
-from fader.classifier import Classifier
 from fader.counts import LabelCounts
-from fader.layers import wide
 from fader.losses import accuracies, attribute_loss
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
-from fader.normalization import Norm
+from fader.networks.classifier import Classifier
+from fader.networks.layers import wide
+from fader.networks.normalization import Norm
 
 PRESETS: dict[str, dict[str, int]] = {
     "official": {"init_channels": 32, "max_channels": 512, "hidden_channels": 512},

@@ -19,8 +19,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from fader.method import Batch
-from pipeline.batches import largest_share, share
 from pipeline.engine.launcher import PRECISION, environment
+from pipeline.loading.plan import largest_share, share
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, registry, tracking
+from pipeline import config, models, tracking
 from pipeline.evaluation.report import Table
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -52,9 +52,9 @@ def read(source: str, split: str = "test", report: Path | None = None) -> Compar
     Raises:
         ValueError: it is neither.
     """
-    folder, which = registry.parse_source(source)
+    folder, which = models.parse_source(source)
     if (folder / "config.yaml").is_file():
-        variant = registry.variant_of(folder, which) if which else ""
+        variant = models.variant_of(folder, which) if which else ""
         usual = folder / "report" / f"evaluation-{split}{variant}.json"
         return _from_folder(source, folder, split, report or usual)
     if _RUN_ID.fullmatch(source):

@@ -19,7 +19,7 @@ from pipeline.evaluation.report import Conditional, Distance
 
 if TYPE_CHECKING:
     from fader.draws import Draws
-    from pipeline.registry import Model
+    from pipeline.models import Model
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fader.attributes import Attributes
 from fader.method import Batch, Decodes, Encodes, Judges, ReduceSum, identity
-from pipeline.batches import Loader, sequential
 from pipeline.evaluation import tables as made
 from pipeline.evaluation.cost import cost_of
 from pipeline.evaluation.distribution import (
@@ -31,11 +30,13 @@ from pipeline.evaluation.judges import check_judge
 from pipeline.evaluation.measure import Pass, evaluating
 from pipeline.evaluation.probe import leaks
 from pipeline.evaluation.report import Report
+from pipeline.loading.loader import Loader
+from pipeline.loading.plan import sequential
 
 if TYPE_CHECKING:
+    from pipeline.data.shards import Split
     from pipeline.images import Preprocessing
-    from pipeline.registry import Model
-    from pipeline.shards import Split
+    from pipeline.models import Model
 
 TABLES = ("swap", "fidelity", "leak", "distribution", "cost")
 USUAL_TABLES = ("swap", "fidelity", "leak", "cost")
@@ -235,6 +236,6 @@ class Dealer:
 
 
 def _pillow(split: Split, attributes: Attributes, preprocessing: Preprocessing, **keywords: Any) -> Loader:
-    from pipeline.tar_loader import PillowLoader
+    from pipeline.loading.pillow import PillowLoader
 
     return PillowLoader(split, attributes, preprocessing, **keywords)

@@ -9,7 +9,7 @@ from fader.method import Judges
 
 if TYPE_CHECKING:
     from pipeline.images import Preprocessing
-    from pipeline.registry import Model
+    from pipeline.models import Model
 
 
 def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessing, source: str) -> None:

@@ -17,7 +17,7 @@ from pipeline.evaluation.report import SLIDER_POSITIONS
 
 if TYPE_CHECKING:
     from pipeline.evaluation.distribution import Classes, Features
-    from pipeline.registry import Model
+    from pipeline.models import Model
 
 SLIDER_RECORDS = 256
 PROBE_RECORDS = 4000

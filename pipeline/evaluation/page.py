@@ -24,18 +24,18 @@ from torch import Tensor
 
 from fader.method import Batch, Encodes, Judges
 from pipeline import tracking
-from pipeline.batches import sequential
 from pipeline.evaluation.measure import JudgedBy, decoded, evaluating, hard, slider_values, swaps
 from pipeline.evaluation.report import SLIDER_POSITIONS, Report, Score, Table, as_tables
 from pipeline.images import png_bytes, to_uint8
-from pipeline.tar_loader import PillowLoader
+from pipeline.loading.pillow import PillowLoader
+from pipeline.loading.plan import sequential
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pipeline.registry import Model
-    from pipeline.shards import Split
+    from pipeline.data.shards import Split
+    from pipeline.models import Model
 
 SWEPT_FACES = 6
 JUDGED_RECORDS = 256

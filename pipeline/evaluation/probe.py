@@ -15,7 +15,7 @@ from pipeline.evaluation.measure import PROBE_RECORDS, Pass, flat_latent, hard
 from pipeline.evaluation.report import Leak
 
 if TYPE_CHECKING:
-    from pipeline.shards import Split
+    from pipeline.data.shards import Split
 
 
 def leaks(

@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fader.autoencoder
-import fader.discriminators
-import fader.layers
 import fader.methods.fader as method_file
+import fader.networks.autoencoder
+import fader.networks.discriminators
+import fader.networks.layers
 from fader.attributes import Attribute, Attributes
-from fader.autoencoder import Decoder, Latent, Layout
-from fader.discriminators import LatentDiscriminator
 from fader.draws import Draws
-from fader.layers import Up
 from fader.method import Batch, Clock, Context
 from fader.methods import Fader, FaderSettings
+from fader.networks.autoencoder import Decoder, Latent, Layout
+from fader.networks.discriminators import LatentDiscriminator
+from fader.networks.layers import Up
 from fader.schedules import ramp
 from tests.fader.tiny import MIXED, loss_of, phases, planted, stand, tiny_fader
 
@@ -218,21 +218,21 @@ Patch = pytest.MonkeyPatch
 
 def only_at_the_bottleneck(patch: Patch) -> None:
     """Attributes enter the decoder once, at the latent."""
-    real = fader.layers.with_code
+    real = fader.networks.layers.with_code
 
     def once(features: Tensor, code: Tensor, skip: Tensor | None = None) -> Tensor:
         return real(features, code if features.shape[-1] == 4 else torch.zeros_like(code), skip)
 
-    patch.setattr(fader.autoencoder, "with_code", once)
+    patch.setattr(fader.networks.autoencoder, "with_code", once)
 
 
 def only_at_the_last_layer(patch: Patch) -> None:
-    real = fader.layers.with_code
+    real = fader.networks.layers.with_code
 
     def late(features: Tensor, code: Tensor, skip: Tensor | None = None) -> Tensor:
         return real(features, code if features.shape[-1] == 16 else torch.zeros_like(code), skip)
 
-    patch.setattr(fader.autoencoder, "with_code", late)
+    patch.setattr(fader.networks.autoencoder, "with_code", late)
 
 
 def condition_smoothed_in_training(patch: Patch) -> None:
@@ -336,13 +336,13 @@ def swapped_columns(patch: Patch) -> None:
 
 
 def no_norm_in_the_latent_discriminator(patch: Patch) -> None:
-    real = fader.discriminators.Down
-    patch.setattr(fader.discriminators, "Down", lambda a, b, norm, dropout: real(a, b, None, dropout))
+    real = fader.networks.discriminators.Down
+    patch.setattr(fader.networks.discriminators, "Down", lambda a, b, norm, dropout: real(a, b, None, dropout))
 
 
 def instance_norm_in_the_latent_discriminator(patch: Patch) -> None:
-    real = fader.discriminators.Down
-    patch.setattr(fader.discriminators, "Down", lambda a, b, norm, dropout: real(a, b, "instance", dropout))
+    real = fader.networks.discriminators.Down
+    patch.setattr(fader.networks.discriminators, "Down", lambda a, b, norm, dropout: real(a, b, "instance", dropout))
 
 
 def whole_channels_dropped(patch: Patch) -> None:

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fader.attributes import Attribute, Attributes
-from fader.autoencoder import Decoder, Encoder, Latent, Layout
-from fader.classifier import Classifier
-from fader.discriminators import LatentDiscriminator, PatchDiscriminator
-from fader.layers import Down, Up, deconvolution, doubled_to_four, doubling, halvings
 from fader.methods import Fader, FaderSettings, Judge, JudgeSettings
+from fader.networks.autoencoder import Decoder, Encoder, Latent, Layout
+from fader.networks.classifier import Classifier
+from fader.networks.discriminators import LatentDiscriminator, PatchDiscriminator
+from fader.networks.layers import Down, Up, deconvolution, doubled_to_four, doubling, halvings
 from tests.fader.tiny import MIXED, planted, tiny_fader
 
 MALE = Attributes([Attribute("Male")])

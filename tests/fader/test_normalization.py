@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fader.normalization import BatchNorm, norm
+from fader.networks.normalization import BatchNorm, norm
 
 TOLERANCE = 1e-12
 

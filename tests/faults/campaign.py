@@ -22,9 +22,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import watchdog
-from pipeline.interruption import EXIT_AGAIN
-from tests.faults.training import BATCH, STEPS_A_SAVE, Attempt, damaged, differences, experiment, names, newest, unfinished, weights
+from pipeline.training import watchdog
+from pipeline.training.interruption import EXIT_AGAIN
+from tests.faults.training import (
+    BATCH,
+    STEPS_A_SAVE,
+    Attempt,
+    damaged,
+    differences,
+    experiment,
+    names,
+    newest,
+    unfinished,
+    weights,
+)
 
 SAVE_IMAGES = STEPS_A_SAVE * BATCH
 
@@ -224,7 +235,7 @@ def campaign(out: Path, faces: Path, kills: int, seed: int) -> dict[str, Any]:
         part.run.mkdir(parents=True)
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", part.run], capture_output=True)
         if mounted.returncode:
-            print("disk full: no right to mount a small disk; tests/pipeline/test_checkpoint.py fills one in another way")
+            print("disk full: no right to mount a small disk; tests/pipeline/models/test_checkpoint.py fills one in another way")
             return
         try:
             for number in range(10 if long else 2):

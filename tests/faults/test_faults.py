@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline import checkpoint
 from pipeline.engine import State
+from pipeline.models import checkpoint
 from tests.commands import launch
 from tests.faults.campaign import Campaign
 from tests.faults.training import BATCH, differences

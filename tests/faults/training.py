@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pipeline import checkpoint
 from pipeline.config import Experiment, build
-from pipeline.interruption import Interrupted
-from pipeline.train import Progress, train
+from pipeline.models import checkpoint
+from pipeline.training.interruption import Interrupted
+from pipeline.training.run import Progress, train
 from tests import imported  # noqa: F401  here, once, what each run would import anew
 from tests.commands import as_rank, free_port
 

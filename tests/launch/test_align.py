@@ -12,9 +12,9 @@ from PIL import Image
 
 from fader.similarity import Similarity
 from launch import align, command, edit
-from pipeline import alignment
-from pipeline.alignment import Face
-from pipeline.datasets.faces import draw_face
+from pipeline.data.datasets.faces import draw_face
+from pipeline.faces import alignment
+from pipeline.faces.alignment import Face
 from tests.runs import make_run, painter, photo
 
 ALIGNER = {"name": "aligner", "init_channels": 4, "max_channels": 8, "hidden_channels": 8}

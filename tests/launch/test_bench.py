@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from launch import bench
-from pipeline.throughput import median_ratio
+from pipeline.loading.throughput import median_ratio
 from tests.commands import launch
 
 

@@ -13,11 +13,13 @@ from PIL import Image
 
 from launch.command import main
 from launch.evaluate import evaluate
-from pipeline import checkpoint, registry, tracking
-from pipeline.datasets import Dataset
+from pipeline import models as registry
+from pipeline import tracking
+from pipeline.data.datasets import Dataset
+from pipeline.data.shards import ShardSet, prepare
 from pipeline.images import Preprocessing, to_uint8
-from pipeline.shards import ShardSet, prepare
-from tests.pipeline.test_evaluation import SIZE, Identity, Oracle, Seer, levels, painted
+from pipeline.models import checkpoint
+from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Oracle, Seer, levels, painted
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run
 from tests.warm import forked
 

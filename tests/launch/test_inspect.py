@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import inspection
-from pipeline.datasets import DATASETS
-from pipeline.shards import prepare
+from pipeline.data import inspection
+from pipeline.data.datasets import DATASETS
+from pipeline.data.shards import prepare
 from tests.commands import launch
 
 COUNT = 60

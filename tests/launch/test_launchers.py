@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests import ranks
 from tests.commands import ROOT, command, environment, free_port
-from tests.pipeline.test_ranks import TOLERANCE, State, distance, of
+from tests.pipeline.engine.test_ranks import TOLERANCE, State, distance, of
 from tests.warm import forked
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.datasets.celeba import read_celeba
-from pipeline.shards import ShardSet, prepare, verify
+from pipeline.data.datasets.celeba import read_celeba
+from pipeline.data.shards import ShardSet, prepare, verify
 from tests.commands import command, environment, interruptible, launch
 from tests.pipeline.planted import jpeg, write_celeba
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from launch import command, edit, register, sync
-from pipeline import registry
+from pipeline import models
 from tests.commands import launch
 from tests.runs import FADER, JUDGE, make_run, make_store, painter, photo
 
@@ -201,4 +201,4 @@ def test_what_is_printed_as_next_works(runs, tmp_path, call):
     [line] = [line for line in said.splitlines() if line.startswith("next: fader edit ")]
     code, _, said = call(edit.app, *line.removeprefix("next: fader edit ").split())
     assert code == 0, said
-    assert registry.load(runs / "painter").attributes.names[0] == "Smiling"
+    assert models.load(runs / "painter").attributes.names[0] == "Smiling"

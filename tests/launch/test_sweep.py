@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.shards import ShardSet
+from pipeline.data.shards import ShardSet
 from tests.commands import ROOT, command, environment, interruptible, launch
 from tests.runs import JUDGE, make_run, make_store
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.datasets.celeba import read_celeba
-from pipeline.shards import prepare
+from pipeline.data.datasets.celeba import read_celeba
+from pipeline.data.shards import prepare
 from tests.launch.test_prepare import contents
 
 SCRIPT, TASKS = "launch/slurm/prepare.sbatch", 3

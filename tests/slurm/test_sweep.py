@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint
-from pipeline.shards import ShardSet
+from pipeline.data.shards import ShardSet
+from pipeline.models import checkpoint
 from tests.commands import launch
 from tests.launch.test_sweep import CONFIG
 from tests.runs import JUDGE, make_run

@@ -1,0 +1,67 @@
+"""The discriminators of a Fader network: of latents (which attributes?) and of image patches (real or decoded?).
+
+Source: Lample et al. 2017, arXiv:1706.00409; sizes as in the authors' code (facebookresearch/FaderNetworks).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fader.networks.autoencoder import Latent, Layout
+from fader.networks.layers import Down, channels_last, doubling, wide
+from fader.networks.normalization import Norm
+
+
+class LatentDiscriminator(nn.Module):
+    """A `Latent` to attribute logits [N, num_logits].
+
+    It goes on where the encoder stopped: convolutions like the encoder's down to one pixel, always with batch norm and
+    dropout, then Linear, LeakyReLU(0.2), Linear. With skips it reads the shallowest map that the decoder receives.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        num_logits: int,
+        hidden_channels: int = 512,
+        dropout: float = 0.3,
+        norm: Norm = "global",
+    ) -> None:
+        super().__init__()
+        widths = layout.widths[layout.num_layers - layout.num_skips - 1 :]
+        self.layers = nn.Sequential(*(Down(a, b, norm, dropout) for a, b in zip(widths, widths[1:])))
+        self.hidden = nn.Sequential(nn.Linear(widths[-1], hidden_channels), nn.LeakyReLU(0.2, inplace=True))
+        self.head = nn.Linear(hidden_channels, num_logits)
+
+    def forward(self, latent: Latent) -> Tensor:
+        return self.head(self.hidden(self.layers(latent.shallowest).flatten(1)))
+
+
+class PatchDiscriminator(nn.Module):
+    """Images [N, C, S, S] to the probability [N] that each is real: the mean over its patches.
+
+    Raises:
+        ValueError: images are smaller than 32 pixels, too small for one patch.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int = 3,
+        init_channels: int = 32,
+        max_channels: int = 512,
+        norm: Norm = "global",
+    ) -> None:
+        super().__init__()
+        if image_size < 32:
+            raise ValueError(f"image_size is {image_size}; a patch discriminator needs at least 32")
+        first, *more = doubling(init_channels, max_channels, 4)
+        blocks = [Down(channels, first, None)]
+        for before, after, stride in zip([first, *more], more, (2, 2, 1)):
+            blocks.append(Down(before, after, norm, stride=stride))
+        self.layers = nn.Sequential(*blocks)
+        self.head = nn.Conv2d(more[-1], 1, 4, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sigmoid(wide(self.head(self.layers(channels_last(images))))).flatten(1).mean(1)

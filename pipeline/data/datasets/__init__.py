@@ -1,0 +1,29 @@
+"""Data sets: each a function that reads a source and gives a Dataset, the light index that shards are written from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.data.datasets.celeba import read_celeba
+from pipeline.data.datasets.daynight import read_daynight
+from pipeline.data.datasets.digits import read_digits
+from pipeline.data.datasets.faces import read_faces
+from pipeline.data.datasets.folders import read_folders
+from pipeline.data.datasets.mnist import read_mnist
+from pipeline.data.datasets.record import SPLITS, Dataset, LeftOut, Record
+from pipeline.data.datasets.splits import Shares
+from pipeline.data.datasets.table import read_table
+from pipeline.data.datasets.wds import read_wds
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "celeba": read_celeba,
+    "daynight": read_daynight,
+    "digits": read_digits,
+    "faces": read_faces,
+    "folders": read_folders,
+    "mnist": read_mnist,
+    "table": read_table,
+    "wds": read_wds,
+}
+
+__all__ = ["DATASETS", "SPLITS", "Dataset", "LeftOut", "Record", "Shares"]

@@ -1,0 +1,236 @@
+"""Any CSV or Parquet file with a column of picture paths; its other columns are attributes."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.datasets.columns import Column, choose
+from pipeline.data.datasets.record import Dataset, Faults, key_fault, key_of
+from pipeline.data.datasets.source import Place, Reader, describe_missing
+from pipeline.data.datasets.splits import NAMES, Shares, assign
+
+_LONGEST_LINE = 1 << 20
+
+Row = tuple[int, Sequence[Any]]
+"""(line or row number as a person counts it, cells)"""
+
+
+@dataclass
+class Rows:
+    """The light index while it grows: one entry a record in each list, one cell in each column."""
+
+    faults: Faults
+    columns: list[Column]
+    keys: list[str] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    _first: dict[str, int] = field(default_factory=dict)
+
+    def add(self, key: str, location: str, place: str, cells: Sequence[Any], split: Any, group: Any) -> None:
+        """One record. split: as the set calls it, None when it gives none. group: None when there are none."""
+        fault = key_fault(key)
+        if not fault and key in self._first:
+            fault = f"stands at {self.places[self._first[key]]} already"
+        if fault:
+            self.faults.add(key, place, f"key {key[:100]!r} {fault}")
+            return
+        if split is not None and str(split).strip().lower() not in NAMES:
+            self.faults.add(key, place, f"split is {split!r}; train, valid or test is needed")
+            return
+        self._first[key] = len(self.keys)
+        self.keys.append(key)
+        self.locations.append(location)
+        self.places.append(place)
+        if split is not None:
+            self.given.append(NAMES[str(split).strip().lower()])
+        if group is not None:
+            self.groups.append(str(group))
+        for column, cell in zip(self.columns, cells, strict=True):
+            column.add(cell)
+
+    def dataset(self, name: str, source: dict[str, Any], read: Any, shares: Shares | None) -> Dataset:
+        """The index, without the records whose cells are wrong."""
+        labels, entries, bad = np.zeros((len(self.keys), len(self.columns)), np.float32), [], {}
+        for j, column in enumerate(self.columns):
+            entry, labels[:, j], wrong = column.finish()
+            entries.append(entry)
+            bad |= wrong
+        for row in sorted(bad):
+            self.faults.add(self.keys[row], self.places[row], bad[row])
+        rows = [row for row in range(len(self.keys)) if row not in bad]
+        keys, locations, places, given, groups = (
+            [part[row] for row in rows] if part else None
+            for part in (self.keys, self.locations, self.places, self.given, self.groups)
+        )
+        splits, how = assign(keys or [], given=given, groups=groups, shares=shares)
+        return Dataset(
+            name=name,
+            source={**source, "split": how},
+            attribute_list=entries,
+            keys=keys or [],
+            splits=splits,
+            locations=locations or [],
+            labels=labels[rows],
+            places=places or [],
+            read=read,
+            left_out=self.faults.left_out,
+        )
+
+
+def read_table(
+    source: os.PathLike[str] | str,
+    *,
+    images: str | None = None,
+    path: str = "path",
+    key: str | None = None,
+    split: str | None = None,
+    group: str | None = None,
+    attributes: Sequence[str] = (),
+    kinds: Sequence[str] = (),
+    shares: Shares | None = None,
+    skip_bad: bool = False,
+    name: str = "table",
+) -> Dataset:
+    """The index of a CSV (`.csv`, `.tsv`, `.txt`) or Parquet (`.parquet`) file.
+
+    Args:
+        source: the file.
+        images: folder or address that paths are relative to; by default the file's own.
+        path, key, split, group: names of columns. Without `key` the key is made from the path; without `split`, a
+            column of that name is taken when there is one; records of one `group` stand in one split.
+        attributes: columns to take; none takes every other one.
+        kinds: what columns are where it does not follow from their cells; see `columns.Kind`.
+        shares: split the records anew, by a hash.
+        skip_bad: leave out rows that are wrong, and list them.
+
+    Raises:
+        ValueError: not readable, a column is missing, a row is wrong. The message names file and line.
+    """
+    source = Place(os.fspath(source))
+    header, rows = _open(source)
+    split = split or next((column for column in header if column.lower() == "split"), None)
+    others = [column for column in (path, key, split, group) if column]
+    for column in others:
+        if column not in header:
+            hint = "; name the column of picture paths with --path" if column == path else ""
+            raise ValueError(f"{source.name} has no column {column!r}{hint}; it has: {', '.join(header)[:400]}")
+    index = Rows(Faults(skip_bad), choose(header, attributes, kinds, others))
+    at = {column: number for number, column in enumerate(header)}
+    taken = [at[column.name] for column in index.columns]
+    needed_split = None if shares else split
+    for number, cells in rows:
+        place = f"{source.name} line {number}"
+        if len(cells) != len(header):
+            index.faults.add(None, place, f"{len(cells)} cells for {len(header)} columns")
+            continue
+        location = str(cells[at[path]] or "").strip()
+        if not location or "\0" in location:
+            index.faults.add(None, place, f"no picture path in column {path}")
+            continue
+        index.add(
+            str(cells[at[key]]).strip() if key else key_of(location),
+            location,
+            place,
+            [cells[column] for column in taken],
+            cells[at[needed_split]] if needed_split else None,
+            cells[at[group]] if group else None,
+        )
+    base = Place(images) if images else source.parent
+    return index.dataset(name, {source.name: _sha256(source)}, Reader(base), shares)
+
+
+def read_header(source: Place) -> list[str]:
+    """Names of the columns of a table.
+
+    Raises:
+        ValueError: not readable, or a name is missing or stands twice.
+    """
+    header, rows = _open(source)
+    rows.close()
+    return header
+
+
+def _sha256(place: Place) -> str:
+    with place.open() as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(source: Place) -> tuple[list[str], Generator[Row]]:
+    if not source.is_file():
+        raise describe_missing(source, "table: a CSV or Parquet file is needed")
+    if source.name.lower().endswith((".parquet", ".pq")):
+        header, rows = _parquet(source)
+    else:
+        header, rows = _csv(source)
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice or not all(header):
+        raise ValueError(f"{source.name}: {f'column {twice[0]!r} stands twice' if twice else 'a column has no name'}")
+    return header, rows
+
+
+def _csv(source: Place) -> tuple[list[str], Generator[Row]]:
+    rows = _csv_rows(source)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{source.name} is empty; a header with the names of the columns is needed")
+    return [cell.strip() for cell in first[1]], rows
+
+
+def _csv_rows(source: Place) -> Generator[Row]:
+    """Rows of a CSV, the header first, never more than one in memory."""
+    with source.open() as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+
+        def lines() -> Iterator[str]:
+            while line := text.readline(_LONGEST_LINE):
+                if len(line) == _LONGEST_LINE:
+                    raise ValueError(f"a line has more than {_LONGEST_LINE:,} characters")
+                yield line
+
+        number = 0
+        try:
+            first = text.readline(_LONGEST_LINE)
+            text.seek(0)
+            reader = csv.reader(lines(), delimiter=max(",;\t", key=first.count), strict=True)
+            for cells in reader:
+                number = reader.line_num
+                if cells:
+                    yield number, cells
+        except (csv.Error, UnicodeDecodeError, ValueError) as error:
+            what = "a byte is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise ValueError(f"{source.name}, after line {number}: {what}; is it a CSV file?") from error
+
+
+def _parquet(source: Place) -> tuple[list[str], Generator[Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = source.open()
+    try:
+        table = pq.ParquetFile(file)
+        header = list(table.schema_arrow.names)
+    except (pa.ArrowException, OSError) as error:
+        file.close()
+        raise ValueError(f"{source.name} is not readable as Parquet: {error}") from error
+
+    def rows() -> Generator[Row]:
+        number = 0
+        try:
+            with file:
+                for batch in table.iter_batches(4096):
+                    for cells in zip(*(column.to_pylist() for column in batch.columns)):
+                        number += 1
+                        yield number, cells
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{source.name}, after row {number}: not readable as Parquet: {error}") from error
+
+    return header, rows()

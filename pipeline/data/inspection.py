@@ -1,0 +1,286 @@
+"""What a shard set holds, in text and pictures: counts, balance, co-occurrence, sizes, JPEG quality, duplicates."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+from pipeline.data.datasets import SPLITS
+from pipeline.data.shards import ShardSet, Split
+from pipeline.images import Preprocessing, decode, png_bytes, preprocess
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RARE_SHARE = 0.2
+"""Values below this part of an even share (10% of a binary attribute, 2% of a 10-way one) are called rare: without
+balance a network may pass them over."""
+_MOST_READ = 20_000  # pictures whose quality is looked up
+_MOST_ROWS, _ROW_LENGTH, _CELL = 16, 10, 96
+_LUMINANCE = np.array(
+    [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
+     87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101,
+     72, 92, 95, 98, 112, 100, 103, 99]
+)  # fmt: skip
+"""ITU-T T.81, table K.1: what the quality of a JPEG scales."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """text: to print. pictures: PNG bytes by name. metrics: the numbers of it worth keeping, by name."""
+
+    text: str
+    pictures: dict[str, bytes]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Every value of every attribute as one column. names [m]; held [n, m]: 1, 0, or nan where unknown."""
+
+    names: list[str]
+    held: np.ndarray
+
+
+def inspect(path: Path | str, *, seed: int = 0) -> Inspection:
+    """Look through a finished shard set. Labels of all records are read, and the tables of at most 20,000 JPEGs.
+
+    Args:
+        path: the set's folder.
+        seed: which pictures the contact sheet shows.
+
+    Raises:
+        ValueError: as `ShardSet.open`, or a picture on the contact sheet does not decode.
+    """
+    whole = ShardSet.open(path)
+    splits = [whole.split(name) for name in SPLITS if whole.info["splits"][name]["records"]]
+    values = {split.name: _values(split) for split in splits}
+    together = _Values(values[splits[0].name].names, np.concatenate([values[s.name].held for s in splits]))
+    width, height = (np.concatenate([getattr(s, side) for s in splits]) for side in ("width", "height"))
+    size = np.concatenate([split.size for split in splits])
+    quality, looked = _qualities(splits, seed)
+    duplicates, torn = _duplicates(whole)
+    text = "\n".join(
+        [
+            _head(whole, splits, int(size.sum())),
+            *_balance(splits, values, whole.info["attributes"]),
+            _spread("width", width, "pixels"),
+            _spread("height", height, "pixels"),
+            _spread("file size", size, "bytes"),
+            _formats(whole),
+            _spread(f"JPEG quality, read off the tables of {looked:,}", quality, "of 100"),
+            _about_duplicates(duplicates, torn),
+        ]
+    )
+    pictures = {"contact": _contact(splits, values, np.random.default_rng(seed))}
+    if together.names:
+        pictures["attributes"] = _histogram(together)
+        pictures["cooccurrence"] = _cooccurrence(together)
+    pictures["sizes"] = _sizes(width, height, size, quality)
+    metrics = {f"{s.name}/records": float(len(s)) for s in splits}
+    metrics |= {"duplicates/records": float(sum(map(len, duplicates))), "duplicates/across_splits": float(torn)}
+    return Inspection(text, dict(sorted(pictures.items())), metrics)
+
+
+def _values(split: Split) -> _Values:
+    names, columns = [], []
+    for attribute, labels in zip(split.attributes, split.labels.T):
+        unknown = labels < 0
+        wanted = range(attribute.k) if attribute.kind == "k-way" else (1,)
+        for value in wanted:
+            name = f"{attribute.name} {attribute.categories[value]}" if attribute.kind == "k-way" else attribute.name
+            held = (labels > 0.5 if attribute.kind == "continuous" else labels == value).astype(np.float32)
+            names.append(f"{name} > 0.5" if attribute.kind == "continuous" else name)
+            columns.append(np.where(unknown, np.nan, held))
+    return _Values(names, np.stack(columns, 1) if columns else np.zeros((len(split), 0), np.float32))
+
+
+def _share(held: np.ndarray) -> np.ndarray:
+    """[m] of the known, how many hold each value; nan where none is known."""
+    known = np.isfinite(held).sum(0)
+    return np.where(known, np.nansum(held, 0) / np.maximum(known, 1), np.nan)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _head(whole: ShardSet, splits: Sequence[Split], size: int) -> str:
+    number = sum(len(split) for split in splits)
+    counts = ", ".join(f"{split.name} {len(split):,} ({len(split) / number:.0%})" for split in splits)
+    shards = sum(len(split.shards) for split in splits)
+    left_out = f"\nleft out when it was made: {len(whole.info['left_out']):,}" if whole.info["left_out"] else ""
+    return (
+        f"{whole.name}: {number:,} records, {size / 1e6:,.1f} MB of pictures, in {shards} shards; "
+        f"data digest {whole.digest[:16]}\n{counts}{left_out}"
+    )
+
+
+def _balance(splits: Sequence[Split], values: dict[str, _Values], attribute_list: list[dict]) -> list[str]:
+    """A line for each value: its share in each split, and how many are unknown; then what is rare."""
+    names = values[splits[0].name].names
+    if not names:
+        return ["no attributes"]
+    wide = max(9, *map(len, names))
+    lines = [f"\n{'share of':{wide}}" + "".join(f"{split.name:>10}" for split in splits) + "   unknown"]
+    shares = [_share(values[split.name].held) for split in splits]
+    unknown = sum(np.isnan(values[split.name].held).sum(0) for split in splits)
+    for j, name in enumerate(names):
+        cells = "".join(f"{'-':>10}" if np.isnan(s[j]) else f"{s[j]:>10.1%}" for s in shares)
+        lines.append(f"{name:{wide}}{cells}{int(unknown[j]):>10,}")
+    even = [1 / len(entry["categories"]) if entry["categories"] else 0.5 for entry in attribute_list]
+    even = [share for share, entry in zip(even, attribute_list) for _ in entry["categories"] or [""]]
+    least = [min(s, 1 - s) if e == 0.5 else s for s, e in zip(shares[0], even)]
+    rare = [f"{name} ({s:.1%})" for name, s, e in zip(names, least, even) if s < RARE_SHARE * e]
+    words = f"rare in {splits[0].name} (below {RARE_SHARE:.0%} of an even share)"
+    return [*lines, f"\n{words}: {', '.join(rare) or 'none'}"]
+
+
+def _spread(what: str, values: np.ndarray, unit: str) -> str:
+    if not len(values):
+        return f"{what}: none"
+    least, low, middle, high, most = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
+    if least == most:
+        return f"{what}: {least:,.0f} {unit} everywhere"
+    usual = f"median {middle:,.0f}, nine in ten from {low:,.0f} to {high:,.0f}"
+    return f"{what}: {least:,.0f} to {most:,.0f} {unit}, {usual}"
+
+
+def _formats(whole: ShardSet) -> str:
+    counts = Counter(whole.manifest["extension"].to_pylist())
+    return "formats: " + ", ".join(f"{extension} {count:,}" for extension, count in counts.most_common())
+
+
+def _duplicates(whole: ShardSet) -> tuple[list[list[int]], int]:
+    """Groups of rows whose pictures are equal byte for byte, and how many groups stand in several splits."""
+    groups: dict[str, list[int]] = {}
+    for row, digest in enumerate(whole.manifest["digest"].to_pylist()):
+        groups.setdefault(digest, []).append(row)
+    split = whole.manifest["split"].to_pylist()
+    equal = [rows for rows in groups.values() if len(rows) > 1]
+    return equal, sum(len({split[row] for row in rows}) > 1 for rows in equal)
+
+
+def _about_duplicates(duplicates: list[list[int]], torn: int) -> str:
+    if not duplicates:
+        return "duplicates: no two pictures are equal"
+    leak = f"; {torn:,} of them stand in several splits, so a test would meet what was trained on" if torn else ""
+    return f"duplicates: {sum(map(len, duplicates)):,} pictures in {len(duplicates):,} groups of equal bytes{leak}"
+
+
+def jpeg_quality(table: Sequence[int]) -> int:
+    """The quality, 1 to 100, of which a luminance table comes nearest to what the IJG's library would write."""
+    return int(np.abs(_TABLE_SUMS - sum(table)).argmin()) + 1
+
+
+def _table_sum(quality: int) -> int:
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    return int(((_LUMINANCE * scale + 50) // 100).clip(1, 255).sum())
+
+
+_TABLE_SUMS = np.array([_table_sum(quality) for quality in range(1, 101)])
+
+
+def _qualities(splits: Sequence[Split], seed: int) -> tuple[np.ndarray, int]:
+    """Quality of each JPEG looked at, and how many pictures were."""
+    rows = [(split, row) for split in splits for row in range(len(split))]
+    if len(rows) > _MOST_READ:
+        chosen = np.random.default_rng(seed).choice(len(rows), _MOST_READ, replace=False)
+        rows = [rows[n] for n in sorted(chosen.tolist())]
+    found = []
+    for split, row in rows:
+        try:
+            with Image.open(io.BytesIO(split.bytes(row)), formats=("JPEG",)) as image:
+                found.append(jpeg_quality(image.quantization[0]))
+        except UnidentifiedImageError:
+            continue
+    return np.array(found), len(rows)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
+    return out.getvalue()
+
+
+def _histogram(values: _Values) -> bytes:
+    """Records that hold each value, as a bar each, and those that do not as the rest of it."""
+    from matplotlib.figure import Figure
+
+    present = np.nansum(values.held, 0)
+    known = np.isfinite(values.held).sum(0)
+    figure = Figure(figsize=(9, 1.2 + 0.24 * len(values.names)))
+    axes = figure.subplots()
+    axes.barh(values.names, known, color="#d9dde3")
+    axes.barh(values.names, present, color="#3b6ea5")
+    for row, (count, number) in enumerate(zip(present, known)):
+        axes.text(count, row, f" {count / number:.1%}" if number else " unknown", va="center", fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("records (dark: hold the value; light: known not to)")
+    axes.margins(y=0.01)
+    return _png(figure)
+
+
+def cooccurrence(held: np.ndarray) -> np.ndarray:
+    """[m, m] P(column | row): of the records that hold the row's value and whose column is known, the share that holds
+    the column's; nan where there are none. held: [n, m] of 1, 0, nan."""
+    one, known = np.nan_to_num(held), np.isfinite(held).astype(np.float32)
+    both, base = one.T @ one, one.T @ known
+    return np.where(base > 0, both / np.maximum(base, 1), np.nan)
+
+
+def _cooccurrence(values: _Values) -> bytes:
+    from matplotlib.figure import Figure
+
+    side = 2.5 + 0.24 * len(values.names)
+    figure = Figure(figsize=(side, side))
+    axes = figure.subplots()
+    picture = axes.imshow(cooccurrence(values.held), vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(values.names)), values.names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(values.names)), values.names, fontsize=7)
+    axes.set_title("share of the row's records that hold the column's value", fontsize=9)
+    figure.colorbar(picture, fraction=0.046)
+    return _png(figure)
+
+
+def _sizes(width: np.ndarray, height: np.ndarray, size: np.ndarray, quality: np.ndarray) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4))
+    shapes, files, qualities = figure.subplots(1, 3)
+    kinds, counts = np.unique(np.stack([width, height], 1), axis=0, return_counts=True)
+    shapes.scatter(kinds[:, 0], kinds[:, 1], s=12 + 200 * counts / counts.max(), alpha=0.5, color="#3b6ea5")
+    shapes.set(xlabel="width, pixels", ylabel="height, pixels", title="sizes", xlim=(0, None), ylim=(0, None))
+    files.hist(size / 1e3, bins=40, color="#3b6ea5")
+    files.set(xlabel="kB", ylabel="records", title="file sizes")
+    qualities.hist(quality, bins=np.arange(0.5, 101.5), color="#3b6ea5")
+    qualities.set(xlabel="quality", title="JPEG quality" if len(quality) else "JPEG quality: no JPEG")
+    return _png(figure)
+
+
+def _contact(splits: Sequence[Split], values: dict[str, _Values], chance: np.random.Generator) -> bytes:
+    """A row of pictures for each value of the first split, and the value's name beside it."""
+    split, held = splits[0], values[splits[0].name].held
+    names = values[split.name].names
+    rule = Preprocessing(_CELL, crop="letterbox")
+    rows = [(name, np.flatnonzero(held[:, j] == 1)) for j, name in enumerate(names)]
+    rows = [(name, found) for name, found in rows if len(found)][:_MOST_ROWS] or [("all", np.arange(len(split)))]
+    gap, margin = 2, 150
+    sheet = Image.new("RGB", (margin + _ROW_LENGTH * (_CELL + gap), len(rows) * (_CELL + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, (name, found) in enumerate(rows):
+        words = name[:24].encode("latin-1", "replace").decode("latin-1")
+        pen.text((4, r * (_CELL + gap) + _CELL // 2 - 6), words, "black")
+        for c, row in enumerate(chance.choice(found, min(_ROW_LENGTH, len(found)), replace=False).tolist()):
+            cell = Image.fromarray(preprocess(decode(split.bytes(row)), rule))
+            sheet.paste(cell, (margin + c * (_CELL + gap), r * (_CELL + gap)))
+    return png_bytes(np.asarray(sheet))

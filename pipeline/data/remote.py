@@ -1,0 +1,187 @@
+"""Shard sets that lie elsewhere (https://, s3://, …): their files are fetched when first read, and kept here.
+
+The cache is $FADER_CACHE, or `fader` in the user's cache folder. FADER_CACHE_GB limits it: the tars that were not
+opened for longest go first. Files are fetched part by part, so that a connection that drops costs one part, and a file
+takes its place only when its digest is right. All processes of a machine share the cache and fetch nothing twice.
+Loaders have the tars of the batches to come fetched ahead, several at a time (`Ahead`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.datasets.source import Place
+
+PART_BYTES = 8 << 20
+FETCHING_THREADS = 4
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where fetched files lie."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get("FADER_CACHE") or home / "fader")
+
+
+def cache_limit() -> int | None:
+    """Bytes that cached tars may take; None without a limit.
+
+    Raises:
+        ValueError: FADER_CACHE_GB is no number above 0.
+    """
+    text = os.environ.get("FADER_CACHE_GB")
+    if not text:
+        return None
+    try:
+        limit = float(text) * 1e9
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < float("inf"):
+        raise ValueError(f"FADER_CACHE_GB is {text!r}; a number of gigabytes above 0 is needed")
+    return int(limit)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """The files of one set.
+
+    Args:
+        place: where it lies.
+        folder: where its files are kept.
+        files: name to (size, sha256).
+    """
+
+    place: Place
+    folder: Path
+    files: dict[str, tuple[int, str]]
+
+    def has(self, name: str) -> bool:
+        """Whether the file of this name is here."""
+        return _is_whole(self.folder / name, self.files[name][0])
+
+    def fetch(self, name: str, stopped: threading.Event | None = None) -> Path:
+        """The local file of this name, fetched if it is not here.
+
+        Args:
+            stopped: gives up, with Stopped, when it is set.
+
+        Raises:
+            OSError: it cannot be read, or the disk is full.
+            ValueError: what came is not what the set says of it.
+        """
+        path = self.folder / name
+        size, digest = self.files[name]
+        if _is_whole(path, size):
+            os.utime(path)
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_whole(path, size):
+                logger.info("fetching %s (%.1f MB)", self.place / name, size / 1e6)
+                _make_room(size)
+                fetch(self.place / name, path, size, digest, stopped)
+        return path
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+class Stopped(Exception):
+    """A fetch was given up because nobody wants it any more."""
+
+
+def fetch(place: Place, path: Path, size: int, digest: str | None, stopped: threading.Event | None = None) -> None:
+    """Copy a file of a known size part by part; it takes its place when it is whole.
+
+    Raises:
+        OSError: it cannot be read, or the disk is full.
+        ValueError: it is shorter than `size`, or its sha256 is another.
+    """
+    found, done = hashlib.sha256(), 0
+    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            while done < size:
+                if stopped is not None and stopped.is_set():
+                    raise Stopped(f"{place} after {done:,} bytes")
+                part = place.read_part(done, min(PART_BYTES, size - done))
+                if not part:
+                    raise ValueError(f"{place} ends after {done:,} of {size:,} bytes: upload it again")
+                file.write(part)
+                found.update(part)
+                done += len(part)
+        if digest is not None and found.hexdigest() != digest:
+            raise ValueError(f"{place} differs from its digest: upload it again")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+class Ahead:
+    """Fetches files of a set in threads of its own, in the order in which they are wanted, until it is closed."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(FETCHING_THREADS, thread_name_prefix="fetch")
+        self._coming: dict[str, Future[None]] = {}
+
+    def want(self, name: str) -> None:
+        """Have this file fetched, unless it is here or on its way."""
+        coming = self._coming.get(name)
+        if (coming is None or coming.done()) and not self._remote.has(name):
+            self._coming[name] = self._pool.submit(self._fetch, name)
+
+    def _fetch(self, name: str) -> None:
+        try:
+            self._remote.fetch(name, self._stopped)
+        except Stopped:
+            pass
+        except (OSError, ValueError) as error:  # whoever reads the file asks again, and is told
+            logger.warning("fetching ahead failed: %s", error)
+
+    def close(self) -> None:
+        """Give up what is on its way; waits for the parts that are."""
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _make_room(size: int) -> None:
+    """Remove the tars that were not opened for longest until `size` more bytes fit. Who maps one keeps its bytes."""
+    limit = cache_limit()
+    if limit is None:
+        return
+    kept = []
+    for path in cache_folder().glob("*/*.tar"):
+        try:
+            kept.append((path.stat().st_mtime, path.stat().st_size, path))
+        except FileNotFoundError:
+            continue
+    total = sum(entry[1] for entry in kept)
+    for _, bytes_, path in sorted(kept):
+        if total + size <= limit:
+            break
+        path.unlink(missing_ok=True)
+        total -= bytes_
+
+
+def publish(folder: Path, place: Place, names: list[str]) -> None:
+    """Copy files of a local folder to an address, in this order; one that is there with the same size is left alone.
+
+    Raises:
+        OSError: the address cannot be written to.
+    """
+    for name in names:
+        (place / name).write_file(folder / name)

@@ -1,0 +1,282 @@
+"""Reading a shard set, here or at an address: its description, its manifest, its splits, its pictures' bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.data.datasets import SPLITS
+from pipeline.data.datasets.source import Place, is_remote
+from pipeline.data.remote import Remote, cache_folder, fetch, publish
+from pipeline.data.shards.files import DESCRIPTION, FORMAT, MANIFEST, SHARD_NAME, WORK, file_sha256, replacing
+from pipeline.data.shards.manifest import Manifest, numbered, numbers
+
+if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
+    import pyarrow as pa
+
+    from fader.attributes import Attributes
+
+_MAP_TRIALS = 20
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """dataset.json, checked as far as readers rely on it.
+
+    Raises:
+        ValueError: absent, unfinished or damaged.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not there; write it with 'fader prepare'")
+    if not (path / DESCRIPTION).is_file():
+        if (path / WORK).is_dir():
+            raise ValueError(
+                f"{path} is not finished: {DESCRIPTION} is missing; run the same 'fader prepare' again to finish it"
+            )
+        raise ValueError(f"{path} holds no shard set: {DESCRIPTION} is missing; write one with 'fader prepare'")
+    try:
+        info = json.loads((path / DESCRIPTION).read_text())
+        if info["format"] != FORMAT:
+            raise ValueError(f"format {info['format']}, this version reads {FORMAT}")
+        for split in SPLITS:
+            for shard in info["splits"][split]["shards"]:
+                if not SHARD_NAME.fullmatch(shard["file"]) or int(shard["size"]) < 0 or not str(shard["digest"]):
+                    raise ValueError(f"shard {shard['file']!r}")
+        for entry in info["attributes"]:
+            str(entry["name"]), str(entry["kind"]), list(entry["categories"])
+        str(info["manifest"]["digest"]), str(info["name"]), str(info["digest"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path / DESCRIPTION} is damaged ({error}); remove {path} and run 'fader prepare' again"
+        ) from error
+    return info
+
+
+def shards_of(info: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shard for split in SPLITS for shard in info["splits"][split]["shards"]]
+
+
+def size_fault(path: Path, size: int) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        short = "written short" if path.stat().st_size < size else "not the file that was written"
+        return f"{path.name} is {path.stat().st_size:,} bytes, {DESCRIPTION} says {size:,}: {short}"
+    return None
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished shard set. digest: the data digest: what the data is, not how it was cut or where it lies.
+
+    path: its folder; of a set that lies elsewhere the folder of the cache, and `remote` fetches its tars to there.
+    """
+
+    path: Path
+    info: dict[str, Any] = field(repr=False)
+    remote: Remote | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> ShardSet:
+        """Open a set; sizes of all files and the manifest's digest are checked, the tars are not read (`verify` does).
+
+        Args:
+            path: a folder, or an address that fsspec knows.
+
+        Raises:
+            ValueError: not there, not finished, or damaged.
+            OSError: the address does not answer.
+        """
+        if is_remote(path):
+            return _open_remote(Place(os.fspath(path)))
+        path = Path(path)
+        info = read_description(path)
+        faults = [size_fault(path / shard["file"], shard["size"]) for shard in shards_of(info)]
+        faults.append(size_fault(path / MANIFEST, info["manifest"]["size"]))
+        if not any(faults) and file_sha256(path / MANIFEST) != info["manifest"]["digest"]:
+            faults.append(f"{MANIFEST} differs from its digest in {DESCRIPTION}")
+        faults = [fault for fault in faults if fault]
+        if faults:
+            raise ValueError(f"{path}: {'; '.join(faults[:5])}; remove {path} and run 'fader prepare' again")
+        return cls(path, info)
+
+    @property
+    def name(self) -> str:
+        return self.info["name"]
+
+    @property
+    def digest(self) -> str:
+        return self.info["digest"]
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        from fader.attributes import Attributes
+
+        return Attributes.from_list(self.info["attributes"])
+
+    @cached_property
+    def manifest(self) -> pa.Table:
+        """The manifest, one row a record, all at once.
+
+        Raises:
+            ValueError: a column is missing, or a row points outside its tar.
+        """
+        return self._rows.table()
+
+    @property
+    def _rows(self) -> Manifest:
+        sizes = {shard["file"]: shard["size"] for shard in shards_of(self.info)}
+        return Manifest(self.path, self.info["attributes"], sizes)
+
+    def split(self, name: str) -> Split:
+        """The records of one split.
+
+        Raises:
+            ValueError: no such split, not one record in it, or what `manifest` raises.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"unknown split {name!r}; there are {', '.join(SPLITS)}")
+        names = [shard["file"] for shard in self.info["splits"][name]["shards"]]
+        places = {file: i for i, file in enumerate(names)}
+        kept = {column: [] for column in ("keys", "labels", "shard", "offset", "size", "width", "height")}
+        for part in self._rows.parts(split=name):
+            shard = numbered(part["shard"], places)
+            if (shard < 0).any():
+                raise ValueError(
+                    f"{self.path / MANIFEST}: records of {name} stand in tars of another split; remove {self.path} and run "
+                    "'fader prepare' again"
+                )
+            kept["shard"].append(shard.astype(np.int32))
+            kept["keys"].append(np.array(part["key"].to_pylist()))
+            labels = np.empty((part.num_rows, len(self.info["attributes"])), np.float32)
+            for j, entry in enumerate(self.info["attributes"]):
+                labels[:, j] = numbers(part[entry["name"]])
+            kept["labels"].append(labels)
+            for column in ("offset", "size", "width", "height"):
+                kept[column].append(numbers(part[column]))
+        if not kept["keys"]:
+            counts = ", ".join(f"{split} {self.info['splits'][split]['records']:,}" for split in SPLITS)
+            raise ValueError(f"{self.path} has no {name} records ({counts}); prepare a source that has some")
+        return Split(
+            name=name,
+            attributes=self.attributes,
+            **{column: np.concatenate(parts) for column, parts in kept.items()},
+            shards=[self.path / file for file in names],
+            digest=self._rows.data_digest(name),
+            remote=self.remote,
+        )
+
+
+def _open_remote(place: Place) -> ShardSet:
+    """The set at an address. Its description is always fetched, its manifest when the cache has another or none.
+
+    Raises:
+        ValueError, OSError: as `ShardSet.open`.
+    """
+    folder = cache_folder() / hashlib.sha256(place.address.encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        description = (place / DESCRIPTION).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{place} holds no finished shard set: {DESCRIPTION} is missing") from error
+    if not (folder / DESCRIPTION).is_file() or (folder / DESCRIPTION).read_bytes() != description:
+        for stale in (*folder.glob("*.tar"), folder / MANIFEST):
+            stale.unlink(missing_ok=True)
+        with replacing(folder / DESCRIPTION, folder) as file:
+            file.write(description)
+    info = read_description(folder)
+    manifest = info["manifest"]
+    if size_fault(folder / MANIFEST, manifest["size"]) or file_sha256(folder / MANIFEST) != manifest["digest"]:
+        fetch(place / MANIFEST, folder / MANIFEST, manifest["size"], manifest["digest"])
+    files = {shard["file"]: (shard["size"], shard["digest"]) for shard in shards_of(info)}
+    return ShardSet(folder, info, Remote(place, folder, files))
+
+
+def upload(path: Path | str, address: str) -> None:
+    """Copy a finished set to an address, its description last, so that nobody takes a part of it for the whole.
+
+    Raises:
+        ValueError: `path` is no finished set, or another set lies at the address.
+        OSError: the address cannot be written to.
+    """
+    whole, place = ShardSet.open(path), Place(address)
+    there = place / DESCRIPTION
+    if there.is_file() and there.read_bytes() != (whole.path / DESCRIPTION).read_bytes():
+        raise ValueError(f"{address} already holds another set; choose another address, or remove it first")
+    publish(whole.path, place, [*(shard["file"] for shard in shards_of(whole.info)), MANIFEST, DESCRIPTION])
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The records of one split, in the order of its tars, which is a fixed shuffle.
+
+    keys [n] str; labels [n, A] float32 in the order of `attributes`, -1 unknown; shard [n] int32 into `shards`;
+    offset, size [n] int64: where the picture's bytes lie in that tar; width, height [n] int32, upright;
+    digest: the data digest of these records alone.
+    """
+
+    name: str
+    attributes: Attributes
+    keys: np.ndarray
+    labels: np.ndarray
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    shards: list[Path]
+    digest: str
+    remote: Remote | None = None
+    _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def columns(self, attributes: Attributes) -> np.ndarray:
+        """Labels of the named attributes: [n, len(attributes)] float32.
+
+        Raises:
+            ValueError: the set has no such attribute, or one of another kind or other categories.
+        """
+        rows = [self.attributes.index(attribute.name) for attribute in attributes]
+        for attribute, row in zip(attributes, rows):
+            found = self.attributes[row]
+            if found != attribute:
+                raise ValueError(f"{attribute.name} is {_kind(found)} in this set, {_kind(attribute)} is asked for")
+        return self.labels[:, rows]
+
+    def bytes(self, row: int) -> np.ndarray:
+        """The picture's bytes as they came: 1-D uint8, a view into the mapped tar. Safe from several threads."""
+        number = int(self.shard[row])
+        tar = self._maps.get(number)
+        if tar is None:
+            tar = self._maps.setdefault(number, self._mapped(self.shards[number]))
+        offset = int(self.offset[row])
+        return tar[offset : offset + int(self.size[row])]
+
+    def _mapped(self, path: Path) -> np.ndarray:
+        """A tar, mapped; fetched first where the set lies elsewhere."""
+        if self.remote is None:
+            return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of it cost a third of a memmap's
+        gone = [number for number in list(self._maps) if not self.shards[number].exists()]
+        for number in gone:  # another process, or this one, needed the room: give the disk back
+            self._maps.pop(number, None)
+        for _ in range(_MAP_TRIALS):
+            local = self.remote.fetch(path.name)
+            with contextlib.suppress(FileNotFoundError):  # it made room for another tar before it was mapped
+                return np.asarray(np.memmap(local, np.uint8, "r"))
+        raise OSError(f"the cache has no room for {path.name} beside what others read; raise FADER_CACHE_GB")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+
+def _kind(attribute: Any) -> str:
+    return f"{attribute.kind} ({', '.join(attribute.categories)})" if attribute.categories else attribute.kind

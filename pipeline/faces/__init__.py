@@ -1,0 +1,1 @@
+"""Faces in photos: find them, align them."""

@@ -1,0 +1,1 @@
+"""Batches: which records make one, decoded how, kept where."""

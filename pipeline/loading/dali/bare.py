@@ -1,0 +1,95 @@
+"""DALI alone, with its own reader and nothing of ours but the crop and the kernel: the limit of any loader of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+from pipeline.images import Preprocessing
+from pipeline.loading.dali.decoder import index_of, resized
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Split
+
+
+def bare_pipeline(
+    split: Split,
+    preprocessing: Preprocessing,
+    folder: Path,
+    *,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    floats: bool = False,
+    device: torch.device = torch.device("cpu"),
+) -> Iterator[None]:
+    """An endless iterator that gives nothing and has, each time, made uint8 squares of one more batch of the split.
+
+    Args:
+        floats: make of them, in DALI's threads, what training reads: floats in [-1, 1], half of them mirrored.
+        folder: where the index files that DALI reads beside the tars are written.
+
+    Raises:
+        ValueError: pictures differ in size or format, where this pipeline would need more than the reader gives.
+    """
+    boxes = preprocessing.boxes(split.width, split.height)
+    extensions = _write_indices(split, folder)
+    if (boxes != boxes[0]).any() or len(extensions) > 1:
+        raise ValueError("DALI alone is measured on pictures of one size and format; give the bench such a set")
+    left, top, right, bottom = boxes[0].tolist()
+    on_gpu, size = device.type == "cuda", preprocessing.image_size
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=index_of(device) if on_gpu else None,
+        prefetch_queue_depth=prefetch,
+    )
+    def reading():
+        data = fn.readers.webdataset(
+            paths=[str(shard) for shard in split.shards],
+            index_paths=[str(folder / f"{shard.name}.idx") for shard in split.shards],
+            ext=sorted(extensions),
+            missing_component_behavior="error",
+        )
+        window = {"start": (top, left), "shape": (bottom - top, right - left), "axes": [0, 1]}
+        if on_gpu:
+            images = fn.decoders.image(data, device="mixed", affine=False, jpeg_fancy_upsampling=True)
+            images = fn.slice(images, **window)
+        else:
+            images = fn.decoders.image_slice(data, **window, jpeg_fancy_upsampling=True)
+        if (bottom - top, right - left) != (size, size):
+            images = resized(images, (size, size))
+        if preprocessing.channels == 1:
+            images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+        if floats:
+            scale = [127.5] * preprocessing.channels
+            images = fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), mean=scale, std=scale)
+        return images
+
+    pipeline = reading()
+    pipeline.build()
+    while True:
+        pipeline.run()
+        yield
+
+
+def _write_indices(split: Split, folder: Path) -> set[str]:
+    """What `wds2idx` writes of each tar, out of the manifest; the extensions of the pictures."""
+    found = set()
+    for number, shard in enumerate(split.shards):
+        rows = np.flatnonzero(split.shard == number)
+        kinds = [_extension(split.bytes(row)) for row in rows.tolist()]
+        found.update(kinds)
+        lines = [f"{kind} {split.offset[row]} {split.size[row]}" for kind, row in zip(kinds, rows.tolist())]
+        (folder / f"{shard.name}.idx").write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
+    return found
+
+
+def _extension(data: np.ndarray) -> str:
+    return {b"\xff\xd8": "jpg", b"\x89P": "png"}.get(data[:2].tobytes(), "webp")

@@ -1,0 +1,187 @@
+"""Tars read front to back by DALI's own webdataset reader, for sets too big or storage too slow for reading at random.
+
+The plan (`batches.TarPlan`) gives each rank a stretch of the tars to read. Requests say what comes; a reader is opened
+for the next few thousand records of a stream, over index files that list just those, so which record is which follows
+from its place, and nothing is read that was read before a resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from fader.method import Batch
+from pipeline.loading.dali.decoder import DaliDecoder
+from pipeline.loading.plan import Request, share
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Split
+
+logger = logging.getLogger(__name__)
+
+_RECORDS = 32_768  # that one reader reads: so many that opening it costs little beside them
+_REQUESTS = 4_096  # that wait at most while it is found out what a reader has to read
+_RUNS = 256  # stretches of tars that one reader opens; each takes a file handle
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A rank's share of one request: its rows, and what is read for them, which differs where some do not decode."""
+
+    rows: np.ndarray
+    read: np.ndarray
+
+
+class _Reader:
+    """A pipeline that reads the parts of a stream one after another."""
+
+    def __init__(self, pipeline: Pipeline, parts: deque[_Part]) -> None:
+        self.pipeline, self.parts = pipeline, parts
+        pipeline.schedule_run()
+
+    def done(self) -> None:
+        """The pixels of the first part are no longer needed; another is read ahead."""
+        self.parts.popleft()
+        self.pipeline.release_outputs()
+        self.pipeline.schedule_run()
+
+
+class SequentialLoader(DaliDecoder):
+    """Gives what any loader gives, fast only when a stream's rows stand in its tars as they are asked for.
+
+    Takes and raises what `SplitLoader` does. Each stream has a reader and decoding threads of its own.
+    """
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        logger.info(
+            "%s: %s records in %s tars at %d pixels, read front to back by DALI on %s (%d threads a stream, %d batches "
+            "ahead), and not kept",
+            self.split.name, f"{len(self.split):,}", f"{len(self.split.shards):,}", self.preprocessing.image_size,
+            self.device, self.threads, self.prefetch,
+        )  # fmt: skip
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """See `Loader`. Requests are read thousands ahead, pictures `prefetch` batches of each stream."""
+        with contextlib.closing(self.ahead(requests)) as ahead:
+            yield from self._read(iter(ahead))
+
+    def _read(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        waiting: deque[Request] = deque()
+        readers: dict[str, _Reader] = {}
+        try:
+            while (request := waiting.popleft() if waiting else next(requests, None)) is not None:
+                if not request.images or not len(self._share(request)):
+                    yield self.finish(request, self.rows(request), self._empty(request))
+                    continue
+                pixels = None
+                while pixels is None:
+                    if request.stream not in readers:
+                        readers[request.stream] = self._open(self._coming(request, waiting, requests))
+                    pixels = self._next(readers[request.stream])
+                    if pixels is None:
+                        del readers[request.stream]
+                batch = self.finish(request, self.rows(request), pixels)
+                del pixels  # before the reader that owns their memory
+                readers[request.stream].done()
+                if not readers[request.stream].parts:
+                    del readers[request.stream]
+                yield batch
+        finally:
+            readers.clear()  # ends DALI's threads
+
+    def _share(self, request: Request) -> np.ndarray:
+        return share(request.rows, self.rank, self.world_size)
+
+    def _coming(self, request: Request, waiting: deque[Request], requests: Iterator[Request]) -> deque[_Part]:
+        """What the next reader of the request's stream reads: its share, and those that follow and are as large.
+
+        Requests that had to be looked at for that are added to `waiting`.
+        """
+        tar = -(-len(self.split) // len(self.split.shards))
+        most = _RECORDS if self.split.remote is None else tar  # what lies elsewhere must be here before it is opened
+        parts: deque[_Part] = deque()
+        records = runs = 0
+
+        def further() -> Iterator[Request]:
+            yield request
+            yield from list(waiting)
+            while len(waiting) < _REQUESTS and (more := next(requests, None)) is not None:
+                waiting.append(more)
+                yield more
+
+        for other in further():
+            if other.stream != request.stream or not other.images:
+                continue
+            rows = self._share(other)
+            read = self.standing(rows)
+            runs += 1 + np.count_nonzero(np.diff(self.split.shard[read]))
+            if parts and (len(rows) != len(parts[0].rows) or records + len(rows) > most or runs > _RUNS):
+                break
+            parts.append(_Part(rows, read))
+            records += len(rows)
+        return parts
+
+    def _open(self, parts: deque[_Part]) -> _Reader:
+        """A reader of these parts, all of one size."""
+        geometries = iter([part.read for part in parts])
+        rows = np.concatenate([part.read for part in parts])
+        shards = self.split.shard[rows]
+        runs = np.split(rows, np.flatnonzero(np.diff(shards)) + 1)
+        paths = [self._path(int(self.split.shard[run[0]])) for run in runs]
+        with tempfile.TemporaryDirectory(prefix="fader-") as folder:
+            indices = [_write_index(Path(folder, f"{n}.idx"), self.split, run) for n, run in enumerate(runs)]
+
+            def read():
+                return fn.readers.webdataset(
+                    paths=[str(path) for path in paths],
+                    index_paths=[str(index) for index in indices],
+                    ext=["picture"],
+                    missing_component_behavior="error",
+                    dont_use_mmap=True,  # maps are slow on network file systems and end the process on I/O errors
+                    prefetch_queue_depth=self.prefetch,
+                )
+
+            pipeline = self._build(lambda: self.geometry(next(geometries)), len(parts[0].rows), read)
+        return _Reader(pipeline, parts)
+
+    def _path(self, shard: int) -> Path:
+        """Raises OSError when the tar cannot be opened, in fewer words than DALI."""
+        path = self.split.shards[shard]
+        path = path if self.split.remote is None else self.split.remote.fetch(path.name)
+        with open(path, "rb"):
+            return path
+
+    def _next(self, reader: _Reader) -> Tensor | None:
+        """Pixels of the reader's first part. None when it met a record that does not decode: that is left out now, and
+        a new reader is needed, as this one gives nothing any more.
+
+        Raises:
+            ValueError: there is no quarantine, or too much in it.
+        """
+        pixels = self._outputs(reader.pipeline, len(reader.parts[0].rows))
+        if not isinstance(pixels, str):
+            return pixels
+        in_hand = list(islice(reader.parts, 2 * self.prefetch + 1))
+        if all(np.array_equal(part.read, self.standing(part.rows)) for part in in_hand):
+            self._leave_out_refused(in_hand, pixels)  # else another stream has found it meanwhile
+        return None
+
+
+def _write_index(path: Path, split: Split, rows: np.ndarray) -> Path:
+    """Where these rows of one tar lie in it, as DALI reads it."""
+    lines = [f"picture {split.offset[row]} {split.size[row]}" for row in rows.tolist()]
+    path.write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
+    return path

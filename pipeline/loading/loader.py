@@ -1,0 +1,145 @@
+"""The Loader protocol, and what the loaders of one split share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fader.attributes import Attributes
+from fader.method import Batch
+from pipeline.data.remote import Ahead
+from pipeline.images import Preprocessing
+from pipeline.loading.batch import Buffers, Pixels, finish
+from pipeline.loading.plan import Request, share
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Split
+    from pipeline.loading.quarantine import Quarantine
+
+
+class Loader(Protocol):
+    """Makes the batches a plan asks for. seed: keys their draws; it may be set anew before each call of `batches`."""
+
+    seed: int
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """This rank's share of each request, in order.
+
+        A loader may work ahead: it may read several requests more than it has given batches. Closing the iterator ends
+        all work and all threads begun for it.
+
+        Raises:
+            ValueError: a record does not decode; the message names its key and shard.
+        """
+        ...
+
+
+class SplitLoader:
+    """What the loaders of one split share: labels on the device, this rank's rows, naming a bad record.
+
+    Args:
+        split: what to read.
+        attributes: the columns of `Batch.attributes`, in order.
+        preprocessing: crop, size and channels.
+        seed: of the run, with its salt; keys the draws.
+        rank, world_size: which share of each global batch to make.
+        device: where batches stand.
+        threads: decoding threads.
+        prefetch: batches made ahead of the one being used.
+        quarantine: where records go that do not decode, for others to stand in; None: they are an error.
+
+    Raises:
+        ValueError: the split lacks an attribute, the crop does not take a picture's size, threads or prefetch is below
+            1, or rank is not one of world_size.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        attributes: Attributes,
+        preprocessing: Preprocessing,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device = torch.device("cpu"),
+        threads: int = 2,
+        prefetch: int = 3,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        if threads < 1 or prefetch < 1:
+            raise ValueError(f"{threads} threads and {prefetch} batches ahead; a loader needs at least 1 of each")
+        share(split.shard, rank, world_size)
+        self.split, self.attributes, self.preprocessing = split, attributes, preprocessing
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.device, self.threads, self.prefetch = torch.device(device), threads, prefetch
+        self.buffers = Buffers()
+        self.quarantine = quarantine
+        self.boxes = preprocessing.boxes(split.width, split.height)
+        self.labels = torch.from_numpy(np.ascontiguousarray(split.columns(attributes))).to(self.device)
+
+    def standing(self, rows: np.ndarray) -> np.ndarray:
+        """Rows with what stands in for those that are known not to decode."""
+        return rows if self.quarantine is None else self.quarantine.standing(rows)
+
+    def rows(self, request: Request) -> Tensor:
+        """The request's rows [B] on the device, without waiting for what the device is doing; those that do not decode
+        replaced, so to be asked for when this rank's pictures are there. Labels alone are read of any record."""
+        rows = torch.from_numpy(self.standing(request.rows) if request.images else request.rows)
+        return rows if self.device.type == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
+
+    def finish(self, request: Request, rows: Tensor, pixels: Pixels | None) -> Batch:
+        """See `finish`; rows [B] and pixels [N, S, S, C] are on the device."""
+        return finish(
+            request, pixels, self.labels, rows, seed=self.seed, rank=self.rank, world_size=self.world_size,
+            buffers=self.buffers,
+        )
+
+    def ahead(
+        self, requests: Iterable[Request], needed: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
+    ) -> Iterator[Request]:
+        """The same requests. Of a set that lies elsewhere, the tars of those to come are fetched meanwhile, as far ahead
+        as two tars have records.
+
+        Args:
+            needed: those of some rows whose bytes will be read.
+        """
+        if self.split.remote is None:
+            yield from requests
+            return
+        most, records = 2 * len(self.split) // len(self.split.shards), 0
+        waiting: deque[Request] = deque()
+        fetching = Ahead(self.split.remote)
+        try:
+            for request in requests:
+                rows = needed(share(request.rows, self.rank, self.world_size)) if request.images else request.rows[:0]
+                for number in np.unique(self.split.shard[rows]).tolist():
+                    fetching.want(self.split.shards[number].name)
+                waiting.append(request)
+                records += len(request.rows)
+                while records > most:
+                    records -= len(waiting[0].rows)
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            fetching.close()
+
+    def leave_out(self, row: int, error: Exception) -> None:
+        """Put a record that does not decode into quarantine.
+
+        Raises:
+            ValueError: there is none, or there are too many in it.
+        """
+        if self.quarantine is not None and self.quarantine.most:
+            self.quarantine.add(row, str(error))
+            return
+        shard = self.split.shards[self.split.shard[row]]
+        raise ValueError(
+            f"{self.split.keys[row]} in {shard} does not decode: {error}; "
+            f"run 'fader verify {shard.parent}' to see what else is damaged, then 'fader prepare' again"
+        ) from error

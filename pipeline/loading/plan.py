@@ -1,0 +1,298 @@
+"""The plan: which records make batch k of a stream.
+
+A plan is a pure function of (seed, salt, stream, draw, size), so nothing about a loader has to be restored: a resumed
+run asks for draw k and gets what the unbroken run got, on any number of ranks. Ranks cut the global batch afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from fader.draws import key_of
+from pipeline.config import AugmentConfig
+
+Rows = TypeVar("Rows", np.ndarray, Tensor)
+Words = Callable[[int], np.ndarray]  # so many random uint64
+
+_EPOCHS_KEPT = 8  # a few streams at a time, two epochs each when a batch spans their border
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One global batch to be made.
+
+    Args:
+        stream: the sequence of batches it belongs to.
+        draw: which batch of the stream it is; with the stream it keys the batch's random numbers.
+        rows: [B] int64 rows of the split, in order: the whole global batch, not one rank's share.
+        images: decode images; False for a phase that reads labels only.
+        flip: mirror each record left-right with probability one half.
+        augment: move and colour each record by so much; None leaves the pictures alone.
+    """
+
+    stream: str
+    draw: int
+    rows: np.ndarray
+    images: bool = True
+    flip: bool = False
+    augment: AugmentConfig | None = None
+
+
+class Plan:
+    """Which rows of a split make draw k of a stream.
+
+    A stream is an endless line of epochs of `size` positions; draw k with batch size B takes positions k·B …
+    (k+1)·B - 1 of it. Without replacement each epoch is a permutation, so every record is read exactly once an epoch
+    whatever B is; with replacement each position is an independent row.
+
+    With weights a record of weight w (their mean counts as 1) stands ⌊w⌋ or ⌈w⌉ times in an epoch, w times on average,
+    by systematic sampling (Madow and Madow 1944, "On the theory of systematic sampling"): points one apart are laid
+    over the weights, put end to end group by group and shuffled inside each, so a group's share of an epoch is exact to
+    one record. With replacement each position is record i with probability w_i / size.
+
+    Numbers come from Philox raw words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose stream
+    numpy promises to keep over its versions; `Generator.permutation` carries no such promise.
+
+    Args:
+        size: records in the split.
+        seed, salt: of the run; other values give other, independent orders.
+        window: shards read together. None: a full shuffle. Otherwise shards are permuted and taken `window` at a time,
+            and records are permuted inside each window. A window over all shards is a full shuffle.
+        shard_of: [size] shard number of each row; needed with a window.
+        replacement: draw rows independently instead of by permutations.
+        weights: [size] of the records, none below 0; None: all alike.
+        groups: [size] integers, equal for records whose share of an epoch is to be exact together; None: one group.
+
+    Raises:
+        ValueError: size below 1, a window below 1, without `shard_of`, or with replacement; weights that are too few,
+            negative, not finite or all zero.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        salt: int = 0,
+        window: int | None = None,
+        shard_of: np.ndarray | None = None,
+        replacement: bool = False,
+        weights: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"a plan over {size} records is empty; give it a split that has some")
+        self.size, self.seed, self.salt, self.replacement = int(size), seed, salt, replacement
+        self._shards: list[np.ndarray] = []
+        self._window = 0
+        if window is not None:
+            if window < 1:
+                raise ValueError(f"window is {window} shards; it must be at least 1, or none for a full shuffle")
+            if replacement:
+                raise ValueError("a window orders a pass over the shards; sampling with replacement has none: drop one")
+            if shard_of is None or len(shard_of) != size:
+                found = "no shard numbers" if shard_of is None else f"{len(shard_of)} shard numbers"
+                raise ValueError(f"a window needs the shard of each of {size} records, got {found}")
+            _, counts = np.unique(shard_of, return_counts=True)
+            if window < len(counts):
+                order = np.argsort(shard_of, kind="stable")
+                self._shards = np.split(order, np.cumsum(counts)[:-1])
+                self._window = window
+        if weights is not None:
+            if weights.shape != (size,) or (groups is not None and groups.shape != (size,)):
+                raise ValueError(f"{len(weights)} weights for {size} records; give one, and one group, for each")
+            if not (np.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).any()):
+                raise ValueError("weights are finite, none below 0 and some above; these are not")
+        self._weights, self._groups = weights, groups
+        self._epochs: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()  # loaders may ask from a thread of their own
+
+    def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
+        """[batch_size] int64: the global batch of this draw, in order.
+
+        Raises:
+            ValueError: batch_size below 1 or draw below 0.
+        """
+        if batch_size < 1 or draw < 0:
+            raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
+        start, stop = draw * batch_size, (draw + 1) * batch_size
+        out = np.empty(batch_size, np.int64)
+        for epoch in range(start // self.size, (stop - 1) // self.size + 1):
+            first = epoch * self.size
+            low, high = max(start, first), min(stop, first + self.size)
+            out[low - start : high - start] = self._epoch(stream, epoch)[low - first : high - first]
+        return out
+
+    def _epoch(self, stream: str, epoch: int) -> np.ndarray:
+        """[size] integers: the rows at positions epoch·size … (epoch+1)·size - 1 of the stream."""
+        with self._lock:
+            key = (stream, epoch)
+            if key not in self._epochs:
+                order = self._order(stream, epoch)
+                self._epochs[key] = order.astype(np.int32) if self.size < 2**31 else order
+                while len(self._epochs) > _EPOCHS_KEPT:
+                    self._epochs.popitem(last=False)
+            self._epochs.move_to_end(key)
+            return self._epochs[key]
+
+    def _order(self, stream: str, epoch: int) -> np.ndarray:
+        words = _words(self.seed, self.salt, stream, epoch)
+        if self.replacement:
+            return self._independent(words)
+        times = None if self._weights is None else self._times(words)
+        if not self._window:
+            if times is None:
+                return _permutation(words, self.size)
+            return np.repeat(np.arange(self.size), times)[_permutation(words, self.size)]
+        shards = _permutation(words, len(self._shards))
+        windows = [shards[i : i + self._window] for i in range(0, len(shards), self._window)]
+        parts = []
+        for window in windows:
+            rows = np.concatenate([self._shards[shard] for shard in window])
+            rows = rows if times is None else np.repeat(rows, times[rows])
+            parts.append(rows[_permutation(words, len(rows))])
+        return np.concatenate(parts)
+
+    def _independent(self, words: Words) -> np.ndarray:
+        """[size] int64 rows, each by its weight."""
+        if self._weights is None:
+            return (words(self.size) % np.uint64(self.size)).astype(np.int64)  # bias below size / 2^64
+        ends = np.cumsum(self._weights)
+        return _at(ends, _uniform(words, self.size) * ends[-1])
+
+    def _times(self, words: Words) -> np.ndarray:
+        """[size] how often each row stands in the epoch; they sum to size."""
+        assert self._weights is not None
+        shuffle = words(self.size)
+        line = np.argsort(shuffle, kind="stable") if self._groups is None else np.lexsort((shuffle, self._groups))
+        ends = np.cumsum(self._weights[line])
+        points = (np.arange(self.size) + _uniform(words, 1)) * (ends[-1] / self.size)
+        return np.bincount(line[_at(ends, points)], minlength=self.size)
+
+
+class TarPlan:
+    """Which rows make draw k of a stream when each rank reads tars front to back.
+
+    An epoch is the tars in an order of its own, shuffled as whole ones, end to end. Each rank reads one stretch of it,
+    as long as the rank's shares of the batches that the epoch makes, so a stretch may begin or end inside a tar. As in
+    `Plan`, epoch e is what stands at positions e·size … (e+1)·size - 1 of all batches: it has each record once, batches
+    run on over its end, and draw k is a pure function, here of batch size and rank count, too.
+
+    Args:
+        shard_of: [size] shard number of each row, ascending.
+        seed, salt: of the run; other values give other, independent orders.
+        world_size: ranks that read.
+
+    Raises:
+        ValueError: no rows, rows that do not stand tar after tar, no ranks.
+    """
+
+    def __init__(self, shard_of: np.ndarray, seed: int, salt: int = 0, world_size: int = 1) -> None:
+        if not len(shard_of):
+            raise ValueError("a plan over 0 records is empty; give it a split that has some")
+        if (np.diff(shard_of) < 0).any() or world_size < 1:
+            raise ValueError(f"rows must stand tar after tar, for 1 rank or more; got {world_size} ranks")
+        self.size, self.seed, self.salt, self.world_size = len(shard_of), seed, salt, world_size
+        _, self._first, self._counts = np.unique(shard_of, return_index=True, return_counts=True)
+        self._orders: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+
+    def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
+        """[batch_size] int64: the global batch of this draw, in order; what `share` gives a rank is what it reads next.
+
+        Raises:
+            ValueError: batch_size below 1 or draw below 0.
+        """
+        if batch_size < 1 or draw < 0:
+            raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
+        edges = batch_size * np.arange(self.world_size + 1) // self.world_size
+        shares, start = np.diff(edges), draw * batch_size
+        places = np.arange(batch_size)
+        rank = np.repeat(np.arange(self.world_size), shares)
+        out = np.empty(batch_size, np.int64)
+
+        def read_before(position: int) -> np.ndarray:
+            """[ranks] how many of the positions before this one are each rank's."""
+            return position // batch_size * shares + np.clip(position % batch_size - edges[:-1], 0, shares)
+
+        for epoch in range(start // self.size, (start + batch_size - 1) // self.size + 1):
+            first = epoch * self.size
+            before = read_before(first)
+            stretches = read_before(first + self.size) - before
+            begins = np.cumsum(stretches) - stretches
+            part = slice(max(first - start, 0), max(min(first + self.size - start, batch_size), 0))
+            who = rank[part]
+            read = draw * shares[who] + places[part] - edges[who] - before[who]
+            out[part] = self._at(stream, epoch, begins[who] + read)
+        return out
+
+    def _at(self, stream: str, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """The rows at these positions of an epoch's line of tars."""
+        order = self._order(stream, epoch)
+        ends = np.cumsum(self._counts[order])
+        tar = np.searchsorted(ends, positions, side="right")
+        return self._first[order[tar]] + positions - (ends[tar] - self._counts[order[tar]])
+
+    def _order(self, stream: str, epoch: int) -> np.ndarray:
+        """[tars] the order of the tars."""
+        key = (stream, epoch)
+        if key not in self._orders:
+            self._orders[key] = _permutation(_words(self.seed, self.salt, stream, epoch), len(self._counts))
+            while len(self._orders) > _EPOCHS_KEPT:
+                self._orders.popitem(last=False)
+        return self._orders[key]
+
+
+def _words(seed: int, salt: int, stream: str, epoch: int) -> Words:
+    key = key_of("plan", seed, salt, stream, epoch) & 0xFFFFFFFFFFFFFFFF
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw
+
+
+def _at(ends: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Which stretch of a line each point lies on; `ends` are where the stretches end. One of length 0 holds none."""
+    last = np.searchsorted(ends, ends[-1])  # rounding may put a point on the very end
+    return np.minimum(np.searchsorted(ends, points, side="right"), last)
+
+
+def _uniform(words: Words, size: int) -> np.ndarray:
+    """[size] float64 on [0, 1) in steps of 2^-53."""
+    return (words(size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _permutation(words: Words, size: int) -> np.ndarray:
+    """[size] int64: the order of `size` random 64-bit words; two are equal with probability below size² / 2^65."""
+    return np.argsort(words(size), kind="stable")
+
+
+def salted(seed: int, salt: int) -> int:
+    """The seed of a run's random numbers after it was salted; salt 0 leaves it."""
+    return key_of("salt", seed, salt) if salt else seed
+
+
+def share(rows: Rows, rank: int, world_size: int) -> Rows:
+    """This rank's contiguous part of a global batch: in rank order they are the whole, sizes differ by at most one.
+
+    Raises:
+        ValueError: rank is not one of world_size.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}; ranks run from 0 to world_size - 1")
+    return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+
+
+def largest_share(batch_size: int, world_size: int) -> int:
+    """Records of the largest share of a global batch."""
+    return -(-batch_size // world_size)
+
+
+def sequential(size: int, batch_size: int, stream: str = "eval") -> Iterator[Request]:
+    """Each row once, in order, never flipped; the last batch holds what is left."""
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; it must be at least 1")
+    for draw, start in enumerate(range(0, size, batch_size)):
+        yield Request(stream, draw, np.arange(start, min(start + batch_size, size), dtype=np.int64))

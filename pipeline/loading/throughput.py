@@ -1,0 +1,299 @@
+"""How fast data comes: our loaders beside what others offer, and beside DALI alone, which is the limit.
+
+Whoever is measured gives the next ready batch of flipped floats in [-1, 1], but for DALI alone, which stops at uint8
+squares. All take turns, round after round, so that what else the machine does meets all of them; a rate is the median
+of its rounds, and a ratio the median of the rounds' ratios. The first batches of a turn are not counted: some of them
+were made before the clock started.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fader.attributes import Attributes
+from fader.method import Batch
+from pipeline.data.datasets import DATASETS
+from pipeline.data.shards import Split, prepare
+from pipeline.images import Preprocessing, preprocess, to_float
+from pipeline.loading.cache import Cache
+from pipeline.loading.dali import bare_pipeline, open_loader
+from pipeline.loading.loader import Loader
+from pipeline.loading.pillow import stock_stream
+from pipeline.loading.plan import Plan, Request
+
+Maker = Callable[[], Iterator[Any]]
+Rates = dict[str, list[float]]
+
+BARE_DEPTHS = (2, 3, 5)
+OURS = ("streamed", "cached")
+_WORKER_PREFETCH = 2
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What to measure with.
+
+    Args:
+        batch_size: records of a batch.
+        threads: decoding threads of DALI, and worker processes of a DataLoader.
+        rounds: turns that everyone has.
+        seconds: how long a turn is, at least.
+        device: where batches end.
+    """
+
+    batch_size: int = 64
+    threads: int = 2
+    rounds: int = 5
+    seconds: float = 2.0
+    device: torch.device = torch.device("cpu")
+
+
+def median_ratio(rates: Rates, of: str, to: str) -> float:
+    """Median over rounds of one rate by another of the same round."""
+    return statistics.median(a / b for a, b in zip(rates[of], rates[to], strict=True))
+
+
+def loading_rates(
+    split: Split, preprocessing: Preprocessing, folder: Path, measure: Measure, progress: Callable[[str], None]
+) -> Rates:
+    """Images a second of each way to load the split, round by round.
+
+    Args:
+        folder: an empty one for index files and for the split's pictures as files.
+        progress: is told what is being measured.
+
+    Returns:
+        "bare 2", "bare 3", …: DALI alone with so many batches ahead; "bare": the best of them; "floats 2", … "floats":
+        the same to flipped floats, which all that follow give; "streamed", "cached": ours; "webdataset": its stock stream, and "files": a torch DataLoader over picture files, both with Pillow in
+        worker processes.
+    """
+    files = write_files(split, folder / "files")
+    alone = partial(
+        bare_pipeline, split, preprocessing, folder, batch_size=measure.batch_size, threads=measure.threads,
+        device=measure.device,
+    )  # fmt: skip
+    bare = {f"bare {depth}": partial(alone, prefetch=depth) for depth in BARE_DEPTHS}
+    floats = {f"floats {depth}": partial(alone, prefetch=depth, floats=True) for depth in BARE_DEPTHS}
+    makers: dict[str, Maker] = {
+        **bare,
+        **floats,
+        "streamed": partial(_ours, _loader(split, preprocessing, measure, "none"), len(split), measure),
+        "cached": partial(_ours, _loader(split, preprocessing, measure, "device"), len(split), measure),
+        "webdataset": partial(_over_and_over, partial(_webdataset, split, preprocessing, measure), measure.device),
+        "files": partial(_over_and_over, partial(_files, files, preprocessing, measure), measure.device),
+    }
+    rates: Rates = {name: [] for name in makers}
+    for turn in range(measure.rounds):
+        for name, maker in makers.items():
+            progress(f"{preprocessing.image_size} pixels: {name}")
+            ahead = 2 * max(*BARE_DEPTHS, _WORKER_PREFETCH * measure.threads)
+            if name == "cached" and not turn:
+                ahead = -(-len(split) // measure.batch_size) + 1  # it fills
+            rates[name].append(_rate(maker(), measure, ahead))
+    best, best_floats = (max(depths, key=lambda name: statistics.median(rates[name])) for depths in (bare, floats))
+    return {"bare": rates[best], "floats": rates[best_floats], **rates}
+
+
+def _rate(batches: Iterator[Any], measure: Measure, ahead: int) -> float:
+    """Images a second of an endless iterator, which is ended after."""
+    for _ in range(ahead):
+        next(batches)
+    _settle(measure.device)
+    began, count = time.monotonic(), 0
+    while time.monotonic() - began < measure.seconds or count < 4:
+        next(batches)
+        count += 1
+        if not count % 20:
+            _settle(measure.device)
+    _settle(measure.device)
+    seconds = time.monotonic() - began
+    batches.close()
+    return count * measure.batch_size / seconds
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _loader(split: Split, preprocessing: Preprocessing, measure: Measure, cache: Cache) -> Loader:
+    return open_loader(
+        "dali", cache, split, split.attributes, preprocessing, seed=0, device=measure.device, threads=measure.threads
+    )
+
+
+def _ours(loader: Loader, size: int, measure: Measure) -> Iterator[Batch]:
+    plan = Plan(size, seed=0)
+    rows = (plan.rows("bench", draw, measure.batch_size) for draw in itertools.count())
+    yield from loader.batches(Request("bench", draw, part, flip=True) for draw, part in enumerate(rows))
+
+
+def _over_and_over(make: Maker, device: torch.device) -> Iterator[Tensor]:
+    while True:
+        for images, _ in make():
+            yield images.to(device)
+
+
+def _flipped_floats(picture: Any) -> Tensor:
+    """[C, S, S] in [-1, 1] of a uint8 picture [S, S, C], half of them mirrored, by chance that repeats nothing."""
+    images = to_float(torch.from_numpy(np.array(picture))[None])[0]
+    return images.flip(-1) if torch.rand(()) < 0.5 else images
+
+
+def _webdataset(split: Split, preprocessing: Preprocessing, measure: Measure) -> DataLoader:
+    stream = stock_stream(split, Attributes([]), preprocessing).map(_stock_pair)
+    return DataLoader(stream, measure.batch_size, num_workers=min(measure.threads, len(split.shards)), drop_last=True)
+
+
+def _stock_pair(sample: tuple) -> tuple[Tensor, str]:
+    key, picture, _ = sample
+    return _flipped_floats(picture), key
+
+
+class _PictureFiles(Dataset):
+    """Pictures in files, as everybody's first data set is."""
+
+    def __init__(self, paths: list[Path], preprocessing: Preprocessing) -> None:
+        self.paths, self.preprocessing = paths, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        with Image.open(self.paths[number]) as picture:
+            return _flipped_floats(preprocess(picture.convert("RGB"), self.preprocessing)), number
+
+
+def _files(paths: list[Path], preprocessing: Preprocessing, measure: Measure) -> DataLoader:
+    return DataLoader(
+        _PictureFiles(paths, preprocessing),
+        measure.batch_size,
+        shuffle=True,
+        num_workers=measure.threads,
+        prefetch_factor=_WORKER_PREFETCH,
+        drop_last=True,
+    )
+
+
+def write_files(split: Split, folder: Path) -> list[Path]:
+    """The pictures of a split as files of a folder; those that are there are left alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{row:07d}.jpg" for row in range(len(split))]
+    for row, path in enumerate(paths):
+        if not path.exists():
+            path.write_bytes(split.bytes(row).tobytes())
+    return paths
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def prepare_seconds(paths: list[Path], folder: Path, rounds: int, workers: int) -> dict[str, list[float]]:
+    """Seconds that `fader prepare` and `tar cf` take for the same picture files, round by round, in turns.
+
+    Both read what the system has kept in memory. "prepare" decodes every picture, "prepare header" does not; both start
+    their processes, digest and sync, which tar does not.
+    """
+    table = folder / "list.csv"
+    with open(table, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "odd"])
+        writer.writerows([str(path), number % 2] for number, path in enumerate(paths))
+    found: dict[str, list[float]] = {"prepare": [], "prepare header": [], "tar": []}
+    for turn in range(rounds):
+        for name, check in (("prepare", "full"), ("prepare header", "header")):
+            began = time.monotonic()
+            dataset = DATASETS["table"](table, attributes=("odd",))
+            prepare(dataset, folder / f"set {name} {turn}", workers=workers, check=check)
+            found[name].append(time.monotonic() - began)
+        began = time.monotonic()
+        tar = ["tar", "cf", str(folder / f"plain{turn}.tar"), "-C", str(paths[0].parent), "."]
+        subprocess.run(tar, check=True)
+        found["tar"].append(time.monotonic() - began)
+    return found
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def streaming_memory(split: Split, preprocessing: Preprocessing, measure: Measure) -> dict[str, int]:
+    """Records of a split, and the most anonymous memory in bytes that this process had while it streamed all of it.
+
+    What the files of the set take in the page cache is not counted: the system takes that back when it needs it.
+    """
+    most = [_anonymous()]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            most[0] = max(most[0], _anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    batches = _ours(_loader(split, preprocessing, measure, "none"), len(split), measure)
+    for _ in range(-(-len(split) // measure.batch_size)):
+        next(batches)
+    batches.close()
+    ended.set()
+    watcher.join()
+    return {"records": len(split), "bytes": max(most[0], _anonymous())}
+
+
+def write_repeated(split: Split, folder: Path, records: int) -> Path:
+    """A shard set of so many training records, and one of each other split, in which the pictures come again and again."""
+    files = write_files(split, folder / "files")
+    table = folder / "list.csv"
+    with open(table, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "key", "odd", "split"])
+        splits = itertools.chain(itertools.repeat("train", records), ("valid", "test"))
+        writer.writerows([files[n % len(files)].name, f"{n:07d}", n % 2, split] for n, split in enumerate(splits))
+    dataset = DATASETS["table"](table, images=str(folder / "files"), key="key", split="split", attributes=("odd",))
+    return prepare(dataset, folder / "set").path
+
+
+def _anonymous() -> int:
+    """RssAnon of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    model = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
+    )
+    memory = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    packages = ("torch", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": memory,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "load": os.getloadavg()[0],
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if os.path.exists(path) else []

@@ -1,0 +1,244 @@
+"""Load a model from a run, an export or MLflow's registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fader.methods  # noqa: F401  fills METHODS
+from fader.attributes import Attributes
+from fader.method import METHODS, Judges, Method
+from pipeline import config, tracking
+from pipeline.data.shards import ShardSet
+from pipeline.images import Preprocessing
+from pipeline.models import checkpoint as checkpoints
+from pipeline.models.card import FORMAT, LICENCE, about_method, digest_of, evaluated, versions_here
+from pipeline.models.model import Model
+from pipeline.models.store import open_store
+
+logger = logging.getLogger(__name__)
+
+ALIAS = "challenger"
+_ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+def load(
+    source: str | Path,
+    *,
+    checkpoint: str = "latest",
+    ema: bool = True,
+    own_judge: bool = True,
+    attributes: Sequence[str] | None = None,
+) -> Model:
+    """A model for use.
+
+    Args:
+        source: a run's folder, an export's folder, models:/NAME@ALIAS or models:/NAME/VERSION. RUN@best and
+            RUN@images-64000 name one of a run's checkpoints.
+        checkpoint: which checkpoint of a run whose source names none: latest (the newest sound one), best or images-N.
+        ema: take the averaged weights where there are any.
+        own_judge: load the model's judge too, if it names one.
+        attributes: what the model must slide, in any order; None takes any.
+
+    Raises:
+        ValueError: nothing is there, it is damaged, or it has other attributes; the message says what to do.
+    """
+    folder, which = parse_source(source)
+    if which is None and checkpoint != "latest":
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{source} is no run: only a run keeps checkpoints to choose from ({checkpoint} was asked for)")
+        which = checkpoint
+    if str(source).startswith("models:"):
+        model = _from_registry(str(source), ema, own_judge)
+    elif (folder / "card.json").is_file():
+        model = _from_export(folder, ema, own_judge)
+    elif (folder / "config.yaml").is_file():
+        model = _from_run(folder, which or "latest", ema, own_judge)
+    elif not folder.exists():
+        raise ValueError(f"{source}: there is no such folder; give a run, an export or models:/NAME@{ALIAS}")
+    else:
+        raise ValueError(f"{source} is neither a run (config.yaml) nor an export (card.json)")
+    if attributes is not None and set(attributes) != set(model.attributes.names):
+        raise ValueError(
+            f"{source} was trained on {', '.join(model.attributes.names)}, not on {', '.join(attributes)}: "
+            "take a model of the same attributes"
+        )
+    return model
+
+
+def parse_source(source: str | Path) -> tuple[Path, str | None]:
+    """RUN@best to a folder and "best"; anything else, a folder with @ in its name too, to itself and None."""
+    folder, at, which = str(source).rpartition("@")
+    if at and not str(source).startswith("models:") and not Path(source).exists():
+        return Path(folder), which
+    return Path(source), None
+
+
+def variant_of(run: Path, which: str) -> str:
+    """How the names of files about one of a run's checkpoints end: "" for the newest, "-images-64000" for another.
+
+    Raises:
+        ValueError: as `pipeline.models.checkpoint.named`.
+    """
+    chosen = checkpoints.named(run, which)
+    newest = which == "latest" or chosen == checkpoints.found(run)[0]
+    return "" if newest else f"-images-{checkpoints.images_of(chosen)}"
+
+
+def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
+    experiment = config.load(run / "config.yaml")
+    chosen = checkpoints.named(run, which)
+    about = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
+    if "attributes" in about:
+        attributes = Attributes.from_list(about["attributes"])
+    else:
+        attributes = ShardSet.open(experiment.data.path).attributes
+    method = config.build_method(experiment, attributes)
+    source = str(run) if which == "latest" else f"{run}@{which}"
+    _fill(method, checkpoints.read_networks(chosen, ema), source)
+    images, averages = checkpoints.images_of(chosen), (chosen / "ema.safetensors").exists()
+    variant = variant_of(run, which) + ("-raw" if averages and not ema else "")
+    preprocessing = experiment.data.preprocessing()
+    card = {
+        "format": FORMAT,
+        **about_method(method),
+        "preprocessing": preprocessing.to_dict(),
+        "images_seen": images,
+        "ema": ema and averages,
+        "metrics": evaluated(run, chosen, variant),
+        "config": experiment.to_dict(),
+        "config_digest": experiment.digest,
+        "data_digest": about.get("data_digest"),
+        "commit": about.get("commit"),
+        "packages": versions_here(),
+        "licence": LICENCE,
+    }
+    judge = None
+    if own_judge and experiment.judge:
+        if experiment.judge.startswith("models:") or Path(experiment.judge).exists():
+            judge = load(experiment.judge)
+            check_judge(method, preprocessing, judge, source)
+        else:
+            logger.warning("%s names the judge %s, which is not here: it goes without one", run, experiment.judge)
+    return Model(method, card, method.attributes, preprocessing, judge, source, run, variant)
+
+
+def _from_export(folder: Path, ema: bool, own_judge: bool) -> Model:
+    try:
+        card = json.loads((folder / "card.json").read_text())
+        version = card["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'card.json'} is not a model's card: damaged; export the run again") from None
+    if version > FORMAT:
+        raise ValueError(f"{folder} has format {version}, this version reads up to {FORMAT}: upgrade to use it")
+    if card["ema"] and not ema:
+        raise ValueError(f"{folder} holds averaged weights only; load its run for the others")
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{folder} has a card but no model.safetensors: incomplete; export the run again")
+    if digest_of(weights) != card["weights_digest"]:
+        raise ValueError(f"{weights} does not match the digest in its card: damaged, or of another model; export again")
+    kind = METHODS.get(card["method"])
+    if kind is None:
+        raise ValueError(f"{folder}: unknown method {card['method']!r}; there are: {', '.join(sorted(METHODS))}")
+    known = {field.name for field in dataclasses.fields(kind.Settings)}
+    extra = sorted(set(card["settings"]) - known)
+    if extra:
+        raise ValueError(f"{folder}: {card['method']} has no setting {extra[0]!r} here: upgrade to use this model")
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in card["settings"].items()}
+    attributes = Attributes.from_list(card["attributes"])
+    method = kind(kind.Settings(**settings), attributes, card["image_size"], card["channels"])
+    networks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(weights).items():
+        network, _, key = name.partition("/")
+        networks.setdefault(network, {})[key] = tensor
+    _fill(method, networks, str(folder))
+    has_judge = own_judge and (folder / "judge" / "card.json").is_file()
+    judge = _from_export(folder / "judge", True, False) if has_judge else None
+    return Model(method, card, attributes, Preprocessing.from_dict(card["preprocessing"]), judge, str(folder))
+
+
+def _from_registry(address: str, ema: bool, own_judge: bool) -> Model:
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise ValueError(f"{address}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    with open_store(None) as mlflow, tempfile.TemporaryDirectory() as folder:
+        version = version_of(mlflow, address, **match.groupdict())
+        path = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=folder)
+        cards = sorted(Path(path).rglob("card.json"), key=lambda card: len(card.parts))
+        if not cards:
+            raise ValueError(f"{address} holds no export (card.json); it was not registered by 'fader register'")
+        model = _from_export(cards[0].parent, ema, own_judge)
+    model.source = address
+    if model.judge is not None:
+        model.judge.source = f"{address} (its judge)"
+    model.card["registered"] = {"name": version.name, "version": int(version.version)}
+    return model
+
+
+def version_of(mlflow: Any, address: str, name: str, alias: str | None, version: str | None) -> Any:
+    """The registered version behind an address.
+
+    Raises:
+        ValueError: no such name, alias or version; the message lists what there is.
+    """
+    client, store = mlflow.MlflowClient(), tracking.without_password(mlflow.get_tracking_uri())
+    try:
+        there = client.get_registered_model(name)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = [model.name for model in client.search_registered_models(max_results=20)]
+        raise ValueError(
+            f"{address}: no model {name!r} is registered in {store} (there are: {', '.join(names) or 'none'}); "
+            "register one with 'fader register RUN --name NAME', or set MLFLOW_TRACKING_URI to another store"
+        ) from None
+    try:
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        aliases = ", ".join(f"@{alias} (version {number})" for alias, number in there.aliases.items())
+        versions = [int(found.version) for found in client.search_model_versions(f"name='{name}'")]
+        newest = f", versions up to {max(versions)}" if versions else ""
+        raise ValueError(f"{address}: {name} has no such version; it has {aliases or 'no alias'}{newest}") from None
+
+
+def _fill(method: Method, networks: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+    """Load the weights of the networks that use needs, and let these stand in eval mode; the others go."""
+    if method.for_use:
+        method.networks = {name: method.networks[name] for name in method.for_use}
+    missing = sorted(set(method.networks) - set(networks))
+    if missing:
+        raise ValueError(f"{source}: holds the networks {', '.join(sorted(networks))}; its method has {missing[0]}, too")
+    for name, network in method.networks.items():
+        try:
+            network.load_state_dict(networks[name], strict=True)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:300]
+            raise ValueError(f"{source}: {name} does not take these weights: {why}") from None
+        network.eval().requires_grad_(False)
+
+
+def check_judge(method: Method, preprocessing: Preprocessing, judge: Model, source: str) -> None:
+    """Raises ValueError when a judge cannot look at this model's pictures."""
+    if not isinstance(judge.method, Judges):
+        raise ValueError(f"{judge.source} is {judge.method.name}, not a judge: name another one for {source}")
+    if judge.preprocessing != preprocessing:
+        raise ValueError(
+            f"the judge {judge.source} reads {judge.preprocessing}, {source} reads {preprocessing}: "
+            "train a judge with the same data settings"
+        )
+    ours = {attribute.name: attribute for attribute in method.attributes}
+    different = [a.name for a in judge.attributes if ours.get(a.name, a) != a]
+    if different:
+        raise ValueError(f"the judge {judge.source} knows {different[0]} with other values than {source} does")

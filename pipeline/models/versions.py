@@ -1,0 +1,134 @@
+"""Make a run's model a version of a registered model."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fader.method import Aligns
+from pipeline import tracking
+from pipeline.models.card import requirements
+from pipeline.models.export import export
+from pipeline.models.loading import ALIAS, load, parse_source
+from pipeline.models.model import Model
+from pipeline.models.serving import CODE, example, signature
+from pipeline.models.store import open_store
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version. run_id: the MLflow run it is linked to, if the run was tracked. export: its folder."""
+
+    name: str
+    version: int
+    alias: str
+    store: str
+    run_id: str | None
+    export: Path
+
+    @property
+    def address(self) -> str:
+        return f"models:/{self.name}@{self.alias}"
+
+
+def register(
+    run: str | Path,
+    name: str,
+    *,
+    alias: str = ALIAS,
+    out: str | Path | None = None,
+    judge: str | Path | None = None,
+    checkpoint: str = "latest",
+    ema: bool = True,
+) -> Version:
+    """Export a run and make it a version of a registered model, linked to the run's MLflow run.
+
+    The store is MLFLOW_TRACKING_URI, else the one the run was tracked in, else MLflow's default. What tracking has not
+    delivered yet is delivered first, so that the link leads somewhere.
+
+    Args:
+        run: the run's folder, or RUN@best or RUN@images-N.
+        name: the registered model; made when there is none of that name.
+        alias: points to the new version afterwards.
+        out: where the export is written; RUN/export by default.
+        judge, checkpoint, ema: as in `export`.
+
+    Raises:
+        ValueError: the run cannot be exported, MLflow does not take the name, or its store does not answer.
+    """
+    source, run = run, parse_source(run)[0]
+    if not re.fullmatch(r"[^/:@.%\"'][^/:@%\"']*", name):
+        raise ValueError(f"{name!r} cannot name a registered model; use letters, digits, dashes and underscores")
+    folder = export(source, out or run / "export", judge, checkpoint=checkpoint, ema=ema)
+    model = load(folder)
+    if tracking.undelivered(run):
+        tracking.sync(run)
+    with open_store(tracking.store_of(run), create=True) as mlflow:
+        store = tracking.without_password(mlflow.get_tracking_uri())
+        run_id = tracking.run_id_of(run)
+        version = _register(mlflow, model, folder, name, alias, run_id)
+    return Version(name, int(version.version), alias, store, run_id, folder)
+
+
+def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, run_id: str | None) -> Any:
+    client, card = mlflow.MlflowClient(), model.card
+    tags = {key: str(card[key]) for key in ("method", "image_size", "data_digest", "config_digest", "commit")}
+    tags |= {"attributes": ", ".join(model.attributes.names), "images_seen": str(card["images_seen"])}
+    tags |= {"weights_digest": card["weights_digest"], "licence": card["licence"]}
+    tags |= {f"metric.{_tag(key)}": f"{value:.6g}" for key, value in card["metrics"].items()}
+    if run_id is not None:
+        experiment_id = client.get_run(run_id).info.experiment_id
+    else:
+        about = client.get_experiment_by_name(wanted := card["config"]["tracking"]["experiment"])
+        experiment_id = about.experiment_id if about else client.create_experiment(wanted)
+    params = {key: str(card[key]) for key in ("method", "image_size", "images_seen")}
+    logged = client.create_logged_model(experiment_id, name, source_run_id=run_id, tags=tags, params=params)
+    with tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch) / "model.py"
+        code.write_text(CODE)
+        mlflow.pyfunc.log_model(
+            name=name,
+            model_id=logged.model_id,
+            python_model=str(code),
+            artifacts={"export": str(folder)},
+            signature=signature(model),
+            input_example=example(model),
+            pip_requirements=requirements(),
+        )
+    if run_id is not None:
+        output = mlflow.entities.LoggedModelOutput(logged.model_id, step=card["images_seen"])
+        client.log_outputs(run_id, [output])
+        about = {"timestamp": int(time.time() * 1000), "step": card["images_seen"], "model_id": logged.model_id}
+        metric = mlflow.entities.Metric
+        rows = [metric(_tag(key), value, run_id=run_id, **about) for key, value in card["metrics"].items()]
+        for first in range(0, len(rows), 500):
+            client.log_batch(run_id, metrics=rows[first : first + 500])
+    try:
+        client.create_registered_model(name)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"models:/{logged.model_id}"
+    words = _describe(model)
+    version = client.create_model_version(name, source, run_id, tags, description=words, model_id=logged.model_id)
+    client.set_registered_model_alias(name, alias, version.version)
+    return version
+
+
+def _tag(name: str) -> str:
+    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
+
+
+def _describe(model: Model) -> str:
+    card = model.card
+    lines = [
+        f"{card['method']} at {card['image_size']} pixels after {card['images_seen']:,} images"
+        + ("." if isinstance(model.method, Aligns) else f"; sliders: {', '.join(model.attributes.names)}."),
+        *(f"{key}: {value:.4g}" for key, value in list(card["metrics"].items())[:20]),
+        card["licence"],
+    ]
+    return "\n\n".join(lines)

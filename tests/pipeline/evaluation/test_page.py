@@ -1,0 +1,124 @@
+"""The report page: everything inside one file, and what it shows is what was found."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from pipeline import evaluation, models, tracking
+from pipeline.data.shards import ShardSet
+from pipeline.evaluation import page
+from pipeline.images import Preprocessing
+from tests.launch.test_evaluate import shards  # noqa: F401  a shard set of planted pictures
+from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Oracle, Seer
+from tests.runs import ATTRIBUTES
+
+
+class Outside(HTMLParser):
+    """Everything in a page that a browser would fetch, and the pictures it carries."""
+
+    FETCHED = ("src", "href", "srcset", "action", "data", "poster", "background", "formaction", "xlink:href")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.pictures: list[bytes] = []
+        self.feed(text)
+        self.found += re.findall(r"@import|url\(", text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag in ("script", "link", "iframe", "object", "embed", "base"):
+            self.found.append(f"<{tag}>")
+        for name, value in attrs:
+            if name in self.FETCHED and (value or "").startswith("data:image/png;base64,"):
+                self.pictures.append(base64.b64decode(value.partition(",")[2], validate=True))
+            elif name in self.FETCHED:
+                self.found.append(f"{name}={value}")
+            elif name == "style" and value:
+                self.found += re.findall(r"url\(", value)
+
+
+def model(method, source, name="<planted> & more"):
+    card = {"config": {"name": name, "data": {"path": "shards"}}, "commit": "c0ffee", "images_seen": 64}
+    return models.Model(method, card, method.attributes, Preprocessing(SIZE, "center"), None, source)
+
+
+@pytest.fixture(scope="module")
+def written(shards, tmp_path_factory):  # noqa: F811
+    """The page of an oracle in a tracked run, with its report."""
+    run = tmp_path_factory.mktemp("run")
+    tracker = tracking.MlflowTracker(run, "experiment", "name", deliver=False)
+    tracker.start()
+    for images in (32, 64):
+        metrics = {"autoencoder/mse": 1 / images, "autoencoder/lambda": 1e-4, "valid/swap_accuracy.Beard": 1.0}
+        tracker.log(metrics, images, 1)
+    tracker.finish("FINISHED")
+    (run / "config.yaml").write_text("name: planted  # <script src='https://example.org'>\n")
+    split, seer = ShardSet.open(shards).split("test"), model(Seer(ATTRIBUTES), "seer")
+    oracle = model(Oracle(ATTRIBUTES), str(run))
+    report = evaluation.evaluate(oracle, seer, split, tables=("swap", "fidelity"))
+    return page.write(report, oracle, seer, split, run / "report", run=run), report
+
+
+def test_the_page_needs_nothing_outside_its_file(written):
+    path, _ = written
+    text = path.read_text()
+    found = Outside(text)
+    assert not found.found
+    assert "&lt;planted&gt; &amp; more" in text and "<planted>" not in text
+    pngs = sorted(path.with_suffix("").glob("*.png"))
+    assert sorted(found.pictures) == sorted(png.read_bytes() for png in pngs), "page and folder show different pictures"
+    for png in found.pictures:
+        Image.open(io.BytesIO(png)).verify()
+
+
+@pytest.mark.parametrize(
+    "planted",
+    ['<img src="sweep.png">', '<a href="https://x.org">', "<script>1</script>", "<style>@import 'a.css'</style>"],
+)
+def test_the_test_sees_what_is_outside(written, planted):
+    assert Outside(written[0].read_text() + planted).found
+
+
+def test_the_page_shows_what_was_found(written):
+    path, report = written
+    text = path.read_text()
+    names = {png.stem for png in path.with_suffix("").glob("*.png")}
+    sweeps = {f"sweep-{name}" for name in ("Smiling", "Eyeglasses", "Beard.none", "Beard.moustache", "Beard.full")}
+    cases = {f"cases-{name}" for name in ATTRIBUTES.names}
+    assert names == {"accuracy", "sliders", "curves", "attributes"} | sweeps | cases
+    for table in evaluation.as_tables([report]):
+        assert f"<h3>{table.title}</h3>" in text
+    assert "balanced swap accuracy" in text and "<b>1.000</b>" in text and "name: planted" in text
+
+
+def test_worst_and_best_are_by_the_judges_probability(shards):  # noqa: F811
+    """An identity swaps nothing, so a sure judge gives every swap next to nothing; an oracle's swaps nearly all."""
+    split, seer = ShardSet.open(shards).split("test"), model(Seer(ATTRIBUTES), "seer")
+    seen = {}
+
+    def sheet(rows, above, gaps=()):
+        seen.setdefault(method, []).append([float(words) for words in above])
+        assert len(rows) == 2 and gaps == (page.SIDE_BY_SIDE,)
+        return b""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_sheet", sheet)
+        for method in (Oracle, Identity):
+            page._cases(model(method(ATTRIBUTES), "x"), seer, split, "cpu", 1, 16, 40)
+    for probabilities in [*seen[Oracle], *seen[Identity]]:
+        assert probabilities == sorted(probabilities) and len(probabilities) == 2 * page.SIDE_BY_SIDE
+    assert min(map(min, seen[Oracle])) > 0.5 > max(map(max, seen[Identity]))
+
+
+def test_a_judges_own_page_and_one_without_a_spool(shards, tmp_path):  # noqa: F811
+    split, seer = ShardSet.open(shards).split("test"), model(Seer(ATTRIBUTES), "seer")
+    path = page.write(evaluation.evaluate(seer, None, split, limit=20), seer, None, split, tmp_path)
+    assert path.name == "report-test-first-20.html" and not Outside(path.read_text()).found
+    assert "There are no curves" in path.read_text() and "Worst and best judged" in path.read_text()
+    assert {png.stem for png in path.with_suffix("").glob("sweep*")} == set()
