@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fader.attributes import Attributes
 from fader.draws import Draws
+from fader.schedules import Schedule
 from fader.similarity import Similarity
 
 Networks = Mapping[str, nn.Module]
@@ -93,12 +94,14 @@ class Clock:
 class Context:
     """What a loss may know of the world.
 
+    weights: the value at this update of each of the method's schedules, a scalar float32 tensor on the device.
     reduce_sum: differentiable sum over all ranks, the identity on one.
     gather: of a tensor with a row for each record of this rank's share, that of the whole global batch, in its order and
     without gradients; not for a share that is taken in parts.
     """
 
     clock: Clock = Clock()
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     reduce_sum: ReduceSum = identity
     gather: Rows = identity
 
@@ -216,6 +219,14 @@ class Method:
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         """One entry a trained group. No network may stand in two groups."""
         raise NotImplementedError
+
+    def schedules(self) -> dict[str, Schedule]:
+        """The weights that change over the run, by the names that losses read in `Context.weights`."""
+        return {}
+
+    def weights(self, images: int, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Each schedule's value after so many images of the run, as `Context.weights` holds them."""
+        return {name: torch.tensor(schedule.at(images), device=device) for name, schedule in self.schedules().items()}
 
     def settings_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.settings)

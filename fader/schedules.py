@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 Rise = Literal["linear", "cosine", "step", "constant"]
@@ -47,6 +48,28 @@ def risen(value: float, images: int, *, rise: Rise, over: int, after: int = 0) -
     if rise == "constant":
         return value
     raise ValueError(f"rise {rise!r} is none of linear, cosine, step, constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A weight as data: what it is at the end, and how it comes there. A method names its schedules; the engine fills
+    `Context.weights` with a scalar tensor for each before every update.
+
+    Args:
+        to: the weight at the end.
+        over: images over which it rises from 0; 0 = at once.
+        after: images before that, in which it is 0.
+        rise: the shape, see `risen`.
+    """
+
+    to: float
+    over: int = 0
+    after: int = 0
+    rise: Rise = "linear"
+
+    def at(self, images: int) -> float:
+        """The weight after so many images of the run."""
+        return risen(self.to, images, rise=self.rise, over=self.over, after=self.after)
 
 
 def ema_decay(half_life: int, images: int) -> float:

@@ -64,6 +64,7 @@ class Engine(Ranks):
         self.settings = settings
         self.networks = nn.ModuleDict(method.networks).to(self.device)
         self._reduce_sums()
+        self.weights = {name: torch.zeros((), device=self.device) for name in method.schedules()}
         deepspeed = settings.backend == "deepspeed" or launcher.deepspeed is not None
         self.backend = "deepspeed" if deepspeed else "ddp" if self.world_size > 1 else "single"
         kind = ZeroGroup if deepspeed else Group
@@ -129,7 +130,10 @@ class Engine(Ranks):
         """
         self._stand(phase)
         torch.manual_seed(key_of(self.seed, "dropout", batch.draws.stream, batch.draws.draw, self.rank))
-        context = Context(clock, self.reduce_sum, lambda rows: self.gather(rows, round(batch.size * self.world_size)))
+        for name, schedule in self.method.schedules().items():
+            self.weights[name].fill_(schedule.at(clock.images))
+        gather = lambda rows: self.gather(rows, round(batch.size * self.world_size))  # noqa: E731
+        context = Context(clock, self.weights, self.reduce_sum, gather)
         if not phase.trains:
             with torch.no_grad(), self.accelerator.autocast():
                 report = _detached(phase.loss(self.networks, batch, context).report)
