@@ -9,7 +9,8 @@ STAMP  := .venv/installed
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) was found. Set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) was found. Set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@
@@ -17,8 +18,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fader demo
 
-# The tests of the Slurm jobs mostly wait, so they run beside the others (those on several ranks, which need both cores, come last,
-# when these should be done); what they print comes at the end.
+# The tests of the Slurm jobs mostly wait, so they run beside the others; what they print comes at the end.
+# Tests on several ranks need both cores, so they come last, when those of Slurm should be done.
 test: $(STAMP)
 	@mkdir -p build
 	@$(BIN)/python -m pytest tests/slurm >build/test-slurm.log 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
