@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fader.attributes import Attribute, Attributes
 from pipeline import metrics
-from pipeline.evaluation.measure import hard
+from pipeline.evaluation.labels import hard
 from pipeline.evaluation.report import Conditional, Distance
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fader.attributes import Attribute, Attributes
+from fader.attributes import Attributes
 from fader.method import Batch, Encodes, Method, ReduceSum, Samples, identity
 from pipeline import metrics
+from pipeline.evaluation.labels import hard, slider_values, swaps
 from pipeline.evaluation.report import SLIDER_POSITIONS
 
 if TYPE_CHECKING:
@@ -21,34 +22,6 @@ if TYPE_CHECKING:
 
 SLIDER_RECORDS = 256
 PROBE_RECORDS = 4000
-
-
-def hard(attribute: Attribute, labels: Tensor) -> Tensor:
-    """[N] int64 label among the attribute's values, -1 if unknown; a continuous one stands at its nearer end."""
-    if attribute.kind == "continuous":
-        labels = torch.where(labels < 0, labels, (labels >= 0.5).to(labels.dtype))
-    return labels.long()
-
-
-def swaps(attributes: Attributes, labels: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Every change of one attribute to another of its values, for all records at once.
-
-    Step s of an attribute with k values moves each record from its label v to (v + s) mod k, so k - 1 decodes serve all
-    ordered pairs. Records whose label is unknown are moved too, and not counted by anyone.
-
-    Args:
-        labels: [N, A].
-
-    Yields:
-        column, step, the changed labels [N, A], the value asked for [N] int64.
-    """
-    for j, attribute in enumerate(attributes):
-        start = hard(attribute, labels[:, j]).clamp(min=0)
-        for step in range(1, attribute.k):
-            target = (start + step) % attribute.k
-            changed = labels.clone()
-            changed[:, j] = target.to(labels.dtype)
-            yield j, step, changed, target
 
 
 def decoded(method: Method, latent: Any, code: Tensor) -> Tensor:
@@ -71,13 +44,6 @@ class JudgedBy:
     def columns(self, attributes: Attributes) -> list[int]:
         """Where the judge has these attributes."""
         return [self.attributes.index(name) for name in attributes.names]
-
-
-def slider_values(attributes: Attributes) -> Iterator[tuple[int, Attribute, int, int | None]]:
-    """Every slider: column, attribute, the value it raises, and that value again as `category` when k-way."""
-    for j, attribute in enumerate(attributes):
-        for value in attribute.values if attribute.kind == "k-way" else (1,):
-            yield j, attribute, value, value if attribute.kind == "k-way" else None
 
 
 def flat_latent(latent: Any) -> Tensor:

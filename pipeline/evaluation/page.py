@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fader.method import Batch, Encodes, Judges
 from pipeline import tracking
-from pipeline.evaluation.measure import JudgedBy, decoded, evaluating, hard, slider_values, swaps
+from pipeline.evaluation.labels import hard, slider_values, swaps
+from pipeline.evaluation.measure import JudgedBy, decoded, evaluating
 from pipeline.evaluation.report import SLIDER_POSITIONS, Report, Score, Table, as_tables
 from pipeline.images import png_bytes, to_uint8
 from pipeline.loading.pillow import PillowLoader

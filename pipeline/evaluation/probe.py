@@ -11,7 +11,8 @@ from torch import Tensor
 from fader.kernel import KernelReader
 from fader.method import Batch, ReduceSum
 from pipeline import metrics
-from pipeline.evaluation.measure import PROBE_RECORDS, Pass, flat_latent, hard
+from pipeline.evaluation.labels import hard
+from pipeline.evaluation.measure import PROBE_RECORDS, Pass, flat_latent
 from pipeline.evaluation.report import Leak
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fader.attributes import Attributes
 from pipeline import metrics
-from pipeline.evaluation.measure import hard, slider_values
+from pipeline.evaluation.labels import hard, slider_values
 from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Measure, Preservation, Score, Slider
 
 
