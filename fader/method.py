@@ -258,6 +258,11 @@ class Decodes(Protocol):
 
 
 @runtime_checkable
+class Edits(Encodes, Decodes, Protocol):
+    """Encodes and decodes, so that attributes of a picture can be changed."""
+
+
+@runtime_checkable
 class Samples(Protocol):
     """sample(noise [N, noise_width], code [N, attributes.code_width]) -> images [N,C,H,W] in [-1, 1]."""
 
@@ -268,7 +273,7 @@ class Samples(Protocol):
 
 @runtime_checkable
 class Judges(Protocol):
-    """judge(images [N,C,H,W]) -> logits [N, attributes.logits_width(head)], blocks in attribute order."""
+    """judge(images [N,C,H,W]) -> logits [N, attributes.logits_width(head)] of either head, blocks in attribute order."""
 
     def judge(self, images: Tensor) -> Tensor: ...
 

@@ -83,7 +83,9 @@ def _aligner(model: str | None) -> Model | None:
     from pipeline import models
     from pipeline.faces import alignment
 
-    return alignment.check_aligner(models.load(model))
+    aligner = models.load(model)
+    alignment.check_aligner(aligner)
+    return aligner
 
 
 def _align(photos: list[Path], out: Path, aligner: Model | None, every_face: bool, kind: str, overwrite: bool) -> None:

@@ -17,7 +17,7 @@ from launch.command import main
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.models import Model, Slider
+    from pipeline.models import Editing, Model, Slider
 
 _SEVERAL = ("--set", "--sweep", "--attributes")
 _MAX_STEPS = 101
@@ -81,17 +81,18 @@ def edit(
     from pipeline.images import grid, to_float
 
     loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
-    sliders = [loaded.slider(*_pair(word, "--set")) for word in set_ or []]
-    sweeps = [_sweep(loaded, word) for word in sweep or []]
+    editing = loaded.editing
+    sliders = [editing.slider(*_pair(word, "--set")) for word in set_ or []]
+    sweeps = [_sweep(editing, word) for word in sweep or []]
     pairs = [_pair(word, "--attributes") for word in attributes or []]
-    given = {name: loaded.label(name, value) for name, value in pairs}
+    given = {name: editing.label(name, value) for name, value in pairs}
     if align == "auto":
         pictures, said = _aligned(pictures, models.load(aligner) if aligner else None)
     else:
         said = []
     squares, notes = zip(*(_square(photo, picture, loaded) for photo, picture in pictures))
     images = to_float(torch.stack(squares))
-    labels, how = loaded.labels(images, given)
+    labels, how = editing.labels(images, given)
 
     typer.echo(f"{model}: {loaded.card['method']} at {loaded.card['image_size']} pixels, {loaded.attributes!r}")
     for note in [*said, *filter(None, notes)]:
@@ -101,13 +102,13 @@ def edit(
 
     files: dict[str, bytes] = {}
     if set_:
-        rows = _with_originals(images, loaded.edit(images, labels, [[], sliders]))
+        rows = _with_originals(images, editing.edit(images, labels, [[], sliders]))
         _add(files, "grid", grid(rows))
         for photo, row in zip(photos, rows):
             _add(files, photo.stem, _picture(row[-1]))
     for name, steps in sweeps:
         settings: list[Sequence[Slider]] = [[], *([*sliders, step] for step in steps)]
-        rows = _with_originals(images, loaded.edit(images, labels, settings))
+        rows = _with_originals(images, editing.edit(images, labels, settings))
         _add(files, f"sweep-{name}", grid(rows))
         for photo, row in zip(photos, rows):
             _add(files, f"{photo.stem}-{name}", grid(row[None]))
@@ -129,16 +130,16 @@ def _pair(word: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-def _sweep(model: Model, word: str) -> tuple[str, list[Slider]]:
+def _sweep(editing: Editing, word: str) -> tuple[str, list[Slider]]:
     """`Smiling=-2:2:9` to its name and nine sliders."""
     name, span = _pair(word, "--sweep")
     parts = span.split(":")
     if len(parts) != 3 or not parts[2].isdigit() or not 2 <= int(parts[2]) <= _MAX_STEPS:
         raise ValueError(f"--sweep {word}: write NAME=FROM:TO:STEPS with 2 to {_MAX_STEPS} steps, as Smiling=-2:2:9")
-    first, last = (model.slider(name, value).value for value in parts[:2])
+    first, last = (editing.slider(name, value).value for value in parts[:2])
     count = int(parts[2])
     values = [first + (last - first) * i / (count - 1) for i in range(count)]
-    return name, [model.slider(name, value) for value in values]
+    return name, [editing.slider(name, value) for value in values]
 
 
 def _read(photo: Path) -> Any:

@@ -30,19 +30,11 @@ def register(
     typer.echo(f"wrote {version.export} (model.safetensors, card.json)")
     linked = f", linked to run {version.run_id}" if version.run_id else "; the run itself was not tracked"
     typer.echo(f"registered {version.name} version {version.version} as {version.address} in {version.store}{linked}")
-    if model.card["method"] == "aligner":
-        typer.echo(f"next: fader align PHOTO... OUT --model {version.address}")
-        return
-    if not model.card["metrics"]:
+    if not model.card["metrics"] and not models.aligner(model.method):
         typer.echo(f"note: it carries no metrics; 'fader evaluate {run}' before registering puts them on its card")
-    if model.judge is None and model.card["method"] != "judge":
+    if model.judge is None and models.editor(model.method):
         typer.echo("note: it carries no judge; a photo's own attributes will be estimated when it is edited")
-    if model.card["method"] == "judge":
-        typer.echo(f"next: fader train CONFIG judge={version.address}")
-    else:
-        first = model.attributes[0]
-        value = f"{first.name}={first.categories[0]}" if first.categories else f"{first.name}=1.5"
-        typer.echo(f"next: fader edit PHOTO --model {version.address} --set {value} --out DIR")
+    typer.echo(f"next: {model.capabilities[0].next_command(version.address)}")
 
 
 if __name__ == "__main__":

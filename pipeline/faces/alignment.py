@@ -226,7 +226,7 @@ def refine(photo: np.ndarray, faces: Sequence[Face], aligner: Model, rounds: int
     Raises:
         ValueError: as `check_aligner`.
     """
-    method = check_aligner(aligner).method
+    method = check_aligner(aligner)
     window = _square(aligner) @ method.window
     pixels = _pixels_of(method.window_size)
     for _ in range(rounds):
@@ -241,21 +241,17 @@ def refine(photo: np.ndarray, faces: Sequence[Face], aligner: Model, rounds: int
     return list(faces)
 
 
-def check_aligner(aligner: Model) -> Model:
-    """The model itself.
+def check_aligner(aligner: Model) -> Aligns:
+    """Return the method that aligns.
 
     Raises:
         ValueError: it does not align, or was trained on pictures that were not cut as CelebA's are.
     """
-    if not isinstance(aligner.method, Aligns):
-        raise ValueError(
-            f"{aligner.source}: {aligner.method.name} does not align faces; "
-            "give a model of the method aligner, as configs/celeba_aligner.yaml trains"
-        )
-    if aligner.method.channels != 3:
+    method = aligner.aligning.method
+    if aligner.preprocessing.channels != 3:
         raise ValueError(f"{aligner.source} reads grey pictures; an aligner of photos reads colour")
     _square(aligner)
-    return aligner
+    return method
 
 
 def _square(aligner: Model) -> Similarity:

@@ -4,30 +4,42 @@ An export is a folder: `model.safetensors` ("network/parameter or buffer"), `car
 the model, its export in `judge/`. It is plain tensors and JSON; nothing in it is pickled. A registered version is an
 MLflow pyfunc model "from code": a file of two lines that calls `served_model`, with an export as its artifact.
 
-    model      a method with its weights, its sliders, and what they do to pictures
-    loading    from a run, an export or a registered version
-    card       what a model's card says of it
-    export     a model written to a folder
-    versions   a version of a registered model
-    serving    what MLflow serves
-    store      MLflow, speaking to one store
+    capabilities  what a method can do: edit, sample, judge, align
+    sliders       what people write about attributes, read
+    model         a method with its weights, and what is known about it
+    loading       from a run, an export or a registered version
+    card          what a model's card says of it
+    export        a model written to a folder
+    versions      a version of a registered model
+    serving       what MLflow serves
+    store         MLflow, speaking to one store
 """
 
+from pipeline.models.capabilities import Aligning, Capability, Editing, Judging, Sampling, aligner, editor, judge, sampler
 from pipeline.models.export import export
 from pipeline.models.loading import load, parse_source, variant_of
-from pipeline.models.model import Model, Slider
-from pipeline.models.serving import answer, served_model
+from pipeline.models.model import Model
+from pipeline.models.serving import served_model
+from pipeline.models.sliders import Slider
 from pipeline.models.versions import Version, register
 
 __all__ = [
+    "Aligning",
+    "Capability",
+    "Editing",
+    "Judging",
     "Model",
+    "Sampling",
     "Slider",
     "Version",
-    "answer",
+    "aligner",
+    "editor",
     "export",
+    "judge",
     "load",
     "parse_source",
     "register",
+    "sampler",
     "served_model",
     "variant_of",
 ]

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attributes
-from fader.method import METHODS, Judges, Method
+from fader.method import METHODS, Method
 from pipeline import config, tracking
 from pipeline.data.shards import ShardSet
 from pipeline.images import Preprocessing
+from pipeline.models import capabilities
 from pipeline.models import checkpoint as checkpoints
 from pipeline.models.card import FORMAT, LICENCE, about_method, digest_of, evaluated, versions_here
 from pipeline.models.model import Model
@@ -231,7 +232,7 @@ def _fill(method: Method, networks: Mapping[str, Mapping[str, Tensor]], source: 
 
 def check_judge(method: Method, preprocessing: Preprocessing, judge: Model, source: str) -> None:
     """Raises ValueError when a judge cannot look at this model's pictures."""
-    if not isinstance(judge.method, Judges):
+    if capabilities.judge(judge.method) is None:
         raise ValueError(f"{judge.source} is {judge.method.name}, not a judge: name another one for {source}")
     if judge.preprocessing != preprocessing:
         raise ValueError(

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fader.method import Aligns
 from pipeline import tracking
 from pipeline.models.card import requirements
 from pipeline.models.export import export
 from pipeline.models.loading import ALIAS, load, parse_source
 from pipeline.models.model import Model
-from pipeline.models.serving import CODE, example, signature
+from pipeline.models.serving import CODE
 from pipeline.models.store import open_store
 
 
@@ -95,8 +94,8 @@ def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, ru
             model_id=logged.model_id,
             python_model=str(code),
             artifacts={"export": str(folder)},
-            signature=signature(model),
-            input_example=example(model),
+            signature=model.capabilities[0].signature(),
+            input_example=model.capabilities[0].example(),
             pip_requirements=requirements(),
         )
     if run_id is not None:
@@ -126,8 +125,8 @@ def _tag(name: str) -> str:
 def _describe(model: Model) -> str:
     card = model.card
     lines = [
-        f"{card['method']} at {card['image_size']} pixels after {card['images_seen']:,} images"
-        + ("." if isinstance(model.method, Aligns) else f"; sliders: {', '.join(model.attributes.names)}."),
+        f"{card['method']} at {card['image_size']} pixels after {card['images_seen']:,} images; "
+        f"{model.capabilities[0].summary()}.",
         *(f"{key}: {value:.4g}" for key, value in list(card["metrics"].items())[:20]),
         card["licence"],
     ]

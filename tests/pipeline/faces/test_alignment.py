@@ -87,7 +87,8 @@ def test_beyond_the_photo_its_mirror_image_is_seen():
 class Oracle:
     """An aligner that reads the spots in its window, and remembers how many windows it saw."""
 
-    name, channels, window_size, window = "oracle", 3, 64, Similarity(0.75 + 0j, 0.1j)
+    name, channels, image_size, attributes = "oracle", 3, 128, ONE
+    window_size, window = 64, Similarity(0.75 + 0j, 0.1j)
 
     def __init__(self) -> None:
         self.rounds = 0
@@ -103,7 +104,7 @@ class Oracle:
 
 
 def model(method: object, crop_rule: str = "celeba") -> Model:
-    return Model(method, {}, ONE, Preprocessing(128, crop_rule), None, "runs/oracle")
+    return Model(method, {}, ONE, Preprocessing(128, crop_rule, method.channels), None, "runs/oracle")
 
 
 @pytest.mark.parametrize("rule", ["celeba", "center"])

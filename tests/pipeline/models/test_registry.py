@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from pipeline import config, models
 from pipeline.engine import State
 from pipeline.models import checkpoint
-from pipeline.models.serving import example, signature
 from tests.commands import environment
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run, make_store, painter
 
@@ -41,15 +40,16 @@ def test_an_aligner_is_exported_and_served_by_its_window(tmp_path):
     """Windows of half the training pictures' side in, four numbers a window out, those of its own `align`."""
     small = {"init_channels": 4, "max_channels": 8, "hidden_channels": 8}
     model = models.load(models.export(make_run(tmp_path / "aligner", {"name": "aligner", **small}), tmp_path / "out"))
-    assert signature(model).inputs.inputs[0].shape == (-1, 3, 16, 16)
-    assert example(model).shape == (1, 3, 16, 16)
+    [aligning] = model.capabilities
+    assert aligning.signature().inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert aligning.example().shape == (1, 3, 16, 16)
     windows = np.random.default_rng(0).uniform(-1, 1, (3, 3, 16, 16)).astype(np.float32)
-    served = models.answer(model, windows, {})
+    served = aligning.answer(windows, {})
     off = model.method.align(torch.from_numpy(windows))
     want = torch.stack([off.factor.real, off.factor.imag, off.shift.real, off.shift.imag], 1)
     np.testing.assert_allclose(served, want.numpy(), rtol=1e-6)
     with pytest.raises(ValueError, match="does not encode and decode"):
-        model.edit(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3), [[]])
+        model.editing  # noqa: B018
 
 
 def test_an_export_is_the_run_without_its_run(runs, tmp_path):
@@ -201,32 +201,33 @@ def pictures(*labels: tuple[int, int, int]) -> torch.Tensor:
 
 def test_sliders_stand_at_minus_one_and_one_where_the_labels_stand(model):
     images = pictures((0, 1, 0))
-    labels, _ = model.labels(images)
-    settings = [[model.slider("Smiling", value)] for value in ("-1", "0", "1", "2")]
-    red = model.edit(images, labels, [[], *settings])[0, :, 0, 0, 0]
+    labels, _ = model.editing.labels(images)
+    settings = [[model.editing.slider("Smiling", value)] for value in ("-1", "0", "1", "2")]
+    red = model.editing.edit(images, labels, [[], *settings])[0, :, 0, 0, 0]
     assert red.tolist() == [-1, -1, 0, 1, 1], "absent, midway, present, and clamped beyond"
-    green = model.edit(images, labels, settings)[0, :, 1, 0, 0]
+    green = model.editing.edit(images, labels, settings)[0, :, 1, 0, 0]
     assert green.tolist() == [1, 1, 1, 1], "the attribute that nobody moved"
 
 
 def test_a_value_of_many_can_be_named_either_way(model):
     images = pictures((0, 0, 0), (1, 1, 1))
-    labels, _ = model.labels(images)
-    by_name, by_slider = model.slider("Beard", "full"), model.slider("Beard.full", "1")
+    labels, _ = model.editing.labels(images)
+    slider = model.editing.slider
+    by_name, by_slider = slider("Beard", "full"), slider("Beard.full", "1")
     assert by_name == by_slider == models.Slider("Beard", 2, 1.0)
-    assert model.edit(images, labels, [[by_name]])[:, 0, 2, 0, 0].tolist() == [1, 1]
-    assert model.edit(images, labels, [[model.slider("Beard", "moustache")]])[:, 0, 2, 0, 0].tolist() == [-1, -1]
+    assert model.editing.edit(images, labels, [[by_name]])[:, 0, 2, 0, 0].tolist() == [1, 1]
+    assert model.editing.edit(images, labels, [[slider("Beard", "moustache")]])[:, 0, 2, 0, 0].tolist() == [-1, -1]
 
 
 def test_own_labels_are_given_or_judged_or_estimated(model):
     truth = [(0, 1, 0), (1, 0, 2), (1, 1, 0)]
     images = pictures(*truth)
-    labels, how = model.labels(images)
+    labels, how = model.editing.labels(images)
     assert labels.tolist() == [list(row) for row in truth] and set(how.values()) == {"judge"}
-    labels, how = model.labels(images, {"Smiling": 0.0})
+    labels, how = model.editing.labels(images, {"Smiling": 0.0})
     assert labels[:, 0].tolist() == [0, 0, 0] and how == {"Smiling": "given", "Eyeglasses": "judge", "Beard": "judge"}
     model.judge = None
-    labels, how = model.labels(images, {"Eyeglasses": 1.0})
+    labels, how = model.editing.labels(images, {"Eyeglasses": 1.0})
     assert how == {"Smiling": "estimated", "Eyeglasses": "given", "Beard": "estimated"}
     assert labels[:, 0].tolist() == [0, 1, 1] and labels[:, 2].tolist() == [0, 2, 0]
 
@@ -241,16 +242,17 @@ def test_sliders_that_make_no_sense_are_refused(model):
         ("Beard.goatee", "1", "has no value 'goatee'"),
     ]:
         with pytest.raises(ValueError, match=match):
-            model.slider(name, value)
+            model.editing.slider(name, value)
     for name, value, match in [("Smiling", "-1", "is 0 or 1"), ("Beard", "3", "is none, moustache, full")]:
         with pytest.raises(ValueError, match=match):
-            model.label(name, value)
-    assert (model.label("Beard", "full"), model.label("Beard", "1"), model.label("Smiling", "1")) == (2, 1, 1)
+            model.editing.label(name, value)
+    label = model.editing.label
+    assert (label("Beard", "full"), label("Beard", "1"), label("Smiling", "1")) == (2, 1, 1)
 
 
 def test_pictures_of_another_size_are_refused(model):
     with pytest.raises(ValueError, match=r"it takes \['N', 3, 32, 32\]"):
-        model.labels(torch.zeros(1, 3, 64, 64))
+        model.editing.labels(torch.zeros(1, 3, 64, 64))
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
@@ -307,9 +309,9 @@ except mlflow.exceptions.MlflowException as error:
     assert done.returncode == 0, done.stderr
     assert "refused" in done.stdout, "a shape against the signature was taken"
     model = models.load(runs / "fader")
-    own, _ = model.labels(torch.from_numpy(images))
-    sliders = [model.slider("Smiling", 1.5), model.slider("Beard", "full")]
-    both = model.edit(torch.from_numpy(images), own, [[], sliders])
+    own, _ = model.editing.labels(torch.from_numpy(images))
+    sliders = [model.editing.slider("Smiling", 1.5), model.editing.slider("Beard", "full")]
+    both = model.editing.edit(torch.from_numpy(images), own, [[], sliders])
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "same.npy")), both[:, 0])
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "edited.npy")), both[:, 1])
     judged = np.load(tmp_path / "judged.npy")
@@ -339,7 +341,8 @@ def test_a_version_loads_as_a_model(registered, runs):
     assert all(torch.equal(weights(model)[n], v) for n, v in weights(models.load(runs / "fader")).items())
     assert model.card["registered"] == {"name": "faces", "version": 1}
     assert model.judge is not None and models.load("models:/faces/1").source == "models:/faces/1"
-    assert models.load("models:/judge_of_faces@challenger").probabilities(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    judging = models.load("models:/judge_of_faces@challenger").judging
+    assert [block.shape for block in judging.probabilities(torch.zeros(1, 3, 32, 32))] == [(1, 2), (1, 2), (1, 3)]
 
 
 def test_registering_again_makes_the_next_version_and_moves_the_alias(registered, runs):

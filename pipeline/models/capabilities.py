@@ -1,0 +1,316 @@
+"""What a trained method can do for people: edit photos, sample pictures, judge them, align faces.
+
+Whoever needs to know what a method can do asks here: `editor(method)` and its three siblings give the method itself,
+or None. A model's capabilities (`Model.capabilities`) also know how a service calls them and what a user can try next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fader.draws import Draws
+from fader.method import Aligns, Edits, Judges, Method, Samples
+from pipeline.models.sliders import Slider, moved, parse_label, parse_slider
+
+BATCH_SIZE = 64
+
+
+def editor(method: Method) -> Edits | None:
+    """Return the method if it encodes and decodes."""
+    return method if isinstance(method, Edits) else None
+
+
+def sampler(method: Method) -> Samples | None:
+    """Return the method if it makes pictures of noise."""
+    return method if isinstance(method, Samples) else None
+
+
+def judge(method: Method) -> Judges | None:
+    """Return the method if it reads attributes off pictures."""
+    return method if isinstance(method, Judges) else None
+
+
+def aligner(method: Method) -> Aligns | None:
+    """Return the method if it says by how much faces are off."""
+    return method if isinstance(method, Aligns) else None
+
+
+class Capability:
+    """One thing that a model can do, and how a service calls it: an array and parameters in, an array out.
+
+    takes, gives: the shapes of one row of the two arrays. dtype: of the array that goes in. params: the names of the
+    parameters, each a JSON object of attributes and their values.
+    """
+
+    dtype: ClassVar[str] = "float32"
+    params: ClassVar[tuple[str, ...]] = ()
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+
+    def __init__(self, method: Method, source: str) -> None:
+        self.attributes, self.source = method.attributes, source
+        self.pixels = (method.channels, method.image_size, method.image_size)
+
+    def summary(self) -> str:
+        """Say in a few words what the attributes are for."""
+        raise NotImplementedError
+
+    def next_command(self, address: str) -> str:
+        """Return the command that a user can try next with the model of this address."""
+        raise NotImplementedError
+
+    def signature(self) -> Any:
+        """Return MLflow's description of the arrays and parameters."""
+        from mlflow.models import ModelSignature
+        from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+        inputs = Schema([TensorSpec(np.dtype(self.dtype), (-1, *self.takes))])
+        outputs = Schema([TensorSpec(np.dtype("float32"), (-1, *self.gives))])
+        params = ParamSchema([ParamSpec(name, "string", "{}") for name in self.params])
+        return ModelSignature(inputs, outputs, params if self.params else None)
+
+    def example(self) -> Any:
+        """Return an input of one row, with parameters where there are any."""
+        array = np.zeros((1, *self.takes), self.dtype)
+        return (array, {"sliders": json.dumps(dict([self._example_slider()]))}) if self.params else array
+
+    def answer(self, array: np.ndarray, params: Mapping[str, str]) -> np.ndarray:
+        """Return what a service answers, computed in batches.
+
+        Raises:
+            ValueError: unknown attribute, a value that is no number, or pictures of another size.
+        """
+        batches = torch.from_numpy(np.array(array, self.dtype)).split(BATCH_SIZE)
+        return torch.cat([self._answer(batch, params) for batch in batches]).numpy()
+
+    def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
+        raise NotImplementedError
+
+    def _example_slider(self) -> tuple[str, float | str]:
+        """The slider that examples move: the first attribute's."""
+        first = self.attributes[0]
+        return (first.name, first.categories[0]) if first.kind == "k-way" else (first.name, 1.5)
+
+    def slider(self, name: str, value: str | float) -> Slider:
+        """Read a slider as `parse_slider` does."""
+        return parse_slider(self.attributes, name, value)
+
+    def label(self, name: str, value: str | float) -> float:
+        """Read a picture's own label as `parse_label` does."""
+        return parse_label(self.attributes, name, value)
+
+    def _asked(self, params: Mapping[str, str]) -> tuple[dict[str, float], list[Slider]]:
+        """Return the labels and the sliders that parameters name."""
+        labels = {name: self.label(name, value) for name, value in _object(params, "attributes").items()}
+        return labels, [self.slider(name, value) for name, value in _object(params, "sliders").items()]
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.pixels:
+            raise ValueError(f"{self.source}: pictures are {list(images.shape)}; it takes {['N', *self.pixels]}")
+
+
+class Judging(Capability):
+    """Read attributes off pictures; a service gets probabilities [N, code_width]."""
+
+    def __init__(self, method: Method, source: str) -> None:
+        super().__init__(method, source)
+        asked = judge(method)
+        if asked is None:
+            raise ValueError(f"{source}: {method.name} is not a judge")
+        self.method, self.takes, self.gives = asked, self.pixels, (self.attributes.code_width,)
+
+    def summary(self) -> str:
+        return f"reads: {', '.join(self.attributes.names)}"
+
+    def next_command(self, address: str) -> str:
+        return f"fader train CONFIG judge={address}"
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> list[Tensor]:
+        """Return one [N, k] block an attribute: the probability of each value; (1 - v, v) of a continuous one."""
+        self._check_images(images)
+        logits = self.method.judge(images)
+        head = "softmax" if logits.shape[1] == self.attributes.logits_width("softmax") else "sigmoid"
+        return self.attributes.probabilities(logits, head)
+
+    def labels(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the most probable value of each attribute, [N] by its name; a continuous one's number itself."""
+        read = zip(self.attributes, self.probabilities(images))
+        return {a.name: block[:, 1] if a.kind == "continuous" else block.argmax(1).float() for a, block in read}
+
+    def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
+        return torch.cat(self.probabilities(batch), 1)
+
+
+class Editing(Capability):
+    """Move sliders on photos.
+
+    Args:
+        judge: reads what photos show; without one it is estimated.
+    """
+
+    params = ("sliders", "attributes")
+
+    def __init__(self, method: Method, source: str, judge: Judging | None = None) -> None:
+        super().__init__(method, source)
+        edits = editor(method)
+        if edits is None:
+            raise ValueError(f"{source}: {method.name} does not encode and decode; it has no sliders to move")
+        self.method, self.judge = edits, judge
+        self.takes = self.gives = self.pixels
+
+    def summary(self) -> str:
+        return f"sliders: {', '.join(self.attributes.names)}"
+
+    def next_command(self, address: str) -> str:
+        name, value = self._example_slider()
+        return f"fader edit PHOTO --model {address} --set {name}={value} --out DIR"
+
+    @torch.inference_mode()
+    def labels(self, images: Tensor, given: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, str]]:
+        """Say what pictures show, as the decoder needs it to reconstruct them.
+
+        Each attribute is taken from `given`, else read by the judge, else estimated: the value with which the
+        reconstruction is nearest to the picture, one attribute after another, twice around.
+
+        Args:
+            images: [N, C, S, S] in [-1, 1].
+            given: labels that the user knows, for all the pictures.
+
+        Returns:
+            [N, A] labels, and for each attribute "given", "judge" or "estimated".
+        """
+        self._check_images(images)
+        given, read = given or {}, self.judge.labels(images) if self.judge else {}
+        known = {a.name: a for a in self.judge.attributes} if self.judge else {}
+        labels, origins = torch.full((len(images), len(self.attributes)), -1.0, device=images.device), {}
+        for j, attribute in enumerate(self.attributes):
+            name = attribute.name
+            if name in given:
+                labels[:, j], origins[name] = given[name], "given"
+            elif known.get(name) == attribute:
+                labels[:, j], origins[name] = read[name], "judge"
+            else:
+                origins[name] = "estimated"
+        return self._estimated(images, labels, [name for name, by in origins.items() if by == "estimated"]), origins
+
+    def _estimated(self, images: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
+        latent = self.method.encode(images, labels) if names else None
+        for name in [*names, *names] if len(names) > 1 else names:
+            attribute = self.attributes[self.attributes.index(name)]
+            values = [0.0, 0.25, 0.5, 0.75, 1.0] if attribute.kind == "continuous" else attribute.values
+            errors = []
+            for value in values:
+                decoded = self.method.decode(latent, self.attributes.code(self.attributes.swapped(labels, name, value)))
+                errors.append((decoded - images).square().flatten(1).mean(1))
+            best = torch.stack(errors, 1).argmin(1)
+            labels = labels.clone()
+            labels[:, self.attributes.index(name)] = torch.tensor(values, device=labels.device)[best].float()
+        return labels
+
+    @torch.inference_mode()
+    def edit(self, images: Tensor, labels: Tensor, settings: Sequence[Sequence[Slider]]) -> Tensor:
+        """Decode pictures under several settings of the sliders; an empty setting is the reconstruction.
+
+        Args:
+            images: [N, C, S, S] in [-1, 1].
+            labels: [N, A], the pictures' own.
+
+        Returns:
+            [N, len(settings), C, S, S] in [-1, 1].
+        """
+        self._check_images(images)
+        latent, code = self.method.encode(images, labels), self.attributes.code(labels)
+        codes = [moved(self.attributes, code, sliders) for sliders in settings]
+        return torch.stack([self.method.decode(latent, code).float().clamp(-1, 1) for code in codes], 1)
+
+    def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
+        given, sliders = self._asked(params)
+        return self.edit(batch, self.labels(batch, given)[0], [sliders])[:, 0]
+
+
+class Sampling(Capability):
+    """Make pictures that nobody photographed, each of a seed of its own; a service takes seeds [N] int64."""
+
+    dtype = "int64"
+    params = ("sliders", "attributes")
+
+    def __init__(self, method: Method, source: str) -> None:
+        super().__init__(method, source)
+        samples = sampler(method)
+        if samples is None:
+            raise ValueError(f"{source}: {method.name} does not sample pictures")
+        self.method, self.takes, self.gives = samples, (), self.pixels
+
+    def summary(self) -> str:
+        return f"attributes of what it samples: {', '.join(self.attributes.names)}"
+
+    def next_command(self, address: str) -> str:
+        name, value = self._example_slider()
+        return f"fader sample {address} --set {name}={value} --out DIR"
+
+    @torch.inference_mode()
+    def sample(
+        self, seeds: Tensor, given: Mapping[str, float] | None = None, sliders: Sequence[Slider] = ()
+    ) -> Tensor:
+        """Return one picture for each seed, the same whatever the other seeds are: [N, C, S, S] in [-1, 1].
+
+        Args:
+            seeds: [N] int64.
+            given: labels that all the pictures get; the others are drawn by the seed, every value equally likely.
+            sliders: are moved afterwards.
+        """
+        draws = Draws(0, "sample", 0, seeds)
+        labels = self.attributes.resampled(draws)
+        for name, value in (given or {}).items():
+            labels[:, self.attributes.index(name)] = value
+        code = moved(self.attributes, self.attributes.code(labels), sliders)
+        noise = draws.normal("noise", (self.method.noise_width,))
+        return self.method.sample(noise, code).float().clamp(-1, 1)
+
+    def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
+        return self.sample(batch, *self._asked(params))
+
+
+class Aligning(Capability):
+    """Say by which similarity the faces in windows are off; a service gets corrections [N, 4]."""
+
+    gives = (4,)
+
+    def __init__(self, method: Method, source: str) -> None:
+        super().__init__(method, source)
+        aligns = aligner(method)
+        if aligns is None:
+            raise ValueError(
+                f"{source}: {method.name} does not align faces; "
+                "give a model of the method aligner, as configs/celeba_aligner.yaml trains"
+            )
+        self.method, self.takes = aligns, (method.channels, aligns.window_size, aligns.window_size)
+
+    def summary(self) -> str:
+        return "aligns faces"
+
+    def next_command(self, address: str) -> str:
+        return f"fader align PHOTO... OUT --model {address}"
+
+    @torch.inference_mode()
+    def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
+        """Return the real and imaginary part of factor and of shift."""
+        off = self.method.align(batch)
+        return torch.cat([torch.view_as_real(off.factor), torch.view_as_real(off.shift)], 1)
+
+
+def _object(params: Mapping[str, str], name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(params.get(name) or "{}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} is {params.get(name)!r}; a JSON object is needed, as {{"Smiling": 1.5}}')
+    return value
