@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from launch.command import describe, main
+from pipeline.files import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,11 +117,11 @@ def _align(photos: list[Path], out: Path, aligner: Model | None, every_face: boo
             continue
         for number, (face, file) in enumerate(zip(wanted, files)):
             crop = alignment.crop(pixels, face.frame)
-            _write(file, _bytes(crop, kind))
+            write_whole(file, _bytes(crop, kind))
             pairs.append(np.hstack([alignment.thumbnail(pixels, face, crop.shape[0]), crop]))
             typer.echo(f"wrote {file}: {_about(face, number, len(faces), every_face)}")
     if pairs:
-        _write(names.sheet, png_bytes(_sheet(pairs)))
+        write_whole(names.sheet, png_bytes(_sheet(pairs)))
         shown = f" (the first {_SHEET_PAIRS})" if len(pairs) > _SHEET_PAIRS else ""
         typer.echo(f"wrote {names.sheet}: photo and crop side by side{shown}")
     if missed:
@@ -182,15 +182,6 @@ def _bytes(crop: np.ndarray, kind: str) -> bytes:
     options = {"format": "PNG"} if kind == "png" else {"format": "JPEG", "quality": _JPEG_QUALITY}
     Image.fromarray(crop).save(buffer, **options)
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _sheet(pairs: list[np.ndarray]) -> np.ndarray:

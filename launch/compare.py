@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from launch.command import main
-from launch.evaluate import show, write
+from launch.evaluate import show
+from pipeline.files import write_whole
 
 
 def compare(
@@ -28,13 +29,13 @@ def compare(
         typer.echo(f"note: {warning}")
     if json_file:
         content = [run.to_dict() for run in found]
-        typer.echo(f"wrote {write(json_file, json.dumps(content, indent=1, allow_nan=False))}")
+        typer.echo(f"wrote {write_whole(json_file, json.dumps(content, indent=1, allow_nan=False))}")
     png = comparison.plot(found, split)
     if png is None:
         typer.echo("no plot: no run has both a reconstruction MSE and a swap accuracy")
         typer.echo(f"next: fader evaluate {' '.join(runs)}")
     else:
-        typer.echo(f"wrote {write(plot, png)}")
+        typer.echo(f"wrote {write_whole(plot, png)}")
         typer.echo(f"next: fader evaluate {runs[0]} --report")
 
 

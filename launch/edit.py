@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from launch.command import main
+from pipeline.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -262,19 +263,12 @@ def _check_folder(out: Path) -> None:
 
 
 def _write(out: Path, files: dict[str, bytes]) -> list[Path]:
-    """All the files or none: first under other names, then renamed."""
+    """Write all the files or none."""
     out.mkdir(parents=True, exist_ok=True)
-    partial = {out / f".{name}.{os.getpid()}": out / name for name in files}
-    try:
-        for path, content in zip(partial, files.values()):
-            path.write_bytes(content)
-        for path, target in partial.items():
-            os.replace(path, target)
-    finally:
-        for path in partial:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-    return list(partial.values())
+    with contextlib.ExitStack() as written:
+        for name, content in files.items():
+            written.enter_context(replacing(out / name)).write(content)
+    return [out / name for name in files]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import typer
 
 from launch import judges
 from launch.command import main
+from pipeline.files import write_whole
 
 if TYPE_CHECKING:
     from pipeline.data.shards import ShardSet
@@ -93,9 +93,9 @@ def evaluate(
     _show_all(reports)
     written = [file for model, report in zip(loaded, reports) for file in keep(model, report, seer, way, report_page)]
     if json_file:
-        written.append(write(json_file, _json(reports)))
+        written.append(write_whole(json_file, _json(reports)))
     if markdown_file:
-        written.append(write(markdown_file, markdown(reports)))
+        written.append(write_whole(markdown_file, markdown(reports)))
     for file in written:
         typer.echo(f"wrote {file}")
     typer.echo(_next(loaded))
@@ -174,8 +174,8 @@ def keep(model: Model, report: Report, judge: Model | None, way: Way, page: bool
     tables = way.tables if _slides(model) else USUAL_TABLES
     name = f"evaluation-{report.split}{suffix(model.variant, tables, report.records, report.split_records)}"
     files = [
-        write(model.run / "report" / f"{name}.json", _json([report])),
-        write(model.run / "report" / f"{name}.md", report.markdown()),
+        write_whole(model.run / "report" / f"{name}.json", _json([report])),
+        write_whole(model.run / "report" / f"{name}.md", report.markdown()),
     ]
     if page:
         typer.echo(f"drawing the report of {report.model}", err=True)
@@ -314,15 +314,6 @@ def _json(reports: list[Report]) -> str:
     """One report as an object, several as a list of them."""
     content: list[dict[str, Any]] = [report.to_dict() for report in reports]
     return json.dumps(content[0] if len(content) == 1 else content, indent=1, allow_nan=False) + "\n"
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    """Write a whole file or none: under another name first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
-    return path
 
 
 def _next(models: list[Model]) -> str:

@@ -13,8 +13,9 @@ import typer
 
 from launch import judges
 from launch.command import main
-from launch.evaluate import Way, keep, measure, open_ranks, show, suffix, write
+from launch.evaluate import Way, keep, measure, open_ranks, show, suffix
 from launch.train import Watcher, exit_code
+from pipeline.files import write_whole
 
 if TYPE_CHECKING:
     from pipeline.engine import Ranks
@@ -236,10 +237,10 @@ def _conclude(asked: Sweep, asked_of: _Asked) -> None:
     show(table)
     for warning in compare.warnings(runs, asked_of.split):
         typer.echo(f"note: {warning}")
-    files = [write(asked.folder / "report" / f"sweep-{asked_of.split}.md", evaluation.as_markdown([table]))]
+    files = [write_whole(asked.folder / "report" / f"sweep-{asked_of.split}.md", evaluation.as_markdown([table]))]
     png = compare.plot(runs, asked_of.split)
     if png is not None:
-        files.append(write(asked.folder / "report" / f"sweep-{asked_of.split}.png", png))
+        files.append(write_whole(asked.folder / "report" / f"sweep-{asked_of.split}.png", png))
     best = sweep.chosen(asked, found)
     metrics: dict[str, float] = {}
     if best is not None and (numbers := found[best.number]) is not None:

@@ -12,13 +12,13 @@ import fcntl
 import hashlib
 import logging
 import os
-import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.datasets.source import Place
+from pipeline.files import replacing
 
 PART_BYTES = 8 << 20
 FETCHING_THREADS = 4
@@ -109,24 +109,18 @@ def fetch(place: Place, path: Path, size: int, digest: str | None, stopped: thre
         ValueError: it is shorter than `size`, or its sha256 is another.
     """
     found, done = hashlib.sha256(), 0
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            while done < size:
-                if stopped is not None and stopped.is_set():
-                    raise Stopped(f"{place} after {done:,} bytes")
-                part = place.read_part(done, min(PART_BYTES, size - done))
-                if not part:
-                    raise ValueError(f"{place} ends after {done:,} of {size:,} bytes: upload it again")
-                file.write(part)
-                found.update(part)
-                done += len(part)
+    with replacing(path, durable=False) as file:
+        while done < size:
+            if stopped is not None and stopped.is_set():
+                raise Stopped(f"{place} after {done:,} bytes")
+            part = place.read_part(done, min(PART_BYTES, size - done))
+            if not part:
+                raise ValueError(f"{place} ends after {done:,} of {size:,} bytes: upload it again")
+            file.write(part)
+            found.update(part)
+            done += len(part)
         if digest is not None and found.hexdigest() != digest:
             raise ValueError(f"{place} differs from its digest: upload it again")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 class Ahead:

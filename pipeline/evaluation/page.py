@@ -10,7 +10,6 @@ import base64
 import html
 import io
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pipeline import tracking
 from pipeline.evaluation.labels import hard, slider_values, swaps
 from pipeline.evaluation.measure import JudgedBy, decoded, evaluating
 from pipeline.evaluation.report import SLIDER_POSITIONS, Report, Score, Table, as_tables
+from pipeline.files import write_whole
 from pipeline.images import png_bytes, to_uint8
 from pipeline.loading.pillow import PillowLoader
 from pipeline.loading.plan import sequential
@@ -99,10 +99,7 @@ def write(
     for _, pictures, _ in sections:
         for picture in pictures:
             (folder / name / f"{picture.name}.png").write_bytes(picture.png)
-    path, partial = folder / f"{name}.html", folder / f".{name}.{os.getpid()}"
-    partial.write_text(_html(report, model, sections, _config(model, run)), encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_whole(folder / f"{name}.html", _html(report, model, sections, _config(model, run)))
 
 
 _Section = tuple[str, list[Picture], str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -61,8 +60,3 @@ def versions_here() -> dict[str, str]:
 def requirements() -> list[str]:
     """What a served model needs beside this package, as pip reads it (a build's own suffix, "+cpu", is on no index)."""
     return [f"{name}=={version.partition('+')[0]}" for name, version in versions_here().items() if name != _OURS]
-
-
-def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

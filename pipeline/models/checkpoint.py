@@ -16,7 +16,6 @@ that begin with a dot are on their way in (`.tmp`), on their way out (`.gone`), 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -32,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.engine import State
+from pipeline.files import digest_of, replacing_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -67,30 +67,14 @@ def write(
     story = json.dumps({"format": FORMAT, "images": images, "metrics": dict(metrics or {}), **extra}, indent=1)
     if target.exists() and _is_sound(target) and (target / "state.json").read_text() == story:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    with replacing_folder(target) as temporary:
         for part in _PARTS:
             tensors = getattr(state, part)
             if tensors:
                 _save(tensors, temporary / f"{part}.safetensors")
         (temporary / "state.json").write_text(story)
-        digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        digests = {path.name: digest_of(path) for path in sorted(temporary.iterdir())}
         (temporary / "digests.json").write_text(json.dumps(digests, indent=1))
-        for path in temporary.iterdir():
-            _flush(path)
-        _flush(temporary)
-        replaced = temporary.with_suffix(".old")
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(temporary, target)
-        _flush(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
 
 
@@ -220,7 +204,7 @@ def check(checkpoint: Path) -> None:
         if not path.is_file():
             raise ValueError(f"{checkpoint} lacks {name}: damaged")
         try:
-            actual = _digest(path)
+            actual = digest_of(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}): damaged") from None
         if actual != digest:
@@ -370,31 +354,3 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         log.warning("%s is not removed: %s", checkpoint, error)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A small file that is there whole, as before or as given, whatever happens meanwhile.
-
-    Raises:
-        OSError: the disk is full or refuses; the file is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

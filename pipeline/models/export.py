@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from pipeline.models.card import digest_of
+from pipeline.files import digest_of, replacing_folder
 from pipeline.models.loading import check_judge, load
 from pipeline.models.model import Model
 
@@ -40,20 +37,8 @@ def export(
     if judge is not None:
         model.judge = load(judge)
         check_judge(model.method, model.preprocessing, model.judge, model.source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        _write(model, temporary)
-        temporary.chmod(0o755)
-        if out.exists():
-            old = temporary.with_suffix(".old")
-            os.replace(out, old)
-            os.replace(temporary, out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing_folder(out) as folder:
+        _write(model, folder)
     return out
 
 

@@ -19,10 +19,11 @@ from fader.attributes import Attributes
 from fader.method import METHODS, Method
 from pipeline import config, tracking
 from pipeline.data.shards import ShardSet
+from pipeline.files import digest_of
 from pipeline.images import Preprocessing
 from pipeline.models import capabilities
 from pipeline.models import checkpoint as checkpoints
-from pipeline.models.card import FORMAT, LICENCE, about_method, digest_of, evaluated, versions_here
+from pipeline.models.card import FORMAT, LICENCE, about_method, evaluated, versions_here
 from pipeline.models.model import Model
 from pipeline.models.store import open_store
 

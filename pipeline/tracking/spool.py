@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 FSYNC_SECONDS = 5.0
@@ -214,9 +216,7 @@ class State:
         if self.uri is not None:
             self._content["targets"][self.uri] = target
         self._content |= {"last": self.uri, "problem": self.problem}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._content, indent=1))
-        os.replace(temporary, self.path)
+        write_whole(self.path, json.dumps(self._content, indent=1), durable=False)
 
     def forget(self) -> None:
         self.run_id, self.offsets, self.refused = None, {}, 0

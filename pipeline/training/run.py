@@ -21,6 +21,7 @@ from pipeline.config import Experiment, build_method
 from pipeline.data.balance import balanced_weights
 from pipeline.data.shards import ShardSet, Split
 from pipeline.engine import Engine, State
+from pipeline.files import write_whole
 from pipeline.images import grid, png_bytes
 from pipeline.loading.cache import Cache
 from pipeline.loading.dali import open_loader
@@ -248,8 +249,8 @@ class _Run:
             "backend": self.engine.backend,
         }
         self.listener.look_for(self.folder / STOP_FILE)
-        checkpoint.write_whole(self.folder / "config.yaml", experiment.dump())
-        checkpoint.write_whole(self.folder / "run.json", json.dumps(card, indent=1))
+        write_whole(self.folder / "config.yaml", experiment.dump())
+        write_whole(self.folder / "run.json", json.dumps(card, indent=1))
         run = experiment.run
         self.writer = checkpoint.Writer(self.folder, run.keep, every_images=run.keep_every_images, best=run.keep_best)
         watchdog.clear(self.folder)

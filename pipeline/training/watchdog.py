@@ -24,6 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.files import write_whole
+
 log = logging.getLogger(__name__)
 
 EXIT_HUNG = 70
@@ -106,11 +108,8 @@ class Watchdog:
         marks, what, slow = self._mark
         process = {"host": socket.gethostname(), "pid": os.getpid(), "started": self._started}
         about = {**process, "marks": marks, "what": what, "slow": slow, "idle": idle}
-        temporary = self._file(self.rank).with_suffix(".tmp")
         try:
-            self.folder.mkdir(exist_ok=True)
-            temporary.write_text(json.dumps(about))
-            os.replace(temporary, self._file(self.rank))
+            write_whole(self._file(self.rank), json.dumps(about), durable=False)
         except OSError as error:  # a full disk is no reason to end; the other ranks may take this one for silent then
             log.debug("watchdog: %s", error)
 

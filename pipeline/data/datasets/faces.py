@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL import Image, ImageChops, ImageDraw
 from pipeline.data.datasets.celeba import ANNOTATION, IMAGES, PARTITION, read_celeba
 from pipeline.data.datasets.record import Dataset
 from pipeline.data.datasets.workers import Progress, locked, silent, spread, tick
+from pipeline.files import replacing
 
 VERSION = 1  # of the drawing; a change of it is another source
 WORK = ".drawing"
@@ -94,9 +94,8 @@ def jpeg_bytes(image: Image.Image) -> bytes:
 
 def _replace(path: Path, source: Path, data: bytes) -> None:
     """Write a file that is whole or absent."""
-    temporary = source / WORK / path.name
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with replacing(path, source / WORK, durable=False) as file:
+        file.write(data)
 
 
 def read_faces(

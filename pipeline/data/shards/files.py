@@ -1,16 +1,11 @@
-"""The files of a shard set: tar members byte for byte, digests, and files that are whole or absent."""
+"""The files of a shard set: their names, tar members byte for byte, and digests."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -58,39 +53,3 @@ def member_json(key: str, labels: bytes) -> bytes:
 
 def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def replacing(path: Path, work: Path) -> Iterator[Any]:
-    """A binary file that takes its place under `path` only when it is whole and on the disk."""
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=work)
-    try:
-        with open(handle, "wb", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def write_json(path: Path, work: Path, entries: Any, indent: int | None = None) -> None:
-    with replacing(path, work) as file:
-        file.write(json.dumps(entries, indent=indent).encode() + b"\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.data.datasets import Dataset
 from pipeline.data.datasets.workers import Progress, locked, silent, tick
-from pipeline.data.shards.files import DESCRIPTION, WORK, replacing, write_json
+from pipeline.data.shards.files import DESCRIPTION, WORK
 from pipeline.data.shards.reading import ShardSet
 from pipeline.data.shards.writing import (
     ShardJob,
@@ -29,6 +29,7 @@ from pipeline.data.shards.writing import (
     shard,
     source_digest,
 )
+from pipeline.files import write_json, write_whole
 from pipeline.images import Check
 
 _MOST_NAMED = 3
@@ -81,7 +82,7 @@ def write_part(
         try:
             each_shard(shard, mine, workers, progress)
         except (OSError, ValueError) as error:
-            write_json(_failure(out, task), work, {"reason": str(error)})
+            write_json(_failure(out, task), {"reason": str(error)}, work=work)
             raise
     return [job.name for job in mine]
 
@@ -140,8 +141,7 @@ def _agree_on_tasks(out: Path, tasks: int) -> None:
     """Note the number of tasks, or hold it against the note."""
     note = out / WORK / "tasks"
     if not note.exists():
-        with replacing(note, out / WORK) as file:
-            file.write(str(tasks).encode())
+        write_whole(note, str(tasks))
     before = int(note.read_text())
     if before != tasks:
         raise ValueError(

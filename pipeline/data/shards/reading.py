@@ -16,8 +16,9 @@ import numpy as np
 from pipeline.data.datasets import SPLITS
 from pipeline.data.datasets.source import Place, is_remote
 from pipeline.data.remote import Remote, cache_folder, fetch, publish
-from pipeline.data.shards.files import DESCRIPTION, FORMAT, MANIFEST, SHARD_NAME, WORK, file_sha256, replacing
+from pipeline.data.shards.files import DESCRIPTION, FORMAT, MANIFEST, SHARD_NAME, WORK
 from pipeline.data.shards.manifest import Manifest, numbered, numbers
+from pipeline.files import digest_of, write_whole
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
     import pyarrow as pa
@@ -100,7 +101,7 @@ class ShardSet:
         info = read_description(path)
         faults = [size_fault(path / shard["file"], shard["size"]) for shard in shards_of(info)]
         faults.append(size_fault(path / MANIFEST, info["manifest"]["size"]))
-        if not any(faults) and file_sha256(path / MANIFEST) != info["manifest"]["digest"]:
+        if not any(faults) and digest_of(path / MANIFEST) != info["manifest"]["digest"]:
             faults.append(f"{MANIFEST} differs from its digest in {DESCRIPTION}")
         faults = [fault for fault in faults if fault]
         if faults:
@@ -189,11 +190,10 @@ def _open_remote(place: Place) -> ShardSet:
     if not (folder / DESCRIPTION).is_file() or (folder / DESCRIPTION).read_bytes() != description:
         for stale in (*folder.glob("*.tar"), folder / MANIFEST):
             stale.unlink(missing_ok=True)
-        with replacing(folder / DESCRIPTION, folder) as file:
-            file.write(description)
+        write_whole(folder / DESCRIPTION, description)
     info = read_description(folder)
     manifest = info["manifest"]
-    if size_fault(folder / MANIFEST, manifest["size"]) or file_sha256(folder / MANIFEST) != manifest["digest"]:
+    if size_fault(folder / MANIFEST, manifest["size"]) or digest_of(folder / MANIFEST) != manifest["digest"]:
         fetch(place / MANIFEST, folder / MANIFEST, manifest["size"], manifest["digest"])
     files = {shard["file"]: (shard["size"], shard["digest"]) for shard in shards_of(info)}
     return ShardSet(folder, info, Remote(place, folder, files))

@@ -14,9 +14,10 @@ import numpy as np
 from pipeline.data.datasets.source import is_remote
 from pipeline.data.datasets.workers import Progress, silent, spread, tick
 from pipeline.data.remote import Remote
-from pipeline.data.shards.files import BLOCK, DESCRIPTION, MANIFEST, file_sha256, header, label_members, member_json, sha256
+from pipeline.data.shards.files import BLOCK, DESCRIPTION, MANIFEST, header, label_members, member_json, sha256
 from pipeline.data.shards.manifest import data_digest
 from pipeline.data.shards.reading import ShardSet, read_description, shards_of, size_fault
+from pipeline.files import digest_of
 
 _OPEN_TRIALS = 20
 
@@ -112,7 +113,7 @@ def verify(path: Path | str, *, workers: int | None = None, progress: Progress =
     info = read_description(path)
     shards = shards_of(info)
     fault = size_fault(path / MANIFEST, info["manifest"]["size"])
-    if fault or file_sha256(path / MANIFEST) != info["manifest"]["digest"]:
+    if fault or digest_of(path / MANIFEST) != info["manifest"]["digest"]:
         raise ValueError(f"{path} is damaged: {fault or f'{MANIFEST} differs from its digest in {DESCRIPTION}'}")
     whole = ShardSet(path, info, remote)
     jobs = _verify_jobs(whole, shards)

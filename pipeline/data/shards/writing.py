@@ -24,17 +24,15 @@ from pipeline.data.shards.files import (
     MANIFEST,
     RECORD,
     WORK,
-    file_sha256,
     header,
     label_members,
     member_json,
     padded,
-    replacing,
     sha256,
-    write_json,
 )
 from pipeline.data.shards.manifest import data_digest
 from pipeline.data.shards.reading import ShardSet
+from pipeline.files import digest_of, replacing, write_json, write_whole
 from pipeline.images import Check, check
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
@@ -123,7 +121,7 @@ def _write_shard(job: ShardJob) -> Written:
         file.write(end)
         digest.update(end)
     written = Written(job.digest(), offset + len(end), digest.hexdigest(), rows, left_out)
-    write_json(job.note, job.out / WORK, vars(written))
+    write_json(job.note, vars(written), work=job.out / WORK)
     return written
 
 
@@ -143,7 +141,7 @@ def finished_shard(job: ShardJob, short: bool = False) -> Written | None:
         return None
     if not tar.is_file() or tar.stat().st_size != written.size:
         return None
-    return written if file_sha256(tar) == written.digest else None
+    return written if digest_of(tar) == written.digest else None
 
 
 def shard(job: ShardJob) -> Written:
@@ -280,8 +278,7 @@ def finished_set(out: Path, source: str) -> ShardSet | None:
     if started.exists() and started.read_text() != source:
         raise ValueError(f"{out} holds an unfinished set {other}")
     if not started.exists():
-        with replacing(started, out / WORK) as file:
-            file.write(source.encode())
+        write_whole(started, source)
     return None
 
 
@@ -312,10 +309,10 @@ def describe_set(
         "attributes": [{**entry, "k": len(entry["categories"]) or 2} for entry in dataset.attribute_list],
         "shard_records": shard_records,
         "splits": {split: _describe(dataset.attribute_list, split, table, jobs, written) for split in SPLITS},
-        "manifest": {"file": MANIFEST, "size": (out / MANIFEST).stat().st_size, "digest": file_sha256(out / MANIFEST)},
+        "manifest": {"file": MANIFEST, "size": (out / MANIFEST).stat().st_size, "digest": digest_of(out / MANIFEST)},
         "left_out": [entry._asdict() for entry in left_out],
     }
-    write_json(out / DESCRIPTION, out / WORK, info, indent=1)
+    write_json(out / DESCRIPTION, info, work=out / WORK)
     return ShardSet.open(out)
 
 
