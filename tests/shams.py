@@ -1,4 +1,4 @@
-"""Three sham methods of some 20 lines each: what later methods need of the interface, and nothing else.
+"""Four sham methods of some 20 lines each: what later methods need of the interface, and nothing else.
 
 Each is registered under METHODS by `registered()` for the time of a test only.
 """
@@ -130,16 +130,57 @@ class Quantised(Method):
         return (Stage("quantised", (Phase(("autoencoder",), self.autoencoder_loss),), self.settings.images),)
 
 
+class Generator(nn.Module):
+    """Noise and code to a picture of one colour, which the noise changes little."""
+
+    def __init__(self, width: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.size, self.colours = size, nn.Linear(width, channels)
+
+    def forward(self, noise, code):
+        colours = self.colours(torch.cat([0.01 * noise, code.to(noise.dtype)], 1))
+        return colours[:, :, None, None].expand(-1, -1, self.size, self.size)
+
+
+class Drawing(Method):
+    """Can sample and nothing else: a generator that learns which mean colour goes with which labels."""
+
+    name, Settings, for_use = "sham_drawing", ShamSettings, ("generator",)
+    noise_width = 4
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        width = self.noise_width + self.attributes.code_width
+        self.networks = {
+            "generator": Generator(width, self.channels, self.image_size),
+            "discriminator": nn.Linear(1, 1),
+        }
+
+    def sample(self, noise, code):
+        return self.networks["generator"](noise, code)
+
+    def generator_loss(self, networks, batch, context):
+        noise, code = batch.draws.normal("noise", (self.noise_width,)), self.attributes.code(batch.attributes)
+        error = batch.mean((networks["generator"](noise, code) - batch.images).square().mean((1, 2, 3)))
+        return Loss(error, {"generator/error": error.detach()})
+
+    def optimizers(self):
+        return {("generator",): Optimizer(learning_rate=0.05)}
+
+    def stages(self):
+        return (Stage("drawing", (Phase(("generator",), self.generator_loss),), self.settings.images),)
+
+
 SHAMS = (Sampler, Penalised, Quantised)
 
 
 @contextlib.contextmanager
-def registered() -> Iterator[None]:
-    """The shams stand in METHODS while this lasts."""
-    for sham in SHAMS:
+def registered(*shams: type[Method]) -> Iterator[None]:
+    """These shams, or the usual three, stand in METHODS while this lasts."""
+    for sham in shams or SHAMS:
         register(sham)
     try:
         yield
     finally:
-        for sham in SHAMS:
+        for sham in shams or SHAMS:
             METHODS.pop(sham.name)
