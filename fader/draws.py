@@ -1,7 +1,8 @@
 """Random numbers that belong to a record: the same on any rank, any device, in any order of asking.
 
-A number is a pure function of (seed, stream, draw, record, name, position). Nothing is consumed, so nothing has to be
-restored: a resumed run, or the same run on another number of ranks, sees the same flips and the same noise.
+A number is a pure function of (key, record, name, position), and the key is one of (seed, stream, draw). Nothing is
+consumed, so nothing has to be restored: a resumed run, or the same run on another number of ranks, sees the same flips
+and the same noise. The key is a tensor on the device, so that every step is the same sequence of kernels.
 
 The mixer is the 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
 generators", OOPSLA), applied once for each part of the key.
@@ -9,6 +10,7 @@ generators", OOPSLA), applied once for each part of the key.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -42,27 +44,42 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+@functools.lru_cache
+def _key_of_name(name: str) -> int:
+    return key_of(name)
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of one batch, keyed by record.
 
     Args:
-        seed: the run's seed (with its salt mixed in by whoever makes the batch).
-        stream: the name of the sequence of batches this batch belongs to.
-        draw: how many batches of the stream came before.
+        key: scalar int64 on the device of `index`, see `Draws.of`.
         index: [N] int64, the record's row in its split.
+        host_key: the key as a Python number, for the host alone: the engine seeds dropout from it, and no loss reads it.
     """
 
-    seed: int
-    stream: str
-    draw: int
+    key: Tensor
     index: Tensor
+    host_key: int
+
+    @staticmethod
+    def of(seed: int, stream: str, draw: int, index: Tensor) -> Draws:
+        """The numbers of one draw of a stream.
+
+        Args:
+            seed: the run's seed (with its salt mixed in by whoever makes the batch).
+            stream: the name of the sequence of batches this batch belongs to.
+            draw: how many batches of the stream came before.
+            index: [N] int64, the record's row in its split.
+        """
+        key = key_of(seed, stream, draw)
+        return Draws(torch.full((), key, dtype=torch.int64, device=index.device), index, key)
 
     def _bits(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """[N, *shape] int64, 64 random bits each."""
         width = math.prod(shape)
-        key = key_of(self.seed, self.stream, self.draw, name)
-        record = _mix(self.index * _signed(_GOLDEN) + key)
+        record = _mix(self.index * _signed(_GOLDEN) + _mix(self.key + _key_of_name(name)))
         position = torch.arange(1, width + 1, device=self.index.device, dtype=torch.int64) * _signed(_GOLDEN)
         return _mix(_mix(record[:, None] + position[None, :])).view(len(self.index), *shape)
 

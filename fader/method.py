@@ -38,17 +38,20 @@ class Batch:
         attributes: [N, A] float labels as stored: 0 … k-1 for binary and k-way, [0, 1] for continuous, -1 unknown.
         index: [N] int64 row of each record in its split.
         draws: the batch's random numbers, keyed by record.
-        size: records of the global batch divided by the number of ranks. A sum over this rank's records divided by
-            `size` becomes, averaged over ranks, the mean over the global batch, also when shares are uneven.
+        size: scalar float32, records of the global batch divided by the number of ranks. A sum over this rank's records
+            divided by `size` becomes, averaged over ranks, the mean over the global batch, also when shares are uneven.
         known: [A] the same for each attribute, counting only the records whose label is known.
+        records: of the global batch, as a Python number, for the host alone: learning rates and moving averages follow
+            it, and no loss reads it.
     """
 
     images: Tensor | None
     attributes: Tensor
     index: Tensor
     draws: Draws
-    size: float
+    size: Tensor
     known: Tensor
+    records: int
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the global batch of [N] values, as this rank's part of an average over ranks."""
@@ -57,9 +60,10 @@ class Batch:
     @staticmethod
     def alone(images: Tensor | None, attributes: Tensor, seed: int = 0, stream: str = "alone", draw: int = 0) -> Batch:
         """A batch that is the whole global batch, its records numbered from 0: for tests, tools and one-off use."""
-        index = torch.arange(len(attributes), device=attributes.device)
+        records, device = len(attributes), attributes.device
+        index, size = torch.arange(records, device=device), torch.full((), float(records), device=device)
         known = (attributes >= 0).sum(0).to(torch.float32)
-        return Batch(images, attributes, index, Draws(seed, stream, draw, index), float(len(attributes)), known)
+        return Batch(images, attributes, index, Draws.of(seed, stream, draw, index), size, known, records)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fader.draws import key_of
 from fader.method import METHODS, Loss, Method, Optimizer, Phase, Stage, register
 from pipeline.config import build
 from pipeline.loading.plan import salted
 from pipeline.training import run as training
+
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,19 @@ class Poisoned(Method):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.networks = {"autoencoder": nn.Linear(3, 3)}
+        s = self.settings
+        keys = [
+            key_of(salted(0, salt), "poisoned/autoencoder", draw)
+            for salt in range(s.until_salt)
+            for draw in range(s.from_images // BATCH, s.images // BATCH)
+        ]
+        self.poisoned = torch.tensor(keys)
 
     def loss(self, networks, batch, context):
         colours = batch.images.mean((2, 3))
-        salts = range(self.settings.until_salt)
-        poisoned = context.clock.images >= self.settings.from_images and any(
-            batch.draws.seed == salted(0, salt) for salt in salts
-        )
-        if poisoned and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 1):
-            colours = colours * torch.nan
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 1:
+            poisoned = torch.isin(batch.draws.key, self.poisoned)
+            colours = torch.where(poisoned, torch.nan, colours)
         mse = batch.mean((networks["autoencoder"](colours) - colours).square().mean(1))
         return Loss(mse, {"autoencoder/mse": mse.detach()})
 
@@ -74,7 +81,7 @@ def tree(faces: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "method": {"name": Poisoned.name} | changes.get("method", {}),
         "data": {"path": str(faces), "attributes": ["Smiling"], "image_size": 16, "loader": "pillow"},
-        "batch_size": 8,
+        "batch_size": BATCH,
         "run": {"log_images": 16, "checkpoint_images": 40, "picture_images": 0, "nonfinite_updates": 4}
         | changes.get("run", {}),
         "engine": changes.get("engine", {}),

@@ -59,12 +59,13 @@ def families() -> dict[str, Callable[[], Method]]:
 def batch(attributes: Attributes, stream: str, draw: int) -> Batch:
     """Records of noise whose brightness follows the first label."""
     index = torch.arange(BATCH) + 1000 * draw
-    draws = Draws(3, stream, draw, index)
+    draws = Draws.of(3, stream, draw, index)
     labels = torch.stack([draws.integers(a.name, a.k) for a in attributes], 1).float()
     labels = labels.double()
     images = draws.normal("pixels", (3, IMAGE_SIZE, IMAGE_SIZE)) * 0.3 + (labels[:, 0] - 0.5)[:, None, None, None]
     known = torch.full((len(attributes),), float(BATCH), dtype=torch.float64)
-    return Batch(images.double(), labels, index, draws, float(BATCH), known)
+    size = torch.tensor(BATCH, dtype=torch.float64)
+    return Batch(images.double(), labels, index, draws, size, known, BATCH)
 
 
 def losses(build: Callable[[], Method]) -> dict[str, list[float]]:

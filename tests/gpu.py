@@ -151,14 +151,14 @@ def augmentation_128() -> dict[str, Any]:
         rotation_degrees=5, translation=0.03, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02
     )
     images, index = torch.rand(256, 3, 128, 128) * 2 - 1, torch.arange(256)
-    here = augmented(images, Draws(0, "x", 0, index), settings)
+    here = augmented(images, Draws.of(0, "x", 0, index), settings)
     images, index = images.cuda(), index.cuda()
-    apart = float((augmented(images, Draws(0, "x", 0, index), settings).cpu() - here).abs().max())
+    apart = float((augmented(images, Draws.of(0, "x", 0, index), settings).cpu() - here).abs().max())
     assert apart < 1e-3, apart
     torch.cuda.synchronize()
     began = time.monotonic()
     for draw in range(200):
-        augmented(images, Draws(0, "x", draw, index), settings)
+        augmented(images, Draws.of(0, "x", draw, index), settings)
     torch.cuda.synchronize()
     return {"images/s": round(200 * 256 / (time.monotonic() - began)), "from the CPU": apart}
 

@@ -152,7 +152,7 @@ def one_share(case: Case, stream: str, draw: int, rank: int, world_size: int) ->
     """Images whose brightness follows the labels, one label unknown now and then: a rank's share of them."""
     dtype = torch.float64 if case.wide else torch.float32
     index = torch.arange(case.batch_size) + 1000 * draw
-    draws = Draws(3, stream, draw, index)
+    draws = Draws.of(3, stream, draw, index)
     labels = torch.stack([draws.integers("a", 2), draws.integers("b", 4) - 1], 1).to(dtype)
     images = draws.normal("pixels", (3, IMAGE_SIZE, IMAGE_SIZE)).to(dtype) * 0.3
     images = images + (labels[:, 0] - 0.5)[:, None, None, None]
@@ -160,15 +160,17 @@ def one_share(case: Case, stream: str, draw: int, rank: int, world_size: int) ->
     images, labels, index = (share(part, rank, world_size) for part in (images, labels, index))
     if case.poisoned and draw == POISONED and rank == world_size - 1:
         images = images * torch.nan
-    return Batch(images, labels, index, Draws(3, stream, draw, index), case.batch_size / world_size, known)
+    size = torch.tensor(case.batch_size / world_size, dtype=dtype)
+    return Batch(images, labels, index, Draws.of(3, stream, draw, index), size, known, case.batch_size)
 
 
 def on(device: torch.device, batch: Batch) -> Batch:
     """A batch on the device that trains."""
     if device.type == "cpu":
         return batch
-    moved = {name: getattr(batch, name).to(device) for name in ("images", "attributes", "index", "known")}
-    return dataclasses.replace(batch, **moved, draws=dataclasses.replace(batch.draws, index=moved["index"]))
+    moved = {name: getattr(batch, name).to(device) for name in ("images", "attributes", "index", "size", "known")}
+    draws = dataclasses.replace(batch.draws, key=batch.draws.key.to(device), index=moved["index"])
+    return dataclasses.replace(batch, **moved, draws=draws)
 
 
 def train(

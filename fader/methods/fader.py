@@ -320,7 +320,7 @@ class Fader(Method):
                 loss = loss + self._risen(s.lambda_patch, images) * patch
                 report["patch"] = patch.detach()
             if "classifier" in networks:
-                every = torch.full_like(batch.known, batch.size)
+                every = batch.size.expand_as(batch.known)
                 verdict = attribute_loss(self.attributes, networks["classifier"](swap), labels, every, s.head)
                 loss = loss + self._risen(s.lambda_classifier, images) * verdict
                 report["classifier"] = verdict.detach()

@@ -129,10 +129,10 @@ class Engine(Ranks):
             ValueError: a rank has fewer records than parts to take them in.
         """
         self._stand(phase)
-        torch.manual_seed(key_of(self.seed, "dropout", batch.draws.stream, batch.draws.draw, self.rank))
+        torch.manual_seed(key_of(self.seed, "dropout", batch.draws.host_key, self.rank))
         for name, schedule in self.method.schedules().items():
             self.weights[name].fill_(schedule.at(clock.images))
-        gather = lambda rows: self.gather(rows, round(batch.size * self.world_size))  # noqa: E731
+        gather = lambda rows: self.gather(rows, batch.records)  # noqa: E731
         context = Context(clock, self.weights, self.reduce_sum, gather)
         if not phase.trains:
             with torch.no_grad(), self.accelerator.autocast():
@@ -140,8 +140,7 @@ class Engine(Ranks):
             self._average_own_statistics()
             return report
         group = self.groups[phase.trains]
-        images = batch.size * self.world_size
-        group.set_rate(self._rate_factor(images, clock), clock)
+        group.set_rate(self._rate_factor(batch.records, clock), clock)
         moving = [network for network in self.networks.values() if network.training]  # in eval mode nothing takes note
         buffers = [buffer for network in moving for buffer in network.buffers()]
         before = [buffer.clone() for buffer in buffers]
@@ -150,7 +149,7 @@ class Engine(Ranks):
         for buffer, old in zip(buffers, before):
             buffer.copy_(torch.where(finite > 0, buffer, old))
         self._average_own_statistics()
-        self._follow(group, images, finite)
+        self._follow(group, batch.records, finite)
         report = _mean_report(losses)
         report[f"{phase.name}/gradient_norm"] = norm
         report[f"{phase.name}/skipped"] = 1.0 - finite
@@ -159,11 +158,11 @@ class Engine(Ranks):
             report[f"{phase.name}/skipped"] = group.loss_scale.update(finite)
         return report
 
-    def _rate_factor(self, images: float, clock: Clock) -> float:
+    def _rate_factor(self, images: int, clock: Clock) -> float:
         """What this batch size, at this moment, makes of the learning rates."""
         settings = self.settings
         scale = (images / settings.reference_batch_size) ** _LR_POWER[settings.lr_scaling]
-        return ramp(scale, clock.stage_images + round(images), over=settings.warmup_images)
+        return ramp(scale, clock.stage_images + images, over=settings.warmup_images)
 
     def _stand(self, phase: Phase) -> None:
         """The phase's networks train; the others stand as it says, and hold no gradient."""
@@ -187,7 +186,7 @@ class Engine(Ranks):
             buffer.copy_(mean)
 
     @torch.no_grad()
-    def _follow(self, group: Group, images: float, finite: Tensor) -> None:
+    def _follow(self, group: Group, images: int, finite: Tensor) -> None:
         """The moving average goes a step towards the weights, and its statistics towards theirs.
 
         Running statistics taken as they are would belong to other weights: on CelebA at 250,000 images the averaged

@@ -106,7 +106,7 @@ def measure(
         picture = decode(split.bytes(row))
         if picture.size != CELEBA_SIZE:
             raise ValueError(f"{split.keys[row]} is {picture.width}x{picture.height}; aligned pictures are 178x218")
-        canvas, place = plant(np.asarray(picture), Draws(seed, "misalignment", 0, torch.tensor([row])))
+        canvas, place = plant(np.asarray(picture), Draws.of(seed, "misalignment", 0, torch.tensor([row])))
         faces = find(canvas, detector=detector)[:1]
         alone.append(eye_error(faces, place))
         if aligner is not None:

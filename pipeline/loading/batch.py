@@ -54,7 +54,7 @@ def finish(
         The batch, on the device of `labels`.
     """
     index = share(rows, rank, world_size)
-    draws = Draws(seed, request.stream, request.draw, index)
+    draws = Draws.of(seed, request.stream, request.draw, index)
     attributes = labels.index_select(0, rows)
     known = (attributes >= 0).sum(0).to(torch.float32) / world_size
     images = None
@@ -62,8 +62,9 @@ def finish(
         images = normalised(pixels, draws.uniform("flip") < 0.5 if request.flip else None, buffers)
         if request.augment:
             images = augmented(images, draws, request.augment)
-    size = len(request.rows) / world_size
-    return Batch(images, share(attributes, rank, world_size), index, draws, size, known)
+    records = len(request.rows)
+    size = torch.full((), records / world_size, device=rows.device)
+    return Batch(images, share(attributes, rank, world_size), index, draws, size, known, records)
 
 
 class Buffers:

@@ -15,7 +15,7 @@ ALL = Attributes([Attribute("Male"), HAIR, Attribute("Age", "continuous")])
 
 
 def draws(count: int, draw: int = 0) -> Draws:
-    return Draws(1, "test", draw, torch.arange(count))
+    return Draws.of(1, "test", draw, torch.arange(count))
 
 
 def test_a_binary_code_is_absent_present():

@@ -112,7 +112,7 @@ def flipped_target_is_another_value() -> None:
     attributes = Attributes([Attribute("Beard", "k-way", ("none", "short", "long")), Attribute("Male")])
     count = 600
     labels = torch.stack([torch.arange(count) % 3, torch.arange(count) % 2], 1).float()
-    draws = Draws(0, "test", 0, torch.arange(count))
+    draws = Draws.of(0, "test", 0, torch.arange(count))
     flipped = attributes.flipped(labels, draws)
     assert torch.equal(flipped[:, 1], 1 - labels[:, 1])
     for category in range(3):

@@ -16,7 +16,7 @@ TWO = Attributes([Attribute("Male"), Attribute("Hair", "k-way", ("black", "blond
 
 
 def draws(count: int) -> Draws:
-    return Draws(0, "test", 0, torch.arange(count))
+    return Draws.of(0, "test", 0, torch.arange(count))
 
 
 def test_squared_errors_are_means_over_an_images_pixels():

@@ -200,13 +200,14 @@ def test_a_batch_in_uneven_shares_averages_to_the_whole(name, changes, phase):
     want = value(whole)
     parts = [
         value(
-            Batch(
-                whole.images[s],
-                whole.attributes[s],
-                whole.index[s],
-                dataclasses.replace(whole.draws, index=whole.index[s]),
-                whole.size / 2,
-                whole.known / 2,
+            dataclasses.replace(
+                whole,
+                images=whole.images[s],
+                attributes=whole.attributes[s],
+                index=whole.index[s],
+                draws=dataclasses.replace(whole.draws, index=whole.index[s]),
+                size=whole.size / 2,
+                known=whole.known / 2,
             )
         )
         for s in (slice(0, 5), slice(5, 12))

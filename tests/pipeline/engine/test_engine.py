@@ -318,9 +318,7 @@ def test_reduced_precision_learns_on_cuda_and_its_state_comes_back(backend, prec
 
     def update(engine: Engine, k: int) -> dict[str, torch.Tensor]:
         one = batch(k)
-        on = {name: getattr(one, name).to(engine.device) for name in ("images", "attributes", "index", "known")}
-        draws = dataclasses.replace(one.draws, index=on["index"])
-        one = dataclasses.replace(one, **on, draws=draws)
+        one = Batch.alone(one.images.to(engine.device), one.attributes.to(engine.device), seed=k)
         return engine.update(engine.method.stages()[0].phases[0], one, Clock(images=8 * k))
 
     first = engine()
@@ -352,8 +350,8 @@ def test_a_batch_taken_in_parts_is_the_batch(name):
         for k in range(3):
             for phase in engine.method.stages()[0].phases:
                 one = batch(k)
-                wide = dataclasses.replace(one, images=one.images.double(), attributes=one.attributes.double())
-                report = engine.update(phase, wide, Clock())
+                wide = {name: getattr(one, name).double() for name in ("images", "attributes", "size", "known")}
+                report = engine.update(phase, dataclasses.replace(one, **wide), Clock())
                 assert report[f"{phase.name}/skipped"] == 0
     a, b = whole.state().networks, parts.state().networks
     assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-12
@@ -414,8 +412,8 @@ def test_dropout_is_keyed_by_stream_and_draw():
     def loss(draw: int) -> float:
         engine.load(fixed)
         one = batch()
-        draws = dataclasses.replace(one.draws, draw=draw)
-        return float(engine.update(phase, dataclasses.replace(one, draws=draws), Clock())["classifier/loss"])
+        one = Batch.alone(one.images, one.attributes, draw=draw)
+        return float(engine.update(phase, one, Clock())["classifier/loss"])
 
     assert loss(3) == loss(3) != loss(4)
 

@@ -249,7 +249,7 @@ class Pictures:
 def test_planted_faces_lie_where_it_is_said_turned_and_scaled_in_every_way():
     turns, zooms = [], []
     for row in range(30):
-        draws = Draws(0, "misalignment", 0, torch.tensor([row]))
+        draws = Draws.of(0, "misalignment", 0, torch.tensor([row]))
         canvas, place = misalignment.plant(face_of_spots(Similarity(), (178, 218)), draws)
         assert canvas.shape == (480, 480, 3)
         assert off(detect_spots(canvas)[0], place) < 0.3

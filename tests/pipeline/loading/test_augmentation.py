@@ -106,7 +106,7 @@ def test_grey_pictures_stay_grey_and_results_stay_in_range():
 
 def test_what_is_off_touches_nothing():
     images = floats(pictures())
-    assert augmented(images, Draws(1, "a", 0, torch.arange(6)), AugmentConfig()) is images
+    assert augmented(images, Draws.of(1, "a", 0, torch.arange(6)), AugmentConfig()) is images
     assert not AugmentConfig() and AugmentConfig(hue=0.01)
 
 
@@ -133,7 +133,7 @@ def test_a_record_is_augmented_alike_on_any_rank(world_size):
 
 def test_deviations_are_even_up_to_their_bound():
     """Read off the pictures: a flat one's brightness is its grey; a ramp's shift is the grey at its centre."""
-    draws = Draws(3, "a", 0, torch.arange(4000))
+    draws = Draws.of(3, "a", 0, torch.arange(4000))
     flat = torch.zeros(4000, 1, 1, 1)  # grey 0.5 of 1
     factors = (augmented(flat, draws, AugmentConfig(brightness=0.2))[:, 0, 0, 0] + 1).numpy()
     ramp = torch.linspace(-0.8, 0.8, 9).expand(4000, 1, 9, 9)
@@ -148,7 +148,7 @@ def test_deviations_are_even_up_to_their_bound():
 
 def test_picture_by_picture_is_all_at_once(monkeypatch):
     """What runs on a GPU, run here."""
-    images, draws = floats(pictures()), Draws(3, "a", 0, torch.arange(6))
+    images, draws = floats(pictures()), Draws.of(3, "a", 0, torch.arange(6))
     one_by_one = augmented(images, draws, ALL)
     monkeypatch.setattr(augmentation, "_one_by_one", lambda images: False)
     assert torch.allclose(augmented(images, draws, ALL), one_by_one, atol=1e-5)
@@ -161,8 +161,8 @@ def test_picture_by_picture_is_all_at_once(monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu_as_on_the_cpu():
     images, index = floats(pictures(size=64)), torch.arange(6)
-    here = augmented(images, Draws(3, "a", 0, index), ALL)
-    there = augmented(images.cuda(), Draws(3, "a", 0, index.cuda()), ALL)
+    here = augmented(images, Draws.of(3, "a", 0, index), ALL)
+    there = augmented(images.cuda(), Draws.of(3, "a", 0, index.cuda()), ALL)
     assert there.is_cuda and torch.allclose(there.cpu(), here, atol=2e-4)
 
 

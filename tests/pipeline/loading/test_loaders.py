@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from fader.attributes import Attribute, Attributes
+from fader.draws import key_of
 from pipeline.data.datasets.celeba import read_celeba
 from pipeline.data.shards import ShardSet, Split, prepare
 from pipeline.images import Preprocessing
@@ -121,7 +122,7 @@ def equal(a, b) -> bool:
     same = torch.equal(a.attributes, b.attributes) and torch.equal(a.index, b.index) and torch.equal(a.known, b.known)
     if a.images is None or b.images is None:
         return same and a.images is b.images
-    return same and torch.equal(a.images, b.images) and a.draws.draw == b.draws.draw
+    return same and torch.equal(a.images, b.images) and a.draws.host_key == b.draws.host_key
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_requests_with_and_without_images_keep_their_order(train, kind, run):
         asked += requests(40, range(run * draw, run * (draw + 1)), stream="labels", images=False)
     batches = list(made(kind, train).batches(iter(asked)))
     for request, batch in zip(asked, batches, strict=True):
-        assert (batch.draws.stream, batch.draws.draw) == (request.stream, request.draw)
+        assert batch.draws.host_key == key_of(7, request.stream, request.draw)
         assert batch.index.tolist() == request.rows.tolist()
         assert (batch.images is not None) == request.images
 
@@ -281,7 +282,7 @@ def test_an_endless_stream_of_labels_decodes_nothing(train, kind, monkeypatch):
     monkeypatch.setattr(Split, "bytes", lambda self, row: pytest.fail("a picture was read"))
     endless = (request for draw in itertools.count() for request in requests(40, [draw], images=False))
     batches = list(itertools.islice(made(kind, train).batches(endless), 100))
-    assert [batch.draws.draw for batch in batches] == list(range(100))
+    assert [batch.draws.host_key for batch in batches] == [key_of(7, "a", draw) for draw in range(100)]
     assert all(batch.images is None and batch.attributes.shape == (7, 3) for batch in batches)
 
 

@@ -251,11 +251,11 @@ def test_memory_is_lent_again_when_the_last_view_of_it_is_gone():
 def test_half_of_the_records_are_mirrored_by_their_own_draw(pixels):
     request = Request("a", 4, np.arange(20).repeat(20), flip=True)
     batch, plain = made(request, pixels, LABELS), made(Request("a", 4, request.rows), pixels, LABELS)
-    mirrored = Draws(7, "a", 4, batch.index).uniform("flip") < 0.5
+    mirrored = Draws.of(7, "a", 4, batch.index).uniform("flip") < 0.5
     assert torch.equal(batch.images[mirrored], plain.images[mirrored].flip(3))
     assert torch.equal(batch.images[~mirrored], plain.images[~mirrored])
     sides = [
-        float((Draws(7, "a", draw, torch.arange(100)).uniform("flip") < 0.5).float().mean()) for draw in range(100)
+        float((Draws.of(7, "a", draw, torch.arange(100)).uniform("flip") < 0.5).float().mean()) for draw in range(100)
     ]
     assert stats.binomtest(round(sum(sides) * 100), 10000).pvalue > 1e-4
 
