@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ import typer
 
 from launch import judges
 from launch.command import main
+from launch.progress import progress_bar
 from pipeline.files import write_whole
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def measure(model: Model, judge: Model | None, way: Way) -> Report:
         count = min(way.limit or len(records), len(records))
         what = f"{count:,} records of the {way.split} split of {way.shards.path}"
         typer.echo(f"evaluating {model.source} on {what}{judged}", err=True)
-    with _progress(ranks.is_main) as progress:
+    with progress_bar("records") as progress:
         report = evaluation.evaluate(
             model,
             judge,
@@ -257,17 +257,6 @@ def _seer(
     if sliding and {"swap", "distribution"} & set(way.tables):
         return judges.find(sliding, judge, data, judge_images, way.ranks)
     return registry.load(judge) if sliding and judge else None
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task("records", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def show(table: Table) -> None:

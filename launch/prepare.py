@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from launch.command import main
+from launch.progress import progress_bar
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Dataset
-    from pipeline.data.datasets.workers import Progress
     from pipeline.data.shards import ShardSet
 
 app = typer.Typer(
@@ -283,30 +282,6 @@ def _tell(written: ShardSet) -> None:
         first, where = info["left_out"][0]["reason"], written.path / "dataset.json"
         typer.echo(f"left out: {len(info['left_out']):,}, listed in {where}; the first: {first}")
     typer.echo(f"next: fader inspect {written.path}, or fader verify {written.path}")
-
-
-@contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Progress]:
-    """A progress bar on stderr, with rate and time left; nothing when stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, rate="")
-
-        def progress(done: int, total: int) -> None:
-            speed = bar.tasks[task].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:,.0f}/s" if speed else "")
-
-        yield progress
 
 
 if __name__ == "__main__":

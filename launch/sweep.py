@@ -14,7 +14,8 @@ import typer
 from launch import judges
 from launch.command import main
 from launch.evaluate import Way, keep, measure, open_ranks, show, suffix
-from launch.train import Watcher, exit_code
+from launch.progress import watching_training
+from launch.train import exit_code
 from pipeline.files import write_whole
 
 if TYPE_CHECKING:
@@ -168,8 +169,8 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed:
         number = f"{child.number + 1} of {len(asked.children)}"
         typer.echo(f"{child.label} ({number}): {'resuming' if began else 'training'} in {child.folder}")
     try:
-        with Watcher() as watcher:
-            train(with_parent(child, parent), child.folder, resume=began, watch=watcher)
+        with watching_training() as watch:
+            train(with_parent(child, parent), child.folder, resume=began, watch=watch)
     except Interrupted as stopped:
         if ranks.is_main:
             typer.echo(f"{stopped}\nthe same command goes on with the sweep", err=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.command import main
+from launch.progress import is_first_rank, watching_training
 
 if TYPE_CHECKING:
     from pipeline.config import Experiment
-    from pipeline.training.run import Progress
 
 log = logging.getLogger(__name__)
 
@@ -41,23 +41,22 @@ def train(
     from pipeline.training.run import train as run_training
 
     experiment, folder, resumed = _what_to_train(words, resume, go_on)
-    if _is_first():
+    if is_first_rank():
         _leave_word(None)
         typer.echo(_announcement(experiment, folder, resumed))
-    watcher = Watcher()
     try:
-        with watcher:
-            run_training(experiment, folder, resume=resumed, watch=watcher)
+        with watching_training() as watch:
+            run_training(experiment, folder, resume=resumed, watch=watch)
     except Interrupted as stopped:
         leave()
-        if _is_first():
+        if is_first_rank():
             typer.echo(f"{stopped}\ngo on with: fader train --resume {folder}", err=True)
         sys.stdout.flush()
         sys.exit(exit_code(stopped.reason.exit_code))
     except FloatingPointError as error:
         raise ValueError(str(error)) from None
     leave()
-    if _is_first():
+    if is_first_rank():
         typer.echo(_ending(experiment, folder))
         _leave_word(0)
 
@@ -74,13 +73,9 @@ def _what_to_train(words: list[str], resume: Path | None, go_on: bool) -> tuple[
     if not (go_on and (given.folder / "run.json").exists()):
         return given, given.folder, False
     kept = load(given.folder / "config.yaml", words[1:])
-    if kept.digest != given.digest and _is_first():
+    if kept.digest != given.digest and is_first_rank():
         log.warning("%s says otherwise than the run it began; %s goes on as it began", words[0], given.folder)
     return kept, given.folder, True
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _leave_word(code: int | None) -> None:
@@ -100,7 +95,7 @@ def exit_code(code: int) -> int:
     """
     from pipeline.training.interruption import EXIT_AGAIN, launched
 
-    if _is_first():
+    if is_first_rank():
         _leave_word(code)
     return 0 if code == EXIT_AGAIN and launched() else code
 
@@ -123,50 +118,6 @@ def _ending(experiment: Any, folder: Path) -> str:
     else:
         lines.append(f"next: fader evaluate {folder}    or    fader register {folder} --name {experiment.name}")
     return "\n".join(lines)
-
-
-class Watcher:
-    """A progress bar on a terminal, a line an interval elsewhere."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.task: Any = None
-
-    def __enter__(self) -> Watcher:
-        if sys.stderr.isatty() and int(os.environ.get("RANK", "0")) == 0:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            self.bar = Progress(
-                BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), console=Console(stderr=True)
-            )
-            self.bar.start()
-            self.task = self.bar.add_task("images", total=None, text="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        text = f"{progress.images_per_second:,.0f} images/s  {_duration(progress.seconds_left)} left  {_shown(progress)}"
-        if self.bar:
-            self.bar.update(self.task, completed=progress.clock.images, total=progress.total_images, text=text)
-        else:
-            typer.echo(f"{progress.clock.images:>10,} / {progress.total_images:,} images  {text}", err=True)
-
-
-def _shown(progress: Progress) -> str:
-    """Losses and weights; the rest goes to the tracker."""
-    hidden = ("/gradient_norm", "/skipped")
-    shown = {k: v for k, v in progress.metrics.items() if not k.endswith(hidden) and "." not in k}
-    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from launch.command import main
-from launch.prepare import Workers, progress_bar
+from launch.prepare import Workers
+from launch.progress import progress_bar
 
 
 def verify(
