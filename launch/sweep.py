@@ -149,17 +149,14 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed:
     """Train a child to its end: not at all when it is there, from its newest checkpoint when it was broken off.
 
     Raises:
-        ValueError: its folder holds a run of other settings.
+        ValueError: its folder holds a run of other settings or of other data.
     """
-    from pipeline import config
     from pipeline.models import checkpoint
     from pipeline.training.interruption import Interrupted
     from pipeline.training.run import train
-    from pipeline.training.sweep import with_parent
+    from pipeline.training.sweep import has_begun, with_parent
 
-    began = (child.folder / "run.json").is_file()
-    if began and config.load(child.folder / "config.yaml").digest != child.experiment.digest:
-        raise ValueError(f"{child.folder} holds a run of other settings; give this sweep another --folder")
+    began = has_begun(child)
     if began and checkpoint.finished(child.folder):
         if ranks.is_main:
             typer.echo(f"{child.label}: trained already")

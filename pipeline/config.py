@@ -212,8 +212,13 @@ class Experiment(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Of what decides the result: the resolved tree without names, places and tracking."""
-        tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "run", "tracking")}
+        """The sha256 of what decides the result: the settings without names, places, tracking, and how records are read.
+
+        Which records they are, the digest of the data says (`ShardSet.digest`), not the folder they lie in.
+        """
+        tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "judge", "run", "tracking")}
+        for key in ("path", "threads", "prefetch", "cache"):
+            del tree["data"][key]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.config import Experiment
+from pipeline.data.shards import ShardSet
 from pipeline.evaluation.compare import Compared
 from pipeline.evaluation.report import Table
 
@@ -85,9 +87,9 @@ def plan(path: str | Path, words: Sequence[str], folder: Path | None = None) -> 
         run = point.run.model_copy(update={"folder": str(folder / label)})
         experiment = point.model_copy(update={"name": f"{base.name} {label}", "run": run})
         children.append(Child(number, label, settings, experiment))
-    seen: dict[str, Child] = {}
+    seen: dict[Any, Child] = {}
     for child in children:
-        for key in (child.experiment.digest, child.label):
+        for key in ((child.experiment.digest, child.experiment.data.path), child.label):
             if key in seen:
                 raise ValueError(f"{child.label} and {seen[key].label} are the same experiment")
             seen[key] = child
@@ -108,6 +110,22 @@ def _label(settings: Mapping[str, str]) -> str:
     keys = short if len(set(short)) == len(short) else [key.replace(".", "_") for key in settings]
     pairs = zip(keys, settings.values())
     return "--".join(f"{key}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', value).strip('_')}" for key, value in pairs)
+
+
+def has_begun(child: Child) -> bool:
+    """Whether the child's folder holds its run.
+
+    Raises:
+        ValueError: it holds a run of other settings or of other data.
+    """
+    if not (child.folder / "run.json").is_file():
+        return False
+    about, data = json.loads((child.folder / "run.json").read_text()), child.experiment.data.path
+    if config.load(child.folder / "config.yaml").digest != child.experiment.digest:
+        raise ValueError(f"{child.folder} holds a run of other settings; give this sweep another --folder")
+    if about["data_digest"] != ShardSet.open(data).digest:
+        raise ValueError(f"{child.folder} holds a run of other data than {data}; give this sweep another --folder")
+    return True
 
 
 def with_parent(child: Child, run_id: str | None) -> Experiment:

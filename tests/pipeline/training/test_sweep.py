@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from pipeline.data.shards import ShardSet
 from pipeline.evaluation.compare import Compared
 from pipeline.training import sweep
+from tests.runs import make_run
 
 CONFIG = """
 name: base
@@ -41,6 +44,10 @@ def test_lists_keep_their_commas(config):
     assert [child.label for child in asked.children] == ["attributes-Smiling", "attributes-Male_Young"]
 
 
+def test_sets_may_be_swept(config):
+    assert [child.experiment.data.path for child in sweep.plan(config, ["data.path=a,b"]).children] == ["a", "b"]
+
+
 def test_keys_that_end_alike_are_told_apart():
     label = sweep._label({"method.images": "1", "other.images": "2"})
     assert label == "method_images-1--other_images-2"
@@ -56,6 +63,7 @@ def test_keys_that_end_alike_are_told_apart():
         (["method.lamda_max=1,2"], "did you mean method.lambda_max?"),
         (["method.lambda_max=1e-3,0.001"], "are the same experiment"),
         (["run.log_images=1,2"], "are the same experiment"),
+        (["data.threads=1,2"], "are the same experiment"),
         (["name=a,b"], "cannot be swept"),
     ],
 )
@@ -63,6 +71,24 @@ def test_what_is_no_grid_is_said(config, words, says):
     with pytest.raises(ValueError) as error:
         sweep.plan(config, words)
     assert says in str(error.value)
+
+
+def test_a_child_is_known_by_its_settings_and_its_data_not_by_where_they_lie(config, faces, tmp_path):
+    data = {"path": str(faces), "attributes": ["Smiling"], "image_size": 64}
+    make_run(tmp_path / "out" / "seed-0", {"name": "fader", "preset": "small"}, data=data, attributes=ShardSet.open(faces).attributes)
+    about = tmp_path / "out" / "seed-0" / "run.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "data_digest": ShardSet.open(faces).digest}))
+    (tmp_path / "moved").symlink_to(faces)
+
+    def child(*words: str) -> sweep.Child:
+        return sweep.plan(config, [f"data.path={tmp_path / 'moved'}", "seed=0,1", *words], tmp_path / "out").children[0]
+
+    assert sweep.has_begun(child("data.threads=7", "data.prefetch=1", "data.cache=none", "judge=elsewhere"))
+    with pytest.raises(ValueError, match="of other settings"):
+        sweep.has_begun(child("data.flip=false"))
+    about.write_text(json.dumps({**json.loads(about.read_text()), "data_digest": "d" * 64}))
+    with pytest.raises(ValueError, match="of other data"):
+        sweep.has_begun(child())
 
 
 def found(**metrics) -> Compared:
