@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fader.attributes import Attributes, Head
@@ -63,36 +60,6 @@ def fool_loss(
     Source: Lample et al. 2017, arXiv:1706.00409, equation 3.
     """
     return attribute_loss(attributes, logits, attributes.flipped(labels, draws), known, head)
-
-
-def confusion_loss(
-    attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head, odds: Sequence[Tensor]
-) -> Tensor:
-    """Cross-entropy of the latent discriminator's logits against odds that are the same for all: the encoder minimises it.
-
-    With the frequencies of the labels as odds it is lowest, their entropy, when the latent tells nothing; unlike
-    `fool_loss` it gains nothing by telling the opposite. Even odds would, where a value is rare, ask for a latent that
-    makes the discriminator expect it too often.
-
-    Args:
-        odds: one [k] an attribute, each of sum 1; a continuous attribute is led to their mean, 0 and 1 the values.
-        labels: [N, A]; only whether they are known matters.
-
-    Other arguments, reduction and errors as in `attribute_loss`.
-
-    Source: Tzeng et al. 2015, arXiv:1510.02192, equation 4, there between two domains and with even odds.
-    """
-    total = logits.new_zeros((), dtype=wide(logits).dtype)
-    for j, (attribute, block) in enumerate(zip(attributes, attributes.blocks(wide(logits), head))):
-        share = odds[j].to(block)
-        if attribute.kind == "continuous":
-            each = (torch.sigmoid(block[:, 0]) - share[1]).square()
-        elif block.shape[1] == 1:
-            each = F.binary_cross_entropy_with_logits(block[:, 0], share[1].expand(len(block)), reduction="none")
-        else:
-            each = F.cross_entropy(block, share.expand(len(block), -1), reduction="none")
-        total = total + torch.where(labels[:, j] >= 0, each, 0.0).sum() / known[j].clamp(min=1e-6)
-    return total
 
 
 def patch_losses(probabilities: Tensor, target: float) -> Tensor:

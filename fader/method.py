@@ -21,11 +21,10 @@ from fader.similarity import Similarity
 
 Networks = Mapping[str, nn.Module]
 ReduceSum = Callable[[Tensor], Tensor]
-Rows = Callable[[Tensor], Tensor]  # of every rank's share of a batch, the whole
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, or all ranks' rows, when there is one."""
+    """The sum over all ranks, when there is one."""
     return tensor
 
 
@@ -100,14 +99,10 @@ class Context:
 
     weights: the value at this update of each of the method's schedules, a scalar float32 tensor on the device.
     reduce_sum: differentiable sum over all ranks, the identity on one.
-    gather: of a tensor with a row for each record of this rank's share, that of the whole global batch, in its order and
-    without gradients; not for a share that is taken in parts.
     """
 
-    clock: Clock = Clock()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     reduce_sum: ReduceSum = identity
-    gather: Rows = identity
 
 
 LossFunction = Callable[[Networks, Batch, Context], Loss]

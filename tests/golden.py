@@ -31,7 +31,6 @@ SMALL = {
     "hidden_channels": 16,
     "images": STEPS * BATCH,
     "ramp_images": STEPS * BATCH // 2,
-    "fisher_records": 64,
 }
 
 

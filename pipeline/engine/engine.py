@@ -132,8 +132,7 @@ class Engine(Ranks):
         torch.manual_seed(key_of(self.seed, "dropout", batch.draws.host_key, self.rank))
         for name, schedule in self.method.schedules().items():
             self.weights[name].fill_(schedule.at(clock.images))
-        gather = lambda rows: self.gather(rows, batch.records)  # noqa: E731
-        context = Context(clock, self.weights, self.reduce_sum, gather)
+        context = Context(self.weights, self.reduce_sum)
         if not phase.trains:
             with torch.no_grad(), self.accelerator.autocast():
                 report = _detached(phase.loss(self.networks, batch, context).report)

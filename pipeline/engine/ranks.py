@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fader.method import Batch
 from pipeline.engine.launcher import PRECISION, environment
-from pipeline.loading.plan import largest_share, share
 
 log = logging.getLogger(__name__)
 
@@ -77,23 +76,6 @@ class Ranks:
     def reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, differentiable; the identity on one."""
         return AllReduceSum.apply(tensor) if self.world_size > 1 else tensor
-
-    def gather(self, rows: Tensor, batch_size: int) -> Tensor:
-        """All ranks' rows of a global batch, in its order: `rows` has one for each record of this rank's share of it.
-
-        Raises:
-            ValueError: it has another number of rows.
-        """
-        if self.world_size == 1:
-            return rows
-        sizes = [len(share(range(batch_size), rank, self.world_size)) for rank in range(self.world_size)]
-        if len(rows) != sizes[self.rank]:
-            raise ValueError(f"{len(rows)} rows of rank {self.rank}, whose share of {batch_size} records is {sizes[self.rank]}")
-        padded = rows.new_zeros(largest_share(batch_size, self.world_size), *rows.shape[1:])
-        padded[: len(rows)] = rows.detach()
-        found = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(found, padded)
-        return torch.cat([part[:size] for part, size in zip(found, sizes)])
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Mean over ranks of named scalars; waits for the device once."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fader.kernel import KernelReader
 from fader.method import Batch, ReduceSum
 from pipeline import metrics
+from pipeline.evaluation.kernel import KernelReader
 from pipeline.evaluation.labels import hard
 from pipeline.evaluation.measure import PROBE_RECORDS, Pass, flat_latent
 from pipeline.evaluation.report import Leak

@@ -20,13 +20,13 @@ import fader.networks.discriminators
 import fader.networks.layers
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
-from fader.method import Batch, Clock, Context
+from fader.method import Batch
 from fader.methods import Fader, FaderSettings
 from fader.networks.autoencoder import Decoder, Latent, Layout
 from fader.networks.discriminators import LatentDiscriminator
 from fader.networks.layers import Up
-from fader.schedules import ramp
-from tests.fader.tiny import MIXED, loss_of, phases, planted, stand, tiny_fader
+from fader.schedules import Schedule, ramp
+from tests.fader.tiny import MIXED, context, loss_of, phases, planted, stand, tiny_fader
 
 MALE = Attributes([Attribute("Male")])
 RAMP = 16_000_000
@@ -74,9 +74,9 @@ def lambda_follows_the_clock() -> None:
     assert FaderSettings().lambda_max == lambda_max and FaderSettings().ramp_images == RAMP
     method = tiny_fader(lambda_max=lambda_max, ramp_images=RAMP, lambda_reconstruction=0.0)
     for images in (0, RAMP // 4, 32, 50_000, 50_032, RAMP, 3 * RAMP, RAMP // 2):
-        loss = loss_of(method, "encoder+decoder", planted(), Clock(images))
+        loss = loss_of(method, "encoder+decoder", planted(), images)
         want = lambda_max * min(images / RAMP, 1.0)
-        assert float(loss.report["autoencoder/lambda"]) == pytest.approx(want, rel=1e-9), images
+        assert float(loss.report["autoencoder/lambda"]) == pytest.approx(want, rel=1e-6), images
         assert loss.value.item() == pytest.approx(want * float(loss.report["autoencoder/fool"]), rel=1e-5), images
 
 
@@ -85,7 +85,7 @@ def encoder_works_against_the_discriminator() -> None:
     method, batch = tiny_fader(lambda_reconstruction=0.0, lambda_max=1.0), planted()
     stand(method, phases(method)["encoder+decoder"])
     weights = list(method.networks["encoder"].parameters())
-    value = phases(method)["encoder+decoder"].loss(method.networks, batch, Context()).value
+    value = phases(method)["encoder+decoder"].loss(method.networks, batch, context(method)).value
     ours = torch.autograd.grad(value, weights)
     logits = method.networks["latent_discriminator"](method.networks["encoder"](batch.images))
     reading = method.attributes.losses(logits, batch.attributes, batch.known).sum()
@@ -260,29 +260,29 @@ def lambda_frozen(patch: Patch) -> None:
     """λ is a number read once, when the step was traced."""
     first: list[float] = []
 
-    def frozen(value: float, images: int, *, rise: str, over: int, after: int) -> float:
-        first.append(ramp(value, images, over=over))
+    def frozen(self: Schedule, images: int) -> float:
+        first.append(ramp(self.to, images, over=self.over))
         return first[0]
 
-    patch.setattr(method_file, "risen", frozen)
+    patch.setattr(Schedule, "at", frozen)
 
 
 def lambda_ends_at_one(patch: Patch) -> None:
-    patch.setattr(method_file, "risen", lambda value, images, *, rise, over, after: min(images, over) / over)
+    patch.setattr(Schedule, "at", lambda self, images: min(images, self.over) / self.over)
 
 
 def lambda_reset_each_epoch(patch: Patch) -> None:
-    patch.setattr(method_file, "risen", lambda value, images, *, rise, over, after: ramp(value, images % 50_000, over=over))
+    patch.setattr(Schedule, "at", lambda self, images: ramp(self.to, images % 50_000, over=self.over))
 
 
 def lambda_counts_from_the_last_start(patch: Patch) -> None:
     """A counter of its own, as one that a resumed run begins again."""
     calls = itertools.count()
-    patch.setattr(method_file, "risen", lambda value, images, *, rise, over, after: ramp(value, 32 * next(calls), over=over))
+    patch.setattr(Schedule, "at", lambda self, images: ramp(self.to, 32 * next(calls), over=self.over))
 
 
 def lambda_without_a_ramp(patch: Patch) -> None:
-    patch.setattr(method_file, "risen", lambda value, images, *, rise, over, after: value)
+    patch.setattr(Schedule, "at", lambda self, images: self.to)
 
 
 def wrong_sign(patch: Patch) -> None:

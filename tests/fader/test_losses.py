@@ -9,7 +9,7 @@ import torch
 
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
-from fader.losses import accuracies, attribute_loss, confusion_loss, fool_loss, patch_losses, squared_errors
+from fader.losses import accuracies, attribute_loss, fool_loss, patch_losses, squared_errors
 from fader.schedules import ema_decay, ramp, risen
 
 TWO = Attributes([Attribute("Male"), Attribute("Hair", "k-way", ("black", "blond", "brown"))])
@@ -68,25 +68,6 @@ def test_fool_loss_of_a_k_way_attribute_aims_at_the_drawn_category():
     want = torch.nn.functional.cross_entropy(logits[:3], target)
     got = fool_loss(hair, logits, labels, torch.tensor([3.0]), draws(4), "softmax")
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
-def test_confusion_loss_is_lowest_at_the_odds_and_blind_to_the_labels(head):
-    """Against odds of 1 : 3: their entropy when the logits say so, whatever the label; more when they say anything else."""
-    male, one, odds = Attributes([Attribute("Male")]), torch.ones(1), [torch.tensor([0.25, 0.75])]
-    says = lambda x: torch.tensor([[0.0, x]]) if head == "softmax" else torch.tensor([[x]])  # noqa: E731
-    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    for label in (0.0, 1.0):
-        loss = confusion_loss(male, says(math.log(3)), torch.tensor([[label]]), one, head, odds)
-        assert loss.item() == pytest.approx(entropy, rel=1e-6)
-        assert confusion_loss(male, says(0.0), torch.tensor([[label]]), one, head, odds).item() == pytest.approx(math.log(2))
-    labels, known = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [0.0, -1.0]]), torch.tensor([2.0, 2.0])
-    even = [torch.full((2,), 1 / 2), torch.full((3,), 1 / 3)]
-    nothing = torch.zeros(3, 5 if head == "softmax" else 4)
-    assert confusion_loss(TWO, nothing, labels, known, head, even).item() == pytest.approx(math.log(6), rel=1e-6)
-    aged = Attributes([Attribute("Age", "continuous")])
-    logits = torch.zeros(1, aged.logits_width(head))
-    assert confusion_loss(aged, logits, torch.tensor([[0.9]]), one, head, [torch.tensor([0.5, 0.5])]).item() == 0
 
 
 def test_patch_losses_by_hand():

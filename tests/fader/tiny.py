@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fader.attributes import Attribute, Attributes
-from fader.method import METHODS, Batch, Clock, Context, Method, Phase
+from fader.method import METHODS, Batch, Context, Method, Phase
 from fader.methods import Fader, FaderSettings
 
 MIXED = Attributes([Attribute("Smiling"), Attribute("Beard", "k-way", ("none", "short", "long")), Attribute("Male")])
@@ -59,11 +59,16 @@ def phases(method: Method) -> dict[str, Phase]:
     return {phase.name: phase for stage in method.stages() for phase in stage.phases}
 
 
-def loss_of(method: Method, name: str, batch: Batch, clock: Clock = Clock()):
-    """A phase's loss with the networks standing as that phase asks."""
+def context(method: Method, images: int = 0) -> Context:
+    """What a loss may know after so many images, on one process."""
+    return Context(method.weights(images))
+
+
+def loss_of(method: Method, name: str, batch: Batch, images: int = 0):
+    """A phase's loss after so many images, with the networks standing as that phase asks."""
     phase = phases(method)[name]
     stand(method, phase)
-    return phase.loss(method.networks, batch, Context(clock))
+    return phase.loss(method.networks, batch, context(method, images))
 
 
 def weights(method: Method) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def moved(before: dict, method: Method, parameters_only: bool = True) -> set[str
     return changed
 
 
-def test_a_critic_by_moments_notes_batches_of_its_own_beside_the_discriminators():
+def test_a_solved_critic_notes_batches_of_its_own_beside_the_discriminators():
     method = tiny("fader", lambda_fisher=0.1, fisher_steps=3, fisher_half_life=10**9)
     engine, (stage,) = Engine(method), method.stages()
     (looks,) = [phase for phase in stage.phases if not phase.trains]
@@ -73,24 +73,6 @@ def test_a_critic_by_moments_notes_batches_of_its_own_beside_the_discriminators(
     assert critic.count.item() == pytest.approx(2 * 8)
     alone = tiny("fader", lambda_fisher=0.1)
     assert not [phase for phase in alone.stages()[0].phases if not phase.trains]
-
-
-def test_the_kernels_critic_remembers_batches_of_its_own_and_solves_every_few_steps():
-    method = tiny("fader", lambda_fisher=0.1, critic="kernel", fisher_steps=3, fisher_every=2, fisher_records=64)
-    engine, (stage,) = Engine(method), method.stages()
-    looks, solves = [phase for phase in stage.phases if not phase.trains]
-    assert (looks.name, looks.repeat, solves.name, solves.source) == ("critic", 3, "solution", None)
-    critic = method.networks["critic"]
-    for phase in (looks, *(phase for phase in stage.phases if phase.trains)):
-        engine.update(phase, batch(), Clock())
-    assert critic.seen.item() == 8, "it remembers what its own phase reads, and nothing more"
-    before = weights(method)
-    engine.update(solves, batch(), Clock(updates=1))
-    assert not moved(before, method, parameters_only=False), "every other step"
-    engine.update(solves, batch(), Clock(updates=2))
-    assert moved(before, method, parameters_only=False) == {"critic"}
-    with pytest.raises(ValueError, match="reads batches of its own: fisher_steps is 0"):
-        tiny("fader", lambda_fisher=0.1, critic="kernel")
 
 
 @pytest.mark.parametrize("name", NAMES)

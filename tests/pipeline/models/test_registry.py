@@ -68,8 +68,8 @@ def test_an_export_is_the_run_without_its_run(runs, tmp_path):
 
 
 def test_an_export_holds_what_use_needs_and_one_from_before_is_read(runs, tmp_path):
-    """Nothing of discriminators, nor of the critic, which remembers latents of training pictures."""
-    critic = {"lambda_fisher": 1, "critic": "kernel", "fisher_records": 8, "fisher_steps": 1}
+    """Nothing of discriminators, nor of the critic, which keeps sums over training pictures."""
+    critic = {"lambda_fisher": 1, "fisher_hidden": 8, "fisher_steps": 1}
     export = models.export(make_run(tmp_path / "run", FADER | critic), tmp_path / "out")
     path, card = export / "model.safetensors", json.loads((export / "card.json").read_text())
     held = load_file(path)

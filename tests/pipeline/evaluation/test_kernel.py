@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fader.kernel import KernelReader
+from pipeline.evaluation.kernel import KernelReader
 
 SLICES = [slice(0, 3), slice(3, 5)]
 

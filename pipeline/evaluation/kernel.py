@@ -1,4 +1,4 @@
-"""A reader of latents that is solved for, not trained: the kernel Fisher discriminant."""
+"""A probe of latents that is solved in closed form, not trained: Fisher's discriminant with a Gaussian kernel."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from torch import Tensor, nn
 
 
 class KernelReader(nn.Module):
-    """What lies apart in the feature space of a Gaussian kernel, and how far: Fisher's discriminant, of several values.
+    """Reads which value of an attribute a latent has, by the kernel Fisher discriminant of several values.
 
-    With μ_v the mean of those of value v, μ̄ the mean of the μ_v, so that rare values count alike, Σ the covariance of
-    all and ρ the ridge, the direction of v is d_v = (Σ + ρ)⁻¹ (μ_v - μ̄), its separation J_v = (μ_v - μ̄)ᵀ d_v. The kernel
-    is exp(-|u - u'|² / 2F) of F numbers, each standardised: e⁻¹ between two latents of usual distance, if the numbers are
-    independent.
+    For a value v, μ_v is the mean feature vector of the records that have it. μ̄ is the mean of all μ_v, so that rare
+    values count as much as common ones. Σ is the covariance of all records and ρ the ridge. The direction that tells v is
+    d_v = (Σ + ρ)⁻¹ (μ_v - μ̄), and its separation is J_v = (μ_v - μ̄)ᵀ d_v.
 
-    The ridge sets how fine it reads. Too large, it is blind to what lies in directions of small variance; too small, it
-    reads its records' chance: of J, about a share F'/N of N records is that, F' the features that the ridge leaves.
+    Features are those of the kernel exp(-|u - u'|² / 2F), where F numbers of a latent are standardised first. Two latents
+    of usual distance then have the kernel e⁻¹, if their numbers are independent.
 
-    All state is buffers. Before it is fit all it reads is 0.
+    The ridge decides how fine the reader sees. If it is too large, the reader misses what lies in directions of small
+    variance. If it is too small, the reader learns the accidents of its records: with N records and F' features that the
+    ridge leaves, a share of about F'/N of J is accident.
+
+    A reader that was not fitted yet reads 0 everywhere. All its state is buffers.
 
     Args:
-        size: F, numbers of a latent.
-        num_records: the most it can be fit to.
-        slices: the columns that are the values of one attribute, for each.
-        ridge: ρ as a share of the mean squared length of a feature vector about its mean.
+        size: F, the numbers of a latent.
+        num_records: the largest number of records that it can be fitted to.
+        slices: for each attribute, the columns of its values.
+        ridge: ρ, as a share of the mean squared length of a feature vector about its mean.
 
     Source: Mika, Rätsch, Weston, Schölkopf, Müller 1999, "Fisher discriminant analysis with kernels",
     doi:10.1109/NNSP.1999.788121; several values: Rao 1948, section 7.
@@ -50,9 +53,9 @@ class KernelReader(nn.Module):
 
         Args:
             latents: [num_records, size].
-            members: [num_records, width], how much each is of each value; all 0 where that is not known. An attribute of
-                which a value has no record is not read.
-            filled: [num_records], 1 where there is a record and 0 where there is none; of members there are none then.
+            members: [num_records, width], how far each record has each value; all 0 where the label is unknown. An
+                attribute is not read when one of its values has no record.
+            filled: [num_records], 1 where the row is a record and 0 where it is empty; empty rows have no members.
         """
         count = filled.sum().clamp(min=1)
         self.filled.copy_(filled)
@@ -71,7 +74,7 @@ class KernelReader(nn.Module):
                 apart[:, part] *= (members[:, part].sum(0) > 0).all()
             system = kernel / count
             system.diagonal().add_(self.ridge * system.diagonal().sum() + 1e-12 + (1 - self.filled))
-            factor, _ = torch.linalg.cholesky_ex(system)  # of what is not finite it makes what is not finite, no error
+            factor, _ = torch.linalg.cholesky_ex(system)  # latents that are not finite give a solution that is not, and no error
             self.alphas.copy_(torch.cholesky_solve(apart, factor))
             read = kernel @ self.alphas
             self.separations.copy_((apart * read).sum(0))
@@ -79,7 +82,7 @@ class KernelReader(nn.Module):
                 self.centres[part] = shares[:, part].mean(1) @ read[:, part]
 
     def read(self, latents: Tensor) -> Tensor:
-        """[N, size] latents to [N, width]: for each value d_vᵀ (φ - φ̄), φ̄ the mean of all it was fit to; differentiable."""
+        """[N, size] latents to [N, width]: for each value d_vᵀ (φ - φ̄), where φ̄ is the mean of the records fitted to."""
         with torch.autocast(latents.device.type, enabled=False):
             standard = (latents - self.middle.to(latents.dtype)) / self.spread.to(latents.dtype)
             return self._centred(self._kernel(standard)) @ self.alphas.to(latents.dtype)
