@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.second_device import other_device  # noqa: F401
 from tests.sets import faces  # noqa: F401
 
 
@@ -19,7 +20,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter):
     """One line: the seconds of all tests that start several ranks, for which there is a limit (setup.cfg)."""
-    reports = [report for kind in terminalreporter.stats.values() for report in kind]
-    seconds = [report.duration for report in reports if "ranks" in getattr(report, "keywords", ())]
+    listed = [entry for kind in terminalreporter.stats.values() for entry in kind]  # tests left out are items, no reports
+    seconds = [entry.duration for entry in listed if isinstance(entry, pytest.TestReport) and "ranks" in entry.keywords]
     if seconds:
         terminalreporter.write_line(f"tests on several ranks: {sum(seconds):.0f} s")

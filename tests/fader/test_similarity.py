@@ -114,10 +114,10 @@ def test_it_learns_to_undo_what_was_planted():
     assert sum(errors[-20:]) < 0.35 * sum(errors[:20]), errors[::20]
 
 
-@pytest.mark.gpu
-def test_cuda_plants_shows_and_loses_what_the_cpu_does():
+def test_another_device_plants_shows_and_loses_what_the_cpu_does(other_device):
+    """In float32 the gradients, up to 1.0, are 3e-6 apart by rounding alone; TF32, which is off here, makes that 3e-3."""
     values = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", other_device):
         method = tiny("aligner", ONE, 64)
         network = method.networks["regressor"].to(device)
         batch = Batch.alone(spot(0.1j).expand(8, -1, -1, -1).to(device), torch.zeros(8, 1, device=device))
@@ -126,7 +126,7 @@ def test_cuda_plants_shows_and_loses_what_the_cpu_does():
         gradient = torch.cat([p.grad.flatten() for p in network.parameters()]).cpu()
         values.append((method.windows(batch.images, method.planted(batch.draws), batch.draws).cpu(), gradient))
     for one, other in zip(*values):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"window": 0.0}, {"max_zoom": 0.9}, {"max_shift": -1.0}, {"norm": "instance"}])

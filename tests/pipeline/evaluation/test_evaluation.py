@@ -107,7 +107,7 @@ class Seer(Sham):
         blocks = []
         for j, attribute in enumerate(self.attributes):
             level = images[..., band(self.world, self.world.index(attribute.name))].mean((1, 2, 3))
-            blocks.append(-10 * (level[:, None] - levels(attribute)[None]) ** 2)
+            blocks.append(-10 * (level[:, None] - levels(attribute).to(level)[None]) ** 2)
         return torch.cat(blocks, 1)
 
 
@@ -153,15 +153,14 @@ def planted(name: str = "test", records: int = 120, seed: int = 0, unknown: floa
 
 class MemoryLoader:
     def __init__(self, split, attributes, preprocessing, *, seed, device, threads):
-        self.split, self.seed = split, seed
-        self.labels = torch.from_numpy(split.columns(attributes))
+        self.split, self.seed, self.device = split, seed, device
+        self.labels = torch.from_numpy(split.columns(attributes)).to(device)
 
     def batches(self, requests):
         for request in requests:
             rows = torch.from_numpy(request.rows)
-            yield finish(
-                request, self.split.pixels[rows], self.labels, rows, seed=self.seed, rank=0, world_size=1, buffers=Buffers()
-            )
+            pixels, rows = self.split.pixels[rows].to(self.device), rows.to(self.device)
+            yield finish(request, pixels, self.labels, rows, seed=self.seed, rank=0, world_size=1, buffers=Buffers())
 
 
 def run(model: Method | Model, judge: Method | Model | None = None, split: Split | None = None, **keywords):
@@ -684,15 +683,14 @@ def test_every_rank_gets_the_numbers_of_one(world_size):
             assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
 
 
-@pytest.mark.gpu
-def test_a_gpu_gives_the_numbers_of_the_cpu():
+def test_another_device_gives_the_numbers_of_the_cpu(other_device):
     train, method = planted("train", 150, seed=1), fader()
     given = {"tables": evaluation.TABLES, "probe_split": train, "classes": [["Smiling", "Hair"]]}
     reader = Reader()
-    cpu, gpu = (run(method, reader, device=device, **given).metrics() for device in ("cpu", "cuda"))
-    assert cpu.keys() == gpu.keys()
-    for name, value in cpu.items():  # a record at the border of a judgement may fall on the other side
-        assert gpu[name] == pytest.approx(value, rel=1e-2, abs=0.05 if "leak" in name else 0.02), name
+    cpu, other = (run(method, reader, device=device, **given).metrics() for device in ("cpu", other_device))
+    assert cpu.keys() == other.keys()
+    for name, value in cpu.items():  # a probe's training amplifies rounding
+        assert other[name] == pytest.approx(value, rel=1e-3, abs=0.05 if "leak" in name else 1e-3), name
 
 
 # --- quick -----------------------------------------------------------------------------------------------------------
