@@ -1,4 +1,4 @@
-"""Checkpoints: atomic directories with a digest of every file, found again newest first, never half trusted.
+"""Write and read checkpoints: folders that are there whole or not at all, with a digest of every file.
 
 A checkpoint is `RUN/checkpoints/images-000064000/`:
 
@@ -11,7 +11,7 @@ A checkpoint is `RUN/checkpoints/images-000064000/`:
 and `best.json` beside them names the one that validation found best, with the metric and its value.
 
 It is written under a temporary name, flushed to disk and renamed. A reader takes the newest whose digests hold. Names
-that begin with a dot are on their way in (`.tmp`), on their way out (`.gone`), or about to be replaced (`.old`).
+that begin with a dot are being written (`.tmp`), being removed (`.gone`), or about to be replaced (`.old`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +44,11 @@ def folder(run: Path) -> Path:
     return run / "checkpoints"
 
 
+def _place(run: Path, images: int) -> Path:
+    """Return the folder of the checkpoint at so many images seen, whether it is there or not."""
+    return folder(run) / f"{_PREFIX}{images:012d}"
+
+
 def images_of(checkpoint: Path) -> int:
     """Images seen at a checkpoint, which its name says."""
     return int(checkpoint.name.removeprefix(".").removeprefix(_PREFIX).split(".")[0])
@@ -63,7 +67,7 @@ def write(
     Raises:
         OSError: the disk is full or refuses; whatever was there before is untouched.
     """
-    target = folder(run) / f"{_PREFIX}{images:012d}"
+    target = _place(run, images)
     story = json.dumps({"format": FORMAT, "images": images, "metrics": dict(metrics or {}), **extra}, indent=1)
     if target.exists() and _is_sound(target) and (target / "state.json").read_text() == story:
         return target
@@ -85,12 +89,32 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path.parent.parent} takes no {path.name}: {error}") from error
 
 
-def found(run: Path) -> list[Path]:
-    """Every checkpoint of a run, newest first, unverified; one that was about to be replaced where nothing replaced it."""
+def kept(run: Path) -> list[Path]:
+    """Return every checkpoint of a run, newest first and unverified; one that was to be replaced where nothing replaced it."""
     whole = {path.name: path for path in folder(run).glob(f"{_PREFIX}*") if path.is_dir()}
     for old in folder(run).glob(f".{_PREFIX}*.old"):
-        whole.setdefault(f"{_PREFIX}{images_of(old):012d}", old)
+        whole.setdefault(_place(run, images_of(old)).name, old)
     return [whole[name] for name in sorted(whole, reverse=True)]
+
+
+def clear_unfinished(run: Path) -> None:
+    """Remove what a kill left half written or half removed; put back what was to be replaced and was not."""
+    for left in folder(run).glob(f".{_PREFIX}*"):
+        whole = _place(run, images_of(left))
+        if left.suffix == ".old" and not whole.exists():
+            os.replace(left, whole)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; a kill half-way leaves nothing that looks like one, because it gets another name first."""
+    gone = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.{os.getpid()}.gone")
+    try:
+        os.replace(checkpoint, gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        log.warning("%s is not removed: %s", checkpoint, error)
 
 
 def at(run: Path, images: int) -> Path:
@@ -99,7 +123,7 @@ def at(run: Path, images: int) -> Path:
     Raises:
         ValueError: there is none.
     """
-    for checkpoint in found(run):
+    for checkpoint in kept(run):
         if images_of(checkpoint) == images:
             return checkpoint
     raise ValueError(f"{run} has no checkpoint at {images:,} images here; all ranks must see the same folder")
@@ -110,27 +134,24 @@ def latest(run: Path, up_to: float = math.inf) -> Path | None:
 
     Damaged ones are named in a warning and passed over.
     """
-    for checkpoint in found(run):
+    for checkpoint in kept(run):
         if images_of(checkpoint) <= up_to and _is_sound(checkpoint):
             return checkpoint
     return None
 
 
-def best(run: Path, metric: str, mode: Literal["max", "min"]) -> Path | None:
-    """The sound checkpoint whose metric is the largest or smallest, the earlier of equals; None when none has it."""
-    for checkpoint in _by_metric(found(run), metric, mode):
-        if _is_sound(checkpoint):
-            return checkpoint
-    return None
+def note_best(run: Path, images: int, about: Mapping[str, Any]) -> None:
+    """Name the checkpoint that validation found best, with what is known of it."""
+    write_whole(folder(run) / _BEST, json.dumps({**about, "images": images}, indent=1))
 
 
 def validated(run: Path) -> Path | None:
-    """The checkpoint that validation found best; None when none was kept or the one that was is gone."""
+    """Return the checkpoint that validation found best; None when none was kept or the one that was is gone."""
     try:
         images = int(json.loads((folder(run) / _BEST).read_text())["images"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return next((path for path in found(run) if images_of(path) == images), None)
+    return next((path for path in kept(run) if images_of(path) == images), None)
 
 
 def named(run: Path, which: str) -> Path:
@@ -148,11 +169,11 @@ def named(run: Path, which: str) -> Path:
     if which == "best":
         checkpoint = validated(run)
     elif which.startswith(_PREFIX) and digits.isdecimal():
-        checkpoint = next((path for path in found(run) if images_of(path) == int(digits)), None)
+        checkpoint = next((path for path in kept(run) if images_of(path) == int(digits)), None)
     else:
         raise ValueError(f"checkpoint {which!r} is none of latest, best, {_PREFIX}N")
     if checkpoint is None:
-        there = [f"{_PREFIX}{images_of(path)}" for path in reversed(found(run))]
+        there = [f"{_PREFIX}{images_of(path)}" for path in reversed(kept(run))]
         there += ["latest", *(["best"] if validated(run) else [])] if there else ["none"]
         raise ValueError(f"{run} keeps no checkpoint {which}; there are: {', '.join(there)}")
     check(checkpoint)
@@ -173,8 +194,8 @@ def metrics_of(checkpoint: Path) -> dict[str, float]:
         return {}
 
 
-def _by_metric(checkpoints: list[Path], metric: str, mode: Literal["max", "min"]) -> list[Path]:
-    """Those that have the metric, the best first."""
+def by_metric(checkpoints: list[Path], metric: str, mode: Literal["max", "min"]) -> list[Path]:
+    """Return those that have the metric, the best first, the earlier of equals first."""
     sign = -1 if mode == "max" else 1
     values = {path: metrics_of(path).get(metric, math.nan) for path in reversed(checkpoints)}
     return sorted((path for path, value in values.items() if math.isfinite(value)), key=lambda path: sign * values[path])
@@ -238,119 +259,3 @@ def read_networks(checkpoint: Path, ema: bool = True) -> dict[str, dict[str, Ten
         network, _, key = name.partition("/")
         networks.setdefault(network, {})[key] = tensor
     return networks
-
-
-class Writer:
-    """Writes checkpoints behind the training's back, one at a time, and keeps some of them.
-
-    A failed write is reported and training goes on with the older ones intact; `close` raises when the last one failed.
-
-    Args:
-        keep: so many of the newest.
-        every_images: and the first one of each so many images; 0 = none.
-        best: and by each of these metrics the best.
-    """
-
-    def __init__(
-        self, run: Path, keep: int, *, every_images: int = 0, best: Mapping[str, Literal["max", "min"]] | None = None
-    ) -> None:
-        self.run = run
-        self.keep, self.every_images, self.best = keep, every_images, dict(best or {})
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[Path] | None = None
-        self._error: BaseException | None = None
-        for left in folder(run).glob(f".{_PREFIX}*"):
-            whole = folder(run) / f"{_PREFIX}{images_of(left):012d}"
-            if left.suffix == ".old" and not whole.exists():
-                os.replace(left, whole)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-
-    def save(
-        self,
-        images: int,
-        state: State,
-        extra: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
-        validated_best: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Take a state (a copy that nobody changes) and write it in the background; waits for the one before.
-
-        Args:
-            metrics: as in `write`.
-            validated_best: what is known of it when validation found it the best so far; it is then kept until a better
-                one comes.
-        """
-        self.wait()
-        self._pending = self._pool.submit(self._write, images, state, extra, metrics, validated_best)
-
-    def wait(self) -> None:
-        """Until nothing is being written."""
-        if self._pending is None:
-            return
-        try:
-            path = self._pending.result()
-            self._error = None
-            log.info("checkpoint %s", path)
-        except OSError as error:
-            self._error = error
-            log.error("checkpoint not saved: %s; older ones are intact and training goes on", error)
-        finally:
-            self._pending = None
-
-    def close(self) -> None:
-        """Wait, and say so if the last state could not be saved.
-
-        Raises:
-            OSError: it could not.
-        """
-        self.wait()
-        self._pool.shutdown()
-        if self._error is not None:
-            newest = latest(self.run)
-            left = f"{newest} is the newest there is" if newest else "there is none"
-            raise OSError(f"the last checkpoint could not be saved: {self._error}; {left}") from self._error
-
-    def forget_after(self, images: int) -> None:
-        """The run went back to `images` seen: what stands past it belongs to a past that was given up."""
-        self.wait()
-        for checkpoint in found(self.run):
-            if images_of(checkpoint) > images:
-                _remove(checkpoint)
-
-    def _write(
-        self,
-        images: int,
-        state: State,
-        extra: Mapping[str, Any],
-        metrics: Mapping[str, float] | None,
-        validated_best: Mapping[str, Any] | None,
-    ) -> Path:
-        path = write(self.run, images, state, extra, metrics)
-        if validated_best is not None:
-            write_whole(folder(self.run) / _BEST, json.dumps({**validated_best, "images": images}, indent=1))
-        for checkpoint in self._superfluous(images):
-            _remove(checkpoint)
-        return path
-
-    def _superfluous(self, images: int) -> list[Path]:
-        """What need not be kept once that of `images` is written. What stands past it did not hold when it was read."""
-        there = found(self.run)
-        past = [path for path in there if images_of(path) <= images]
-        kept = [*past[: self.keep], validated(self.run)]
-        for metric, mode in self.best.items():
-            kept += _by_metric(past, metric, mode)[:1]
-        if self.every_images:
-            firsts = {images_of(path) // self.every_images: path for path in past}  # the earliest comes last
-            kept += [path for quotient, path in firsts.items() if quotient]
-        return [path for path in there if path not in kept]
-
-
-def _remove(checkpoint: Path) -> None:
-    """Away under another name first: a kill half-way leaves nothing that looks like a checkpoint."""
-    gone = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.{os.getpid()}.gone")
-    try:
-        os.replace(checkpoint, gone)
-        shutil.rmtree(gone)
-    except OSError as error:
-        log.warning("%s is not removed: %s", checkpoint, error)

@@ -33,6 +33,7 @@ from pipeline.models import checkpoint
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.training import watchdog
 from pipeline.training.interruption import STOP_FILE, Interrupted, Listener, Reason
+from pipeline.training.retention import CheckpointWriter
 from pipeline.training.steps import Position, steps
 from pipeline.training.validation import Looked, Validation, bare
 from pipeline.training.watchdog import Watchdog
@@ -233,7 +234,7 @@ class _Run:
             experiment.tracking.enabled, self.folder, experiment.tracking.experiment, experiment.name, self.engine.is_main,
             run_id=self.tracker_run_id, node=self.engine.node, local_main=self.engine.is_local_main,
         )  # fmt: skip
-        self.writer: checkpoint.Writer | None = None
+        self.writer: CheckpointWriter | None = None
         if not self.engine.is_main:
             self.tracker.start()
             return
@@ -252,7 +253,7 @@ class _Run:
         write_whole(self.folder / "config.yaml", experiment.dump())
         write_whole(self.folder / "run.json", json.dumps(card, indent=1))
         run = experiment.run
-        self.writer = checkpoint.Writer(self.folder, run.keep, every_images=run.keep_every_images, best=run.keep_best)
+        self.writer = CheckpointWriter(self.folder, run.keep, every_images=run.keep_every_images, best=run.keep_best)
         watchdog.clear(self.folder)
         self.tracker.start(self.started_at)
         self.tracker.params(experiment.to_dict())
@@ -417,7 +418,7 @@ class _Run:
         """The best before the return may have made way for one after it, which then went, too: the next look is best."""
         best = self.validation and self.validation.standing.best
         if best:
-            there = [checkpoint.images_of(path) for path in checkpoint.found(self.folder)] if self.engine.is_main else []
+            there = [checkpoint.images_of(path) for path in checkpoint.kept(self.folder)] if self.engine.is_main else []
             if self.engine.largest(self.engine.is_main and best.images not in there):
                 self.validation.standing.best = None
 

@@ -145,7 +145,7 @@ class Attempt:
 
 def names(run: Path) -> list[int]:
     """Images seen at the checkpoints that are in place, unverified, oldest first."""
-    return [checkpoint.images_of(path) for path in reversed(checkpoint.found(run))]
+    return [checkpoint.images_of(path) for path in reversed(checkpoint.kept(run))]
 
 
 def newest(run: Path) -> int:
@@ -156,7 +156,7 @@ def newest(run: Path) -> int:
 def damaged(run: Path) -> list[str]:
     """What stands in place and does not hold what its digests say."""
     wrong = []
-    for path in checkpoint.found(run):
+    for path in checkpoint.kept(run):
         try:
             checkpoint.check(path)
         except ValueError as error:

@@ -237,7 +237,7 @@ def run(data: Path, folder: Path, images: int, **options) -> dict[str, torch.Ten
         "tracking": {"enabled": False},
     }
     train(build(tree, "test"), folder, **options)
-    (state,) = [path for path in checkpoint.found(folder) if checkpoint.images_of(path) == images]
+    (state,) = [path for path in checkpoint.kept(folder) if checkpoint.images_of(path) == images]
     return load_file(next(state.glob("networks*.safetensors")))
 
 

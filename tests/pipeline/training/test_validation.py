@@ -165,7 +165,7 @@ def test_patience_ends_a_run_and_a_resume_does_not_begin_it_again(config, tmp_pa
     done = forked("launch.train", config, f"run.folder={run}", *words)
     assert "no better judge_accuracy: training ends" in done.stderr
     assert checkpoint.images_of(checkpoint.latest(run)) == 240
-    worst = checkpoint.best(run, "psnr", "min")
+    worst = checkpoint.by_metric(checkpoint.kept(run), "psnr", "min")[0]
     assert checkpoint.images_of(worst) == 80 and "psnr" in checkpoint.metrics_of(worst), "the first look's, though old"
     forked("launch.train", "--resume", run)
     assert checkpoint.images_of(checkpoint.latest(run)) == 240
@@ -175,13 +175,14 @@ def test_the_best_is_spared_when_older_ones_go(tmp_path):
     import torch
 
     from pipeline.engine import State
+    from pipeline.training.retention import CheckpointWriter
 
-    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer = CheckpointWriter(tmp_path, keep=1)
     for images in (100, 200, 300, 400):
         best = {"metric": "mse", "value": 0.1} if images in (100, 200) else None
         writer.save(images, State({"a/b": torch.zeros(1)}, {}, {}), {}, validated_best=best)
     writer.close()
-    assert [checkpoint.images_of(path) for path in checkpoint.found(tmp_path)] == [400, 200]
+    assert [checkpoint.images_of(path) for path in checkpoint.kept(tmp_path)] == [400, 200]
     assert checkpoint.images_of(checkpoint.named(tmp_path, "best")) == 200
     assert checkpoint.named(tmp_path, "images-400") == checkpoint.latest(tmp_path)
     there = re.escape("keeps no checkpoint images-100; there are: images-200, images-400, latest, best")

@@ -1,0 +1,115 @@
+"""Write a run's checkpoints in the background, and remove those that need not be kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.engine import State
+from pipeline.models import checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Writes checkpoints one at a time while training goes on.
+
+    A failed write is reported and training goes on with the older ones intact; `close` raises when the last one failed.
+
+    Args:
+        keep: how many of the newest are kept.
+        every_images: beside them the first one of each so many images is kept; 0 = none.
+        best: beside them the best by each of these metrics is kept.
+    """
+
+    def __init__(
+        self, run: Path, keep: int, *, every_images: int = 0, best: Mapping[str, Literal["max", "min"]] | None = None
+    ) -> None:
+        self.run = run
+        self.keep, self.every_images, self.best = keep, every_images, dict(best or {})
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Path] | None = None
+        self._error: BaseException | None = None
+        checkpoint.clear_unfinished(run)
+
+    def save(
+        self,
+        images: int,
+        state: State,
+        extra: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        validated_best: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take a state (a copy that nobody changes) and write it in the background; wait for the one before.
+
+        Args:
+            extra, metrics: as `checkpoint.write` takes them.
+            validated_best: what is known of it when validation found it the best so far; it is then kept until a better
+                one comes.
+        """
+        self.wait()
+        self._pending = self._pool.submit(self._write, images, state, extra, metrics, validated_best)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._pending is None:
+            return
+        try:
+            path = self._pending.result()
+            self._error = None
+            log.info("checkpoint %s", path)
+        except OSError as error:
+            self._error = error
+            log.error("checkpoint not saved: %s; older ones are intact and training goes on", error)
+        finally:
+            self._pending = None
+
+    def close(self) -> None:
+        """Wait for the last one.
+
+        Raises:
+            OSError: it could not be saved.
+        """
+        self.wait()
+        self._pool.shutdown()
+        if self._error is not None:
+            newest = checkpoint.latest(self.run)
+            left = f"{newest} is the newest there is" if newest else "there is none"
+            raise OSError(f"the last checkpoint could not be saved: {self._error}; {left}") from self._error
+
+    def forget_after(self, images: int) -> None:
+        """Remove what stands past `images` seen, because the run goes back there and on from there in another way."""
+        self.wait()
+        for path in checkpoint.kept(self.run):
+            if checkpoint.images_of(path) > images:
+                checkpoint.remove(path)
+
+    def _write(
+        self,
+        images: int,
+        state: State,
+        extra: Mapping[str, Any],
+        metrics: Mapping[str, float] | None,
+        validated_best: Mapping[str, Any] | None,
+    ) -> Path:
+        written = checkpoint.write(self.run, images, state, extra, metrics)
+        if validated_best is not None:
+            checkpoint.note_best(self.run, images, validated_best)
+        for path in self._superfluous(images):
+            checkpoint.remove(path)
+        return written
+
+    def _superfluous(self, images: int) -> list[Path]:
+        """Return what need not be kept once that of `images` is written; those past it were damaged when the run resumed."""
+        everything = checkpoint.kept(self.run)
+        past = [path for path in everything if checkpoint.images_of(path) <= images]
+        kept = [*past[: self.keep], checkpoint.validated(self.run)]
+        for metric, mode in self.best.items():
+            kept += checkpoint.by_metric(past, metric, mode)[:1]
+        if self.every_images:
+            firsts = {checkpoint.images_of(path) // self.every_images: path for path in past}  # the earliest comes last
+            kept += [path for quotient, path in firsts.items() if quotient]
+        return [path for path in everything if path not in kept]
