@@ -62,7 +62,7 @@ FAULTS = {
         {"annotation": lambda lines: lines[1:]},
         rf"{A} line 1: 'Bright Red_Left Odd' is not the number of pictures",
     ),
-    "zero for absent": (
+    "zero among signs": (
         {"annotation": replace(5, "000003.jpg  1  0 -1")},
         rf"{A} line 5: Red_Left is '0'; 1 or -1 is needed",
     ),
@@ -75,8 +75,8 @@ FAULTS = {
         rf"{A} line 7: 000002.jpg stands in line 4 already",
     ),
     "not a jpg": (
-        {"annotation": replace(7, "000005.png 1 1 1")},
-        rf"{A} line 7: '000005.png' is not the name of a .jpg",
+        {"annotation": replace(7, "000005.gif 1 1 1")},
+        rf"{A} line 7: '000005.gif' is not the name of a .jpg",
     ),
     "escaping key": (
         {"annotation": replace(7, "../../etc/x.jpg 1 1 1")},
@@ -145,16 +145,63 @@ def test_a_byte_that_is_not_ascii_is_named_by_line(tmp_path):
         read_celeba(folder)
 
 
-def test_kway_attributes_come_from_a_file_of_their_own(tmp_path):
-    folder = write_celeba(tmp_path, 5)
-    kway = folder / "list_kway_attributes.txt"
-    kway.write_text("5\nShirt:red,green,blue \n" + "".join(f"{n:06d}.jpg  {n % 3}\n" for n in range(1, 6)))
-    dataset = read_celeba(folder, kway=kway.name)
-    assert dataset.attributes[3].categories == ("red", "green", "blue") and dataset.attributes[3].kind == "k-way"
-    assert dataset.labels[:, 3].tolist() == [1, 2, 0, 1, 2]
-    kway.write_text(kway.read_text().replace("000003.jpg  0", "000003.jpg  3"))
-    with pytest.raises(ValueError, match=f"{kway.name} line 5: Shirt is '3'; 0 or 1 or 2 is needed"):
-        read_celeba(folder, kway=kway.name)
-    kway.write_text(kway.read_text().replace("Shirt:red,green,blue", "Shirt"))
-    with pytest.raises(ValueError, match=f"{kway.name} line 2: 'Shirt' does not name"):
-        read_celeba(folder, kway=kway.name)
+# --- relatives --------------------------------------------------------------------------------------------------------
+
+
+def same_labels(dataset, count: int) -> bool:
+    return len(dataset) == count and all(tuple(r.labels) == planted.labels(int(r.key)) for r in dataset.records)
+
+
+def test_kaggles_csvs_and_its_folder_in_a_folder_are_read(tmp_path):
+    folder = write_celeba(tmp_path / "x", 12)
+    for name, header in ((A, ",".join(["image_id", *planted.NAMES])), (P, "image_id,partition")):
+        lines = (folder / name).read_text().split("\n")[2 if name == A else 0 :]
+        rows = [",".join(line.split()) for line in lines if line.strip()]
+        (folder / name).with_suffix(".csv").write_text("\n".join([header, *rows]) + "\n")
+        (folder / name).unlink()
+    (folder / "img_align_celeba").rename(folder / "inner")
+    (folder / "img_align_celeba").mkdir()
+    (folder / "inner").rename(folder / "img_align_celeba/img_align_celeba")
+    dataset = read_celeba(folder)
+    assert same_labels(dataset, 12) and dataset.attributes.names == planted.NAMES
+    assert dataset.splits == [("train", "valid", "test")[planted.split(n)] for n in range(1, 13)]
+    assert planted.seen(np.asarray(decode(dataset.read(dataset.locations[4])))) == planted.labels(5)
+    (folder / "list_attr_celeba.csv").write_text((folder / "list_attr_celeba.csv").read_text().replace("000004.jpg,", "x,"))
+    with pytest.raises(ValueError, match="list_attr_celeba.csv line 5: 'x' is not the name"):
+        read_celeba(folder)
+
+
+def test_labels_of_0_and_1_a_byte_order_mark_and_other_extensions_are_read(tmp_path):
+    def zeros(lines: list[str]) -> list[str]:
+        return [*lines[:2], *(line.replace("-1", " 0") for line in lines[2:])]
+
+    folder = write_celeba(tmp_path / "zeros", 12, annotation=zeros)
+    (folder / A).write_bytes(b"\xef\xbb\xbf" + (folder / A).read_bytes())
+    assert same_labels(read_celeba(folder), 12)
+    for extension in ("JPG", "png"):
+        folder = write_celeba(tmp_path / extension, 12)
+        for picture in (folder / "img_align_celeba").iterdir():
+            picture.rename(picture.with_suffix(f".{extension}"))
+        if extension == "png":
+            (folder / "img_align_celeba").rename(folder / "img_align_celeba_png")
+        dataset = read_celeba(folder)
+        assert same_labels(dataset, 12) and dataset.read(dataset.locations[3]) == planted.jpeg(4)
+
+
+def test_celebamask_hq_is_read_and_split_by_a_hash(tmp_path):
+    folder = write_celeba(tmp_path, 30)
+    (folder / A).rename(folder / "CelebAMask-HQ-attribute-anno.txt")
+    (folder / "img_align_celeba").rename(folder / "CelebA-HQ-img")
+    (folder / P).unlink()
+    dataset = read_celeba(folder)
+    assert same_labels(dataset, 30) and set(dataset.splits) == {"train", "valid", "test"}
+    assert dataset.source["split"] == "80/10/10 by a hash of its key"
+
+
+def test_a_celeba_with_train_records_alone_gets_a_tenth_as_valid_and_a_tenth_as_test(tmp_path):
+    def train(lines: list[str]) -> list[str]:
+        return [f"{line.split()[0]} 0" for line in lines]
+
+    dataset = read_celeba(write_celeba(tmp_path, 200, partition=train))
+    assert [10 < dataset.splits.count(split) < 35 for split in ("valid", "test")] == [True, True]
+    assert "no valid and no test" in dataset.source["split"]
