@@ -1,6 +1,7 @@
 """From cells of a table to attributes: what kind each column is, and the label of each cell.
 
-A cell that is empty, -1 or nan is unknown. Without a word from the user a column is
+A cell that is empty, -1 or one of the usual words for it (NA, NULL, None, nan, ?) is unknown. Numbers may be written in
+several ways: 1, 1.0 and 01 are one number, and 0,5 is one half. Without a word from the user a column is
     binary      when it holds 0 and 1, or no and yes, or false and true;
     continuous  when it holds numbers from 0 to 1, some of them broken;
     k-way       when it holds other whole numbers or words, at most 64 different ones.
@@ -9,8 +10,11 @@ Anything else is refused with the words that settle it.
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +23,41 @@ import numpy as np
 
 MOST_CATEGORIES = 64
 _SHOWN = 40
-_UNKNOWN = ("", "nan")
 _WORDS = ({"no": 0, "yes": 1}, {"false": 0, "true": 1})
+_UNKNOWN = {"", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "null", "nat", "?", "unknown"}
+_QUIET = {"", "nan"}  # of the words for unknown, those that nobody means as a value
+_DIGITS = re.compile(r"[+-]?\d{1,40}")
+_COMMA = re.compile(r"[+-]?\d+,\d+")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
+_LIKE_NUMBER = re.compile(r"[+-]?\d[\d\s.,'_]*%?")
+
+logger = logging.getLogger(__name__)
+
+
+def text_of(cell: Any) -> str:
+    """A cell as text, "" where there is none: 1 of a whole number that came as 1.0, 0 and 1 of false and true."""
+    if isinstance(cell, str):
+        return cell.strip()
+    if cell is None:
+        return ""
+    if isinstance(cell, bytes):
+        return cell.decode(errors="replace").strip()
+    return str(int(cell)) if isinstance(cell, bool) or (isinstance(cell, float) and cell.is_integer()) else str(cell)
+
+
+def is_unknown(text: str) -> bool:
+    """Whether a cell's text says that nothing is known. "None" does, as Python writes it; "none" is a word."""
+    return text == "None" or text.lower() in _UNKNOWN
+
+
+def plain(text: str) -> str:
+    """The one way to write a number, so that 1, 1.0 and 01 are equal; other text as it is."""
+    if _DIGITS.fullmatch(text):
+        return str(int(text))
+    number = _number(text)
+    if number is None:
+        return text
+    return str(int(number)) if number.is_integer() else str(number)
 
 
 @dataclass(frozen=True)
@@ -77,15 +114,12 @@ class Column:
 
     def add(self, cell: Any) -> None:
         """The next record's cell: text, a number, true or false, or None."""
-        if cell is None:
-            text = ""
-        elif isinstance(cell, bool):
-            text = str(int(cell))
-        elif isinstance(cell, float) and cell.is_integer():
-            text = str(int(cell))
-        else:
-            text = str(cell).strip()
-        self._codes.append(self._numbers.setdefault(text, len(self._numbers)))
+        self._codes.append(self._numbers.setdefault(text_of(cell), len(self._numbers)))
+
+    def add_unknown(self, count: int) -> None:
+        """The cells of so many records that have none."""
+        if count:
+            self._codes.extend([self._numbers.setdefault("", len(self._numbers))] * count)
 
     def finish(self) -> tuple[dict[str, Any], np.ndarray, dict[int, str]]:
         """The attribute as `Attributes.to_list` has it, labels [n] float32, and what is wrong with each faulty row.
@@ -93,71 +127,80 @@ class Column:
         Raises:
             ValueError: what kind the column is does not follow from its cells.
         """
-        meanings, entry, faults = self._read()
-        labels = np.array([meanings.get(number, -1.0) for number in range(len(meanings))], np.float32)
-        codes = np.frombuffer(self._codes, np.int32) if self._codes else np.zeros(0, np.int32)
-        bad = {row: faults[code] for row, code in enumerate(codes.tolist()) if code in faults} if faults else {}
-        return entry, labels[codes] if len(codes) else np.zeros(0, np.float32), bad
-
-    def _read(self) -> tuple[dict[int, float], dict[str, Any], dict[int, str]]:
-        """Label of each different cell, the attribute, and the fault of each faulty cell."""
-        known = {text: number for text, number in self._numbers.items() if not self._unknown(text)}
-        kind = self.kind or self._guess(list(known))
-        categories = list(kind.values) or (self._categories(list(known)) if kind.name == "k-way" else [])
-        meanings, faults = dict.fromkeys(self._numbers.values(), -1.0), {}
-        for text, number in known.items():
+        codes = np.array(self._codes, np.int32)
+        values = self.kind.values if self.kind else ()
+        known = {code: text for text, code in self._numbers.items() if not self._is_unknown(text)}
+        self._tell_unknown(known, codes)
+        kind = self.kind or self._guess(list(known.values()))
+        known = {code: text if text in values else plain(text) for code, text in known.items()}
+        categories = list(values) or (self._categories(set(known.values())) if kind.name == "k-way" else [])
+        labels, faults = np.full(len(self._numbers), -1, np.float32), {}
+        for code, text in known.items():
             label = _label(text, kind, categories)
             if label is None:
                 needed = _needed(kind, categories)
-                faults[number] = f"{self.name} is {text[:_SHOWN]!r}; {needed} or an empty cell is needed"
+                faults[code] = f"{self.name} is {text[:_SHOWN]!r}; {needed} or an empty cell is needed"
             else:
-                meanings[number] = label
+                labels[code] = label
         entry = {"name": self.name, "kind": kind.name, "categories": categories if kind.name == "k-way" else []}
-        return meanings, entry, faults
+        bad = {row: faults[code] for row, code in enumerate(codes.tolist()) if code in faults} if faults else {}
+        return entry, labels[codes], bad
 
-    def _unknown(self, text: str) -> bool:
-        if self.kind and text in self.kind.values:
+    def _is_unknown(self, text: str) -> bool:
+        if self.kind and (text in self.kind.values or plain(text) in self.kind.values):
             return False
-        if text.lower() in _UNKNOWN:
-            return True
-        number = _number(text)
-        return number == -1 and not (self.kind and self.kind.name == "continuous" and self.kind.low <= -1)
+        least = self.kind.low if self.kind and self.kind.name == "continuous" else 0
+        return is_unknown(text) or (_number(text) == -1 and least > -1)
 
-    def _categories(self, texts: list[str]) -> list[str]:
+    def _tell_unknown(self, known: dict[int, str], codes: np.ndarray) -> None:
+        """Log the words that are taken for unknown: somebody may have meant a value."""
+        counts = np.bincount(codes, minlength=len(self._numbers)).tolist()
+        for text, code in self._numbers.items():
+            if code not in known and text.lower() not in _QUIET and _number(text) is None:
+                logger.warning(
+                    "%s: %r is taken for unknown (%s cells); --kind '%s=k-way:%s,…' with all values makes it one of them",
+                    self.name, text, f"{counts[code]:,}", self.name, text,
+                )  # fmt: skip
+
+    def _categories(self, texts: set[str]) -> list[str]:
         if not 2 <= len(texts) <= MOST_CATEGORIES:
             raise ValueError(
                 f"column {self.name} holds {len(texts):,} different values; a k-way attribute has 2 to "
                 f"{MOST_CATEGORIES}: name the columns to take with --attributes"
             )
-        numbers = [_number(text) for text in texts]
-        if all(number is not None for number in numbers):
-            return [text for _, text in sorted(zip(numbers, texts))]
-        return sorted(texts)
+        numbers = {text: _number(text) for text in texts}
+        return sorted(texts) if None in numbers.values() else sorted(texts, key=numbers.__getitem__)
 
     def _guess(self, texts: list[str]) -> Kind:
         say = f"say what column {self.name} is, as --kind {self.name}="
         if not texts:
             raise ValueError(f"column {self.name} has no known value; leave it out with --attributes, or {say}binary")
-        numbers = [number for number in map(_number, texts) if number is not None]
-        if not numbers:
+        numbers = {text: _number(text) for text in texts}
+        words = [text for text, number in numbers.items() if number is None]
+        odd = next((text for text in words if _LIKE_NUMBER.fullmatch(text)), None)
+        if odd:
+            raise ValueError(
+                f"column {self.name} holds {odd[:_SHOWN]!r}, which may be a number and may be read in two ways; "
+                f"write plain numbers, as 1234.5, or {say}k-way if they are names"
+            )
+        if len(words) == len(texts):
             lower = {text.lower() for text in texts}
             return Kind("binary") if any(lower <= set(words) for words in _WORDS) else Kind("k-way")
-        if len(numbers) < len(texts):
-            word = next(text for text in texts if _number(text) is None)
-            raise ValueError(f"column {self.name} holds {word[:_SHOWN]!r} among numbers; mend it, or {say}k-way")
-        found = set(numbers)
-        if found == {1.0} and any(_number(text) == -1 for text in self._numbers):
+        if words:
+            raise ValueError(f"column {self.name} holds {words[0][:_SHOWN]!r} among numbers; mend it, or {say}k-way")
+        values = set(numbers.values())
+        if values == {1.0} and any(_number(text) == -1 for text in self._numbers):
             raise ValueError(
                 f"column {self.name} holds 1 and -1 and no 0: is -1 absent, as in CelebA's own file, or unknown? "
                 f"{say}binary:-1,1 (or --kind '*=binary:-1,1' for all columns), or {say}binary"
             )
-        if found <= {0.0, 1.0}:
+        if values <= {0.0, 1.0}:
             return Kind("binary")
-        if all(0 <= number <= 1 for number in found):
+        if all(0 <= number <= 1 for number in values):
             return Kind("continuous")
-        if all(number.is_integer() for number in found) and len(found) <= MOST_CATEGORIES:
+        if all(number.is_integer() for number in values) and len(values) <= MOST_CATEGORIES:
             return Kind("k-way")
-        low, high = min(found), max(found)
+        low, high = min(values), max(values)
         raise ValueError(
             f"column {self.name} holds numbers from {low:g} to {high:g}; {say}continuous:{low:g}:{high:g} for a slider "
             f"over that range, or name the columns to take with --attributes"
@@ -165,8 +208,10 @@ class Column:
 
 
 def _number(text: str) -> float | None:
+    """The number that a text is, with a point or a comma before its decimals."""
     try:
-        number = float(text)
+        comma = _COMMA.fullmatch(text) and not _THOUSANDS.fullmatch(text)
+        number = float(text.replace(",", ".") if comma else text)
     except ValueError:
         return None
     return number if math.isfinite(number) and "_" not in text else None

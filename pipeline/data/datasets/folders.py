@@ -5,22 +5,28 @@
     train/CLASS/… test/CLASS/…         the same, with splits
 
 Two classes make a binary attribute that is called like the second of them in the alphabet; more make one k-way
-attribute.
+attribute. A folder is a class when it holds pictures: a folder without any is named and left out.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.data.datasets.record import Dataset, Faults, key_of
-from pipeline.data.datasets.source import PICTURES, Place, Reader
+from pipeline.data.datasets.record import Dataset, Faults, key_from_name
+from pipeline.data.datasets.source import PICTURES, Place, Reader, is_litter, tell_not_taken
 from pipeline.data.datasets.splits import NAMES, Shares, assign
 
 _DOMAIN = re.compile(r"([a-z]+)([AB])")
+_SPLITS = {name: split for name, split in NAMES.items() if not name.isdigit()}  # folders called 0 and 1 are classes
+_OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".pgm", ".tga", ".dng")
+"""Extensions of pictures that shards do not hold."""
+
+logger = logging.getLogger(__name__)
 
 
 def read_folders(
@@ -42,33 +48,31 @@ def read_folders(
         skip_bad: leave out what cannot be a record (two files of one key), and list it.
 
     Raises:
-        ValueError: no folder, fewer than two classes, or two files of one key.
+        ValueError: no folder, fewer than two classes, a class of pictures that shards do not hold, a folder beside the
+            splits, or two files of one key.
     """
     source = Place(os.fspath(source))
     if not source.is_dir():
         raise ValueError(f"{source} is no folder")
-    folders = source.folders()
-    classes = _classes(source, folders)
-    labels_of = sorted({label for _, _, label in classes})
+    files, faults = source.files(), Faults(skip_bad)
+    pictures = _pictures_of_classes(source, files, faults)
+    labels_of = sorted({label for _, _, label in pictures.values()})
     if len(labels_of) < 2:
-        found = ", ".join(folders) or "no folder"
-        raise ValueError(f"{source} holds {found}; at least two folders, one a class, or trainA and trainB are needed")
+        raise _too_few(source, files)
     if names and len(names) != len(labels_of):
         raise ValueError(f"--names gives {len(names)} names for {len(labels_of)} classes: {', '.join(labels_of)}")
-    faults, first = Faults(skip_bad), {}
-    keys, given, locations, labels = [], [], [], []
-    for folder, split, label in classes:
-        for file in (source / folder).files(*PICTURES):
-            location = f"{folder}/{file}"
-            key = key_of(location)
-            if key in first:
-                faults.add(key, location, f"its key {key} is that of {first[key]} already; rename one")
-                continue
-            first[key] = location
-            keys.append(key)
-            given.append(split)
-            locations.append(location)
-            labels.append(labels_of.index(label))
+    tell_not_taken(source, [file for file in files if file not in pictures])
+    first: dict[str, str] = {}
+    given, labels = [], []
+    for location, (_, split, label) in sorted(pictures.items(), key=lambda item: (item[1][0].split("/"), item[0])):
+        key = key_from_name(location)
+        if key in first:
+            faults.add(key, location, f"its key {key} is that of {first[key]} already; rename one")
+            continue
+        first[key] = location
+        given.append(split)
+        labels.append(labels_of.index(label))
+    keys, locations = list(first), list(first.values())
     splits, how = assign(keys, given=None if None in given else given, shares=shares)
     words = list(names) or labels_of
     entry = {"name": attribute or "class", "kind": "k-way", "categories": words}
@@ -88,15 +92,46 @@ def read_folders(
     )
 
 
-def _classes(source: Place, folders: list[str]) -> list[tuple[str, str | None, str]]:
-    """(folder, split, class) of every folder that holds one class."""
-    domains = [(folder, _DOMAIN.fullmatch(folder)) for folder in folders]
-    if any(match and match[1] in NAMES for _, match in domains):
-        return [(folder, NAMES[match[1]], match[2]) for folder, match in domains if match and match[1] in NAMES]
-    if folders and all(folder.lower() in NAMES for folder in folders):
-        return [
-            (f"{folder}/{label}", NAMES[folder.lower()], label)
-            for folder in folders
-            for label in (source / folder).folders()
-        ]
-    return [(folder, None, folder) for folder in folders]
+def _pictures_of_classes(source: Place, files: list[str], faults: Faults) -> dict[str, tuple[str, str | None, str]]:
+    """Folder, split and class of each file that is a record. What looks wrong with the folders is a fault."""
+    inside = [file for file in files if "/" in file and not is_litter(file)]
+    taken = [file for file in inside if file.lower().endswith(PICTURES)]
+    foreign = [file for file in inside if file.lower().endswith(_OTHER_PICTURES)]
+    folders = {file.partition("/")[0] for file in (*taken, *foreign)}
+    domains = {folder: match for folder in folders if (match := _DOMAIN.fullmatch(folder)) and match[1] in _SPLITS}
+    splits = {folder for folder in folders if folder.lower() in _SPLITS}
+    for stranger in sorted(folders - (domains.keys() or splits or folders)):
+        faults.add(None, f"{source}/{stranger}", f"it holds pictures beside {', '.join(sorted(domains or splits))}")
+    empty = sorted(set(source.folders()) - folders)
+    if empty:
+        logger.warning("%s: folders without a picture, which are no classes: %s", source, ", ".join(empty)[:400])
+
+    def place_of(file: str) -> tuple[str, str | None, str] | None:
+        folder, *rest = file.split("/")
+        if domains:
+            return (folder, _SPLITS[domains[folder][1]], domains[folder][2]) if folder in domains else None
+        if splits:
+            split = _SPLITS.get(folder.lower())
+            return (f"{folder}/{rest[0]}", split, rest[0]) if split and len(rest) > 1 else None
+        return folder, None, folder
+
+    pictures = {file: place for file in taken if (place := place_of(file))}
+    held = {place[0] for place in pictures.values()}
+    lost: dict[str, str] = {}
+    for file in foreign:
+        if (place := place_of(file)) and place[0] not in held:
+            lost.setdefault(place[0], file)
+    for folder, file in lost.items():
+        words = "shards hold JPEG, PNG and WebP, and it has none of them: convert its pictures to PNG"
+        faults.add(None, f"{source}/{folder}", f"{words} ({file.rpartition('/')[2]})")
+    return pictures
+
+
+def _too_few(source: Place, files: list[str]) -> ValueError:
+    folders = source.folders()
+    inner = len(folders) == 1 and any(file.count("/") > 1 for file in files)
+    hint = f"; is it {source / folders[0]} that you mean?" if inner else ""
+    has = ", ".join(folders) or "no folder"
+    return ValueError(
+        f"{source} holds {has}; at least two folders of pictures, one a class, or trainA and trainB are needed{hint}"
+    )

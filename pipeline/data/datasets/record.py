@@ -116,11 +116,11 @@ class Faults:
         self.left_out.append(LeftOut(key, f"{place}: {reason}"))
 
 
-def key_of(name: str) -> str:
+def key_from_name(name: str) -> str:
     """The key of a picture that has a file name and no key: the name without its extension, folders parted by `__`.
 
-    Where the name has other letters than a key may have, or is too long, a digest of it keeps the key its own: the key
-    depends on the name alone, so it stays when the set grows.
+    Where the name has other letters than a key may have, or is too long, a digest of it is added, so that no other name
+    gives the same key. The key depends on the name alone, so it stays when the set grows.
     """
     folder, _, last = name.rpartition("/")
     stem = f"{folder}/{last.rpartition('.')[0] or last}" if folder else last.rpartition(".")[0] or last

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import logging
 import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
 RETRIES, FIRST_WAIT_SECONDS = 6, 0.5  # 15 seconds of pauses in all
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 """Extensions of what counts as a picture when a folder is listed."""
+_LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
+"""Names, in small letters, of what operating systems leave in folders."""
 
 
 def is_remote(address: str | os.PathLike[str]) -> bool:
@@ -38,8 +43,12 @@ class Place:
 
     address: str
 
+    def __post_init__(self) -> None:
+        if self.address.startswith("~"):
+            object.__setattr__(self, "address", os.path.expanduser(self.address))
+
     def __truediv__(self, name: str) -> Place:
-        if is_remote(name) or os.path.isabs(name):
+        if is_remote(name) or os.path.isabs(name) or name.startswith("~/"):
             return Place(name)
         if not self.remote:
             return Place(os.path.join(self.address, name))
@@ -123,7 +132,7 @@ class Place:
         self._asked(put)
 
     def folders(self) -> list[str]:
-        """Names of the folders in this one, sorted, without hidden ones.
+        """Names of the folders in this one, sorted, without hidden ones and those that operating systems leave.
 
         Raises:
             OSError: it cannot be listed.
@@ -134,19 +143,17 @@ class Place:
         else:
             with os.scandir(self.address) as listing:
                 names = [entry.name for entry in listing if entry.is_dir()]
-        return sorted(name for name in names if not name.startswith("."))
+        return sorted(name for name in names if not is_litter(name))
 
-    def files(self, *extensions: str) -> list[str]:
-        """Names of the files of these kinds in this folder and those below it, relative to it, sorted.
+    def files(self) -> list[str]:
+        """Names of all files in this folder and those below it, relative to it, sorted.
 
-        Hidden ones are left out; folders that are links are not entered, so that none is entered for ever.
+        A folder that is a link is entered, too, but for one that leads to a folder above it.
 
         Raises:
             OSError: it cannot be listed.
         """
-        names = self._asked(_remote_files) if self.remote else list(_local_files(self.address))
-        names = [name for name in names if name.lower().endswith(extensions)]
-        return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+        return sorted(self._asked(_remote_files) if self.remote else _local_files(self.address))
 
     def _asked(self, question: Callable[[AbstractFileSystem, str], Result]) -> Result:
         """What the file system answers.
@@ -195,15 +202,35 @@ def _remote_files(system: AbstractFileSystem, path: str) -> list[str]:
     return [name.removeprefix(root).lstrip("/") for name in system.find(path)]
 
 
-def _local_files(folder: str) -> Iterator[str]:
-    for root, _, names in os.walk(folder, onerror=_raise):
-        prefix = os.path.relpath(root, folder)
-        for name in names:
-            yield name if prefix == "." else f"{prefix}/{name}"
+def _local_files(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Files below a folder, by names that begin with the prefix. above: the folders that this one lies in."""
+    about = os.stat(folder)
+    here = (about.st_dev, about.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as listing:
+        entries = list(listing)
+    for entry in entries:
+        if entry.is_dir():
+            yield from _local_files(entry.path, f"{prefix}{entry.name}/", above | {here})
+        else:
+            yield prefix + entry.name
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def is_litter(name: str) -> bool:
+    """Whether a part of a relative name is hidden, or is what an operating system leaves in folders."""
+    return any(part.startswith(".") or part.lower() in _LITTER for part in name.split("/"))
+
+
+def tell_not_taken(source: Place, names: Iterable[str]) -> None:
+    """Log how many files of each kind were not taken, with the name of the first of each; litter only by number."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        extension = os.path.splitext(name)[1].lower() or "no extension"
+        kinds.setdefault("hidden" if is_litter(name) else extension, []).append(name)
+    if kinds:
+        counts = ", ".join(f"{len(those):,} {kind} ({those[0]})" for kind, those in sorted(kinds.items()))
+        logger.warning("%s: files that are not taken: %s", source, counts)
 
 
 @dataclass(frozen=True)

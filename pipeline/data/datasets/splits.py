@@ -53,7 +53,7 @@ def assign(
     keys: Sequence[str],
     *,
     given: Sequence[str] | None = None,
-    groups: Sequence[str] | None = None,
+    groups: Sequence[str | None] | None = None,
     shares: Shares | None = None,
 ) -> tuple[list[str], str]:
     """The split of each record, and in words how it came about.
@@ -61,12 +61,13 @@ def assign(
     Args:
         keys: of the records.
         given: the split that the set gives each record; None when it gives none.
-        groups: a name for each record; records of one name stand in one split. None: each record by its key.
+        groups: a name for each record; records of one name stand in one split, and one without a name stands alone.
+            None: each record by its key.
         shares: overrides what is given. Where nothing is given: 80/10/10. Where train records are given and either no
             valid or no test ones, a tenth of train becomes those.
     """
     by = "its key" if groups is None else "its group"
-    names = keys if groups is None else groups
+    names = [key if group is None else group for key, group in zip(keys, groups or [None] * len(keys), strict=True)]
     if shares or given is None:
         shares = shares or Shares()
         splits, how = [shares.of(name) for name in names], f"{shares} by a hash of {by}"
@@ -83,16 +84,20 @@ def assign(
     return splits, how
 
 
-def _warn(splits: list[str], groups: Sequence[str] | None, shares: Shares | None) -> None:
+def _warn(splits: list[str], groups: Sequence[str | None] | None, shares: Shares | None) -> None:
     wanted = shares.percent if shares else (0, 0, 0)
+    known = None if groups is None else [(group, split) for group, split in zip(groups, splits) if group is not None]
     for split, percent in zip(SPLITS, wanted):
         if percent and split not in splits:
-            many = len(set(groups)) if groups is not None else len(splits)
+            many = len(splits) if known is None else len(splits) - len(known) + len({group for group, _ in known})
             logger.warning("nothing fell into %s (%d%%): %d names are few; give it more", split, percent, many)
-    if groups is not None:
-        sides: dict[str, set[str]] = {}
-        for group, split in zip(groups, splits):
-            sides.setdefault(group, set()).add(split)
-        torn = [group for group, found in sides.items() if len(found) > 1]
-        if torn:
-            logger.warning("%d groups stand in several splits, as %s; --split keeps each in one", len(torn), torn[0])
+    if known is None:
+        return
+    if len(known) < len(splits):
+        logger.warning("%d of %d records have no group: each stands alone", len(splits) - len(known), len(splits))
+    sides: dict[str, set[str]] = {}
+    for group, split in known:
+        sides.setdefault(group, set()).add(split)
+    torn = [group for group, those in sides.items() if len(those) > 1]
+    if torn:
+        logger.warning("%d groups stand in several splits, as %s; --split keeps each in one", len(torn), torn[0])

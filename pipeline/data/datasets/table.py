@@ -6,18 +6,22 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline.data.datasets.columns import Column, choose
-from pipeline.data.datasets.record import Dataset, Faults, key_fault, key_of
+from pipeline.data.datasets.columns import Column, choose, is_unknown, plain, text_of
+from pipeline.data.datasets.record import Dataset, Faults, key_fault, key_from_name
 from pipeline.data.datasets.source import Place, Reader, describe_missing
 from pipeline.data.datasets.splits import NAMES, Shares, assign
 
+INDEX_NAMES = ("Unnamed: 0", "__index_level_0__")
+"""What pandas calls an index that has no name, when it reads one from a CSV or writes one to Parquet: no attribute."""
 _LONGEST_LINE = 1 << 20
+_DELIMITER = re.compile(r'"?sep=(.)"?\s*')
 
 Row = tuple[int, Sequence[Any]]
 """(line or row number as a person counts it, cells)"""
@@ -25,63 +29,70 @@ Row = tuple[int, Sequence[Any]]
 
 @dataclass
 class Rows:
-    """The light index while it grows: one entry a record in each list, one cell in each column."""
+    """The light index while it grows: one entry a record in each list, one cell in each column.
+
+    grouped: records of one group stand in one split; a record whose group is unknown stands alone.
+    """
 
     faults: Faults
     columns: list[Column]
+    grouped: bool = False
     keys: list[str] = field(default_factory=list)
     locations: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
-    given: list[str] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    _first: dict[str, int] = field(default_factory=dict)
+    splits: list[str | None] = field(default_factory=list)
+    groups: list[str | None] = field(default_factory=list)
 
-    def add(self, key: str, location: str, place: str, cells: Sequence[Any], split: Any, group: Any) -> None:
-        """One record. split: as the set calls it, None when it gives none. group: None when there are none."""
+    def add(
+        self, key: str, location: str, place: str, cells: Sequence[Any], split: str | None = None, group: str = ""
+    ) -> bool:
+        """Take one record, unless it is wrong. split: as the set calls it, None when the set gives none."""
         fault = key_fault(key)
-        if not fault and key in self._first:
-            fault = f"stands at {self.places[self._first[key]]} already"
         if fault:
             self.faults.add(key, place, f"key {key[:100]!r} {fault}")
-            return
-        if split is not None and str(split).strip().lower() not in NAMES:
+            return False
+        if split is not None and split.lower() not in NAMES:
             self.faults.add(key, place, f"split is {split!r}; train, valid or test is needed")
-            return
-        self._first[key] = len(self.keys)
+            return False
         self.keys.append(key)
         self.locations.append(location)
         self.places.append(place)
-        if split is not None:
-            self.given.append(NAMES[str(split).strip().lower()])
-        if group is not None:
-            self.groups.append(str(group))
+        self.splits.append(split if split is None else NAMES[split.lower()])
+        self.groups.append(None if is_unknown(group) else plain(group))
         for column, cell in zip(self.columns, cells, strict=True):
             column.add(cell)
+        return True
 
     def dataset(self, name: str, source: dict[str, Any], read: Any, shares: Shares | None) -> Dataset:
-        """The index, without the records whose cells are wrong."""
+        """The index, without the records whose cells are wrong or whose key stands before."""
         labels, entries, bad = np.zeros((len(self.keys), len(self.columns)), np.float32), [], {}
         for j, column in enumerate(self.columns):
             entry, labels[:, j], wrong = column.finish()
             entries.append(entry)
             bad |= wrong
+        first: dict[str, int] = {}
+        for row, key in enumerate(self.keys):
+            if row not in bad and first.setdefault(key, row) != row:
+                bad[row] = f"key {key[:100]!r} stands at {self.places[first[key]]} already"
         for row in sorted(bad):
             self.faults.add(self.keys[row], self.places[row], bad[row])
         rows = [row for row in range(len(self.keys)) if row not in bad]
         keys, locations, places, given, groups = (
-            [part[row] for row in rows] if part else None
-            for part in (self.keys, self.locations, self.places, self.given, self.groups)
+            [part[row] for row in rows]
+            for part in (self.keys, self.locations, self.places, self.splits, self.groups)
         )
-        splits, how = assign(keys or [], given=given, groups=groups, shares=shares)
+        splits, how = assign(
+            keys, given=None if None in given else given, groups=groups if self.grouped else None, shares=shares
+        )
         return Dataset(
             name=name,
             source={**source, "split": how},
             attribute_list=entries,
-            keys=keys or [],
+            keys=keys,
             splits=splits,
-            locations=locations or [],
+            locations=locations,
             labels=labels[rows],
-            places=places or [],
+            places=places,
             read=read,
             left_out=self.faults.left_out,
         )
@@ -124,26 +135,30 @@ def read_table(
         if column not in header:
             hint = "; name the column of picture paths with --path" if column == path else ""
             raise ValueError(f"{source.name} has no column {column!r}{hint}; it has: {', '.join(header)[:400]}")
-    index = Rows(Faults(skip_bad), choose(header, attributes, kinds, others))
+    columns = choose(header, attributes, kinds, [*others, *(name for name in header if name in INDEX_NAMES)])
+    index = Rows(Faults(skip_bad), columns, grouped=bool(group))
     at = {column: number for number, column in enumerate(header)}
-    taken = [at[column.name] for column in index.columns]
-    needed_split = None if shares else split
+    taken = [at[column.name] for column in columns]
     for number, cells in rows:
         place = f"{source.name} line {number}"
         if len(cells) != len(header):
             index.faults.add(None, place, f"{len(cells)} cells for {len(header)} columns")
             continue
-        location = str(cells[at[path]] or "").strip()
+        location = text_of(cells[at[path]])
         if not location or "\0" in location:
             index.faults.add(None, place, f"no picture path in column {path}")
             continue
+        name_of = text_of(cells[at[key]]) if key else key_from_name(location)
+        if name_of in ("", "nan"):
+            index.faults.add(None, place, f"no key in column {key}")
+            continue
         index.add(
-            str(cells[at[key]]).strip() if key else key_of(location),
+            name_of,
             location,
             place,
             [cells[column] for column in taken],
-            cells[at[needed_split]] if needed_split else None,
-            cells[at[group]] if group else None,
+            text_of(cells[at[split]]) if split and not shares else None,
+            text_of(cells[at[group]]) if group else "",
         )
     base = Place(images) if images else source.parent
     return index.dataset(name, {source.name: _sha256(source)}, Reader(base), shares)
@@ -172,6 +187,7 @@ def _open(source: Place) -> tuple[list[str], Generator[Row]]:
         header, rows = _parquet(source)
     else:
         header, rows = _csv(source)
+    header[0] = header[0] or INDEX_NAMES[0]
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice or not all(header):
         raise ValueError(f"{source.name}: {f'column {twice[0]!r} stands twice' if twice else 'a column has no name'}")
@@ -196,13 +212,17 @@ def _csv_rows(source: Place) -> Generator[Row]:
                     raise ValueError(f"a line has more than {_LONGEST_LINE:,} characters")
                 yield line
 
-        number = 0
+        number = before = 0
         try:
             first = text.readline(_LONGEST_LINE)
-            text.seek(0)
-            reader = csv.reader(lines(), delimiter=max(",;\t", key=first.count), strict=True)
+            said = _DELIMITER.fullmatch(first)  # a line of Excel's own, before the header
+            if said:
+                before = 1
+            else:
+                text.seek(0)
+            reader = csv.reader(lines(), delimiter=said[1] if said else max(",;\t", key=first.count), strict=True)
             for cells in reader:
-                number = reader.line_num
+                number = reader.line_num + before
                 if cells:
                     yield number, cells
         except (csv.Error, UnicodeDecodeError, ValueError) as error:

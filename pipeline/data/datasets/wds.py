@@ -6,6 +6,7 @@ The tars are not unpacked: the index says where each picture's bytes lie in them
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tarfile
@@ -13,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.datasets.columns import choose
-from pipeline.data.datasets.record import Dataset, Faults, key_fault, key_of
-from pipeline.data.datasets.source import PICTURES, Place, describe_missing
+from pipeline.data.datasets.columns import Column, Kind, text_of
+from pipeline.data.datasets.record import Dataset, Faults, key_fault, key_from_name
+from pipeline.data.datasets.source import PICTURES, Place, describe_missing, is_litter
 from pipeline.data.datasets.splits import NAMES, Shares
 from pipeline.data.datasets.table import Rows
 
@@ -26,6 +27,8 @@ IMG2DATASET = (
 """Fields that img2dataset writes by itself; attributes are what stands beside them."""
 _LARGEST_JSON, _BLOCK = 16 << 20, 512
 _DAMAGE = (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError, IndexError)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,74 +69,121 @@ def read_wds(
 ) -> Dataset:
     """The index of a folder of tars, or of one tar.
 
-    Splits are what `split` says, else what the tars' names begin with (train-000.tar), else 80/10/10 by a hash.
+    Splits are what `split` says, else what the tars' names or folders begin with (train-000.tar, train/000.tar), else
+    80/10/10 by a hash. Where names of records begin anew in each tar, the tar's name is part of the key.
 
     Args:
         source: the folder or tar.
         key, split, group: fields of the JSON that name the record, its split, and a group that one split must hold;
             without `key` the name of its members is taken.
-        attributes: fields to take; none takes every field of the first record but img2dataset's own.
+        attributes: fields to take; none takes every field of any record but img2dataset's own.
         kinds: what fields are where it does not follow from their values; see `columns.Kind`.
         shares: split the records anew, by a hash.
         skip_bad: leave out what is wrong, and list it. What img2dataset itself failed to fetch is always left out.
 
     Raises:
-        ValueError: no tar, a damaged one, or a record is wrong. The message names tar and record.
+        ValueError: no tar, a damaged one, only some of them say their split, or a record is wrong. The message names tar
+            and record.
     """
     source = Place(os.fspath(source))
     folder, tars = (source.parent, [source.name]) if source.is_file() else (source, _tars(source))
-    if not tars:
-        raise describe_missing(source, "tars")
-    named = [_split_of(tar) for tar in tars]
-    faults = Faults(skip_bad)
-    index: Rows | None = None
-    header: list[str] = []
-    for tar, tar_split in zip(tars, named):
-        for sample in _samples(folder / tar, tar, faults):
+    split_of = {} if split or shares else _splits_of(source, tars)
+    said = dict(map(Kind.parse, kinds))
+    index = Rows(Faults(skip_bad), [Column(name, said.get(name, said.get("*"))) for name in attributes], bool(group))
+    fields = dict.fromkeys([*IMG2DATASET, key, split, group])  # seen so far, of all records
+    seen: set[str] = set()
+    names: list[tuple[str, str]] = []  # tar and name of each record
+    for tar in tars:
+        for sample in _samples(folder / tar, tar, index.faults):
             place = f"{tar} record {sample.name[:100]}"
             if sample.picture is None and (sample.fields or {}).get("status", "success") != "success":
                 continue
-            fault = sample.fault or ("no picture" if sample.picture is None else None)
-            fault = fault or ("no JSON" if sample.fields is None else None)
+            fault = sample.fault or _fault(sample, key, split)
             if fault:
-                faults.add(None, place, fault)
+                index.faults.add(None, place, fault)
                 continue
-            if index is None:
-                header = list(sample.fields)
-                others = [*IMG2DATASET, *(field for field in (key, split, group) if field)]
-                try:
-                    index = Rows(faults, choose([*header, *attributes], attributes, kinds, others))
-                except ValueError as error:
-                    raise ValueError(f"{place}: {str(error).replace('column', 'field')}") from error
-            lacks = next((f for f in (key, split, group) if f and sample.fields.get(f) in (None, "")), None)
-            if lacks:
-                faults.add(None, place, f"its JSON has no {lacks!r}")
-                continue
-            index.add(
-                str(sample.fields[key]) if key else _key(sample.name),
+            seen.update(sample.fields)
+            for field in sample.fields if not attributes else ():
+                if field not in fields:
+                    fields[field] = None
+                    index.columns.append(Column(field, said.get(field, said.get("*"))))
+                    index.columns[-1].add_unknown(len(index.keys))
+            if index.add(
+                text_of(sample.fields[key]) if key else _key(sample.name),
                 f"{sample.picture[0]} {sample.picture[1]} {tar}",
                 place,
                 [_cell(sample.fields.get(column.name)) for column in index.columns],
-                None if shares else sample.fields[split] if split else tar_split if None not in named else None,
-                sample.fields[group] if group else None,
-            )
-    if index is None:
+                text_of(sample.fields[split]) if split and not shares else split_of.get(tar),
+                text_of(_cell(sample.fields.get(group))) if group else "",
+            ):
+                names.append((tar, sample.name))
+    if not seen and not index.keys:
         raise ValueError(f"{source} holds no record with a picture and a JSON file")
+    for field in [*attributes, *(field for field in said if field != "*")]:
+        if field not in seen:
+            raise ValueError(f"{source}: there is no field {field!r}; there are: {', '.join(sorted(seen))[:400]}")
+    if not index.columns:
+        raise ValueError(f"{source}: no field is left for attributes; there are: {', '.join(sorted(seen))[:400]}")
+    if not key:
+        _part_keys(index.keys, names)
     return index.dataset(name, {"format": "webdataset", "tars": len(tars)}, TarReader(folder), shares)
 
 
-def _tars(folder: Place) -> list[str]:
-    if not folder.is_dir():
-        raise describe_missing(folder, "tars")
-    return folder.files(".tar")
+def _tars(source: Place) -> list[str]:
+    if not source.is_dir():
+        raise describe_missing(source, "tars")
+    files = [file for file in source.files() if not is_litter(file)]
+    tars = [file for file in files if file.lower().endswith(".tar")]
+    packed = [file for file in files if file.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"))]
+    if packed:
+        raise ValueError(f"{source}: {packed[0]} is packed, so nothing in it can be read at its place; unpack it to .tar first")
+    if not tars:
+        raise describe_missing(source, "tars")
+    return tars
 
 
-def _split_of(tar: str) -> str | None:
-    return NAMES.get(re.match("[a-z]*", tar.rpartition("/")[2].lower())[0])
+def _splits_of(source: Place, tars: list[str]) -> dict[str, str]:
+    """The split that each tar's name, or else the innermost folder that says one, begins with; none where none says.
+
+    Raises:
+        ValueError: some say one and others do not.
+    """
+    splits = {}
+    for tar in tars:
+        words = [re.match("[a-z]*", part)[0] for part in reversed(tar.lower().split("/"))]
+        word = next((word for word in words if word in NAMES), None)
+        if word:
+            splits[tar] = NAMES[word]
+    silent = [tar for tar in tars if tar not in splits]
+    if splits and silent:
+        raise ValueError(
+            f"{source}: {silent[0]} says no split and {next(iter(splits))} does; move it into train/, valid/ or test/, or "
+            "split all records anew with --split 80/10/10"
+        )
+    return splits
+
+
+def _fault(sample: _Sample, key: str | None, split: str | None) -> str | None:
+    """What a record lacks."""
+    if sample.picture is None:
+        return "no picture"
+    if sample.fields is None:
+        return "no JSON"
+    lacks = next((field for field in (key, split) if field and text_of(sample.fields.get(field)) in ("", "nan")), None)
+    return f"its JSON has no {lacks!r}" if lacks else None
+
+
+def _part_keys(keys: list[str], names: list[tuple[str, str]]) -> None:
+    """Make keys of tar and name where names begin anew in each tar."""
+    first: dict[str, str] = {}
+    if all(first.setdefault(name, tar) == tar for tar, name in names):
+        return
+    keys[:] = [key_from_name(f"{os.path.splitext(tar)[0]}/{name}.x") for tar, name in names]
+    logger.info("names of records begin anew in each tar: the tar's name is part of each key, as %s", keys[0])
 
 
 def _key(name: str) -> str:
-    return key_of(f"{name}.x") if key_fault(name) else name
+    return key_from_name(f"{name}.x") if key_fault(name) else name
 
 
 def _cell(value: Any) -> Any:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.data.datasets import DATASETS, SPLITS, Dataset, Shares
 from pipeline.data.datasets.columns import Column, Kind
-from pipeline.data.datasets.record import key_of
+from pipeline.data.datasets.record import key_from_name
 from pipeline.data.datasets.source import Place
 from pipeline.data.datasets.splits import assign
 from pipeline.data.shards import ShardSet, prepare, verify
@@ -268,6 +268,7 @@ def test_a_folder_that_is_no_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
         DATASETS["folders"](tmp_path / "nowhere")
     (tmp_path / "two").mkdir()
+    (tmp_path / "one/b.jpg").write_bytes(encoded(grey(1)))
     for name in ("a.jpg", "a.png"):
         (tmp_path / "two" / name).write_bytes(encoded(grey(1)))
     with pytest.raises(ValueError, match="rename one"):
@@ -501,9 +502,9 @@ def test_shares_of_another_form_are_refused(text):
 
 
 def test_keys_are_plain_stable_and_apart():
-    assert key_of("000001.jpg") == "000001" and key_of("day/7.png") == "day__7"
+    assert key_from_name("000001.jpg") == "000001" and key_from_name("day/7.png") == "day__7"
     odd = ["a b.jpg", "a-b.jpg", "a/b__c.jpg", "a__b/c.jpg", "../x.jpg", "ü.jpg", "/abs/x.jpg", "x" * 200 + ".jpg"]
-    keys = [key_of(name) for name in odd]
+    keys = [key_from_name(name) for name in odd]
     assert len(set(keys)) == len(odd) and all(key.isascii() and len(key) <= 90 for key in keys)
 
 

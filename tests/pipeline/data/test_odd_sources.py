@@ -1,0 +1,309 @@
+"""What people's own tables, folders and tars look like: nulls, words for unknown, leftovers of other programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.datasets import DATASETS, Dataset
+from pipeline.data.datasets.columns import Column, Kind
+from pipeline.data.datasets.source import Place
+from tests.pipeline.data.test_datasets import column, encoded, grey, seen, tar_of
+
+COUNT = 60
+PATHS = [f"p/{n:03d}.jpg" for n in range(COUNT)]
+SMILING = [n % 2 for n in range(COUNT)]
+
+
+def splits_of(dataset: Dataset) -> dict[int, str]:
+    """By the number of each record's picture."""
+    return {int(record.location[2:5]): record.split for record in dataset.records}
+
+
+def table(folder: Path, parquet: bool, **columns: list) -> Path:
+    folder.mkdir(exist_ok=True)
+    columns = {"path": PATHS, "Smiling": SMILING, **columns}
+    if parquet:
+        pq.write_table(pa.table(columns), folder / "list.parquet")
+        return folder / "list.parquet"
+    rows = [",".join("" if cell is None else str(cell) for cell in row) for row in zip(*columns.values())]
+    (folder / "list.csv").write_text("\n".join([",".join(columns), *rows]))
+    return folder / "list.csv"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parquet", [True, False])
+def test_a_null_in_split_is_a_fault_of_its_row_and_moves_no_other(tmp_path, parquet):
+    given = ["train" if n < 40 else "valid" if n < 50 else "test" for n in range(COUNT)]
+    source = table(tmp_path, parquet, split=[None if n % 3 == 0 else given[n] for n in range(COUNT)])
+    with pytest.raises(ValueError, match="split is ''; train, valid or test is needed"):
+        DATASETS["table"](source)
+    dataset = DATASETS["table"](source, skip_bad=True)
+    assert splits_of(dataset) == {n: given[n] for n in range(COUNT) if n % 3} and len(dataset.left_out) == 20
+    late = table(tmp_path, parquet, split=[None, *given[1:]], Odd=[*SMILING[:-1], 7])
+    dataset = DATASETS["table"](late, skip_bad=True, kinds=["Odd=binary"])
+    assert splits_of(dataset) == {n: given[n] for n in range(1, COUNT - 1)}
+
+
+@pytest.mark.parametrize("parquet", [True, False])
+@pytest.mark.parametrize("unknown", [lambda n: n % 3 == 0, lambda n: n >= 50, lambda n: n == 0])
+def test_no_person_is_on_both_sides_and_who_is_unknown_stands_alone(tmp_path, parquet, unknown, caplog):
+    person = [None if unknown(n) else f"person{n // 4}" for n in range(COUNT)]
+    with caplog.at_level(logging.WARNING):
+        splits = splits_of(DATASETS["table"](table(tmp_path, parquet, person=person), group="person"))
+    sides = {name: {splits[n] for n in range(COUNT) if person[n] == name} for name in set(person) - {None}}
+    assert all(len(those) == 1 for those in sides.values())
+    assert f"{person.count(None)} of 60 records have no group" in caplog.text
+
+
+def test_records_of_unknown_person_are_spread_over_the_splits(tmp_path):
+    for number, word in enumerate((None, "NA", "nan", "")):
+        source = table(tmp_path / str(number), False, person=[word] * COUNT)
+        splits = list(splits_of(DATASETS["table"](source, group="person", attributes=["Smiling"])).values())
+        assert set(splits) == {"train", "valid", "test"}
+
+
+def test_persons_that_are_numbers_with_nulls_among_them_stay_whole(tmp_path):
+    person = [None if n == 0 else float(n // 4) for n in range(COUNT)]
+    text = [cell if n % 2 else f"{n // 4}" for n, cell in enumerate(person)]  # 3.0 and 3 in one CSV
+    for parquet, cells in ((True, person), (False, text)):
+        splits = splits_of(DATASETS["table"](table(tmp_path, parquet, person=cells), group="person"))
+        assert all(len({splits[n] for n in range(4 * k, 4 * k + 4)}) == 1 for k in range(1, 15))
+
+
+@pytest.mark.parametrize("parquet", [True, False])
+def test_a_null_key_or_path_is_a_fault_of_its_row(tmp_path, parquet):
+    source = table(tmp_path, parquet, id=[None if n == 3 else f"k{n}" for n in range(COUNT)])
+    with pytest.raises(ValueError, match="no key in column id"):
+        DATASETS["table"](source, key="id")
+    dataset = DATASETS["table"](source, key="id", skip_bad=True)
+    assert "None" not in dataset.keys and dataset.keys == [f"k{n}" for n in range(COUNT) if n != 3]
+    source = table(tmp_path, parquet, path=[None if n == 3 else path for n, path in enumerate(PATHS)])
+    assert len(DATASETS["table"](source, skip_bad=True)) == COUNT - 1
+
+
+def test_splits_of_celeba_that_came_as_broken_numbers_are_read(tmp_path):
+    source = table(tmp_path, True, split=[float(n % 3) for n in range(COUNT)])
+    assert splits_of(DATASETS["table"](source)) == {n: ("train", "valid", "test")[n % 3] for n in range(COUNT)}
+
+
+@pytest.mark.parametrize("word", ["NA", "N/A", "NULL", "null", "None", "nan", "NaN", "<NA>", "#N/A", "?", "unknown"])
+def test_the_usual_words_for_unknown_are_unknown_and_said(word, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert column("red", word, "blue") == ("k-way blue red", [1, -1, 0])
+        assert column("1", "0", word) == ("binary", [1, 0, -1])
+        assert column("0.5", word) == ("continuous", [0.5, -1])
+    assert (f"{word!r} is taken for unknown (1 cells)" in caplog.text) == (word.lower() != "nan")
+    assert column("x", word, kind=f"k-way:x,{word}") == (f"k-way x {word}", [0, 1])
+    assert column("none", "full") == ("k-way full none", [1, 0])
+
+
+def test_one_number_written_in_several_ways_is_one_number():
+    assert column("1", "1.0", "2", "02", "+3", "3e0", "1,0") == ("k-way 1 2 3", [0, 0, 1, 1, 2, 2, 0])
+    assert column("1.0", "0", "0.0", "1") == ("binary", [1, 0, 0, 1])
+    assert column("0,5", "0,25", "1") == ("continuous", [0.5, 0.25, 1])
+    assert column("1,5", "20", "", kind="continuous:0:20") == ("continuous", [pytest.approx(0.075), 1, -1])
+    assert column("-1.0", "1.0", kind="binary:-1,1") == ("binary", [0, 1])
+    assert column("01", "1", kind="k-way:01,1") == ("k-way 01 1", [0, 1])
+    assert column("7.0", "8", kind="k-way:8,7") == ("k-way 8 7", [1, 0])
+
+
+@pytest.mark.parametrize("cells", [["1,234", "5,678"], ["34%", "50%"], ["1 234", "2 000"], ["1.2.3", "1.2.4"], ["5", "1,234"]])
+def test_what_looks_like_numbers_and_is_none_is_refused_with_the_flag_that_settles_it(cells):
+    with pytest.raises(ValueError, match="--kind x=k-way"):
+        column(*cells)
+    assert column(*cells, kind="k-way")[0].startswith("k-way ")
+
+
+def test_thousands_are_never_read_as_decimals():
+    made = Column("x", Kind.parse("x=continuous:0:5000")[1])
+    made.add("1,234")
+    assert "a number from 0 to 5000" in made.finish()[2][0]
+
+
+def test_pandas_index_column_is_no_attribute(tmp_path):
+    plain = DATASETS["table"](table(tmp_path, False))
+    rows = (tmp_path / "list.csv").read_text().splitlines()
+    for first in ("", "Unnamed: 0"):
+        indexed = [f"{first},{rows[0]}", *(f"{n},{row}" for n, row in enumerate(rows[1:]))]
+        (tmp_path / "list.csv").write_text("\n".join(indexed))
+        assert DATASETS["table"](tmp_path / "list.csv").attribute_list == plain.attribute_list
+    source = table(tmp_path, True, __index_level_0__=list(range(COUNT)))
+    assert DATASETS["table"](source).attribute_list == plain.attribute_list
+    assert DATASETS["table"](source, key="__index_level_0__").keys[7] == "7"
+    (tmp_path / "list.csv").write_text("path,,Smiling\na.jpg,1,1")
+    with pytest.raises(ValueError, match="a column has no name"):
+        DATASETS["table"](tmp_path / "list.csv")
+
+
+def test_excels_line_about_its_delimiter_is_obeyed(tmp_path):
+    (tmp_path / "list.csv").write_text("\ufeffsep=;\npath;age\na.jpg;0,5\nb.jpg;x\n", encoding="utf-8")
+    dataset = DATASETS["table"](tmp_path / "list.csv", kinds=["age=continuous"], skip_bad=True)
+    assert dataset.labels.tolist() == [[0.5]] and "line 4" in dataset.left_out[0].reason
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.jpg").write_bytes(b"here")
+    (tmp_path / "list.csv").write_text("path,Odd\n~/p/a.jpg,1\na.jpg,0\n")
+    dataset = DATASETS["table"]("~/list.csv", images="~/p")
+    assert [dataset.read(location) for location in dataset.locations] == [b"here", b"here"]
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def plant(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        data = encoded(grey(len(name)), "BMP" if name.endswith(".bmp") else "JPEG")
+        (folder / name).write_bytes(data if not name.startswith("__") and "/._" not in name else b"\0\5\26\7mac")
+
+
+def classes(dataset: Dataset) -> list[str]:
+    return dataset.source["classes"]
+
+
+def test_what_operating_systems_leave_is_no_class_and_no_split(tmp_path, caplog):
+    pictures = [f"{kind}/{n}.jpg" for kind in ("cat", "dog") for n in range(3)]
+    plant(tmp_path / "mac", *pictures, "__MACOSX/cat/._0.jpg", "cat/._1.jpg", "@eaDir/dog/0.jpg")
+    (tmp_path / "mac/Thumbs.db").write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        dataset = DATASETS["folders"](tmp_path / "mac")
+    assert classes(dataset) == ["cat", "dog"] and len(dataset) == 6
+    assert "4 hidden (" in caplog.text
+    given = [f"{split}/{picture}" for split in ("train", "val", "test") for picture in pictures]
+    plant(tmp_path / "zip", *given, "__MACOSX/train/._x.jpg", "annotations/cat/0.txt", "train/.cache/x/1.jpg")
+    with caplog.at_level(logging.WARNING):
+        dataset = DATASETS["folders"](tmp_path / "zip")
+    assert classes(dataset) == ["cat", "dog"] and "no classes: annotations" in caplog.text
+    assert [dataset.splits.count(split) for split in ("train", "valid", "test")] == [6, 6, 6]
+
+
+def test_a_class_of_pictures_that_shards_do_not_hold_is_named(tmp_path):
+    plant(tmp_path, *(f"cat/{n}.jpg" for n in range(3)), *(f"dog/{n}.bmp" for n in range(3)))
+    with pytest.raises(ValueError, match=r"dog: shards hold JPEG, PNG and WebP, .* convert its pictures to PNG \(0.bmp\)"):
+        DATASETS["folders"](tmp_path)
+    with pytest.raises(ValueError, match="at least two folders"):
+        DATASETS["folders"](tmp_path, skip_bad=True)
+    plant(tmp_path, *(f"emu/{n}.jpg" for n in range(3)))
+    assert classes(DATASETS["folders"](tmp_path, skip_bad=True)) == ["cat", "emu"]
+
+
+def test_files_that_are_not_taken_are_counted_and_named(tmp_path, caplog):
+    plant(tmp_path, *(f"{c}/{n}.jpg" for c in ("cat", "dog") for n in range(3)), "dog/a.bmp", "dog/b.bmp", "top.jpg")
+    (tmp_path / "cat/notes.txt").write_text("x")
+    (tmp_path / "cat/README").write_text("x")
+    plant(tmp_path, "cat/photo.JFIF", "cat/photo2.JPG")
+    with caplog.at_level(logging.WARNING):
+        dataset = DATASETS["folders"](tmp_path)
+    assert len(dataset) == 8
+    for said in ("2 .bmp (dog/a.bmp)", "1 .jpg (top.jpg)", "1 .txt (cat/notes.txt)", "1 no extension (cat/README)"):
+        assert said in caplog.text
+
+
+def test_a_folder_beside_splits_is_named_and_numbers_are_classes(tmp_path):
+    given = [f"{split}/{c}/{n}.jpg" for split in ("train", "test") for c in ("cat", "dog") for n in range(2)]
+    plant(tmp_path / "more", *given, "unlabelled/0.jpg")
+    with pytest.raises(ValueError, match="unlabelled: it holds pictures beside test, train"):
+        DATASETS["folders"](tmp_path / "more")
+    assert len(DATASETS["folders"](tmp_path / "more", skip_bad=True)) == 8
+    plant(tmp_path / "numbers", *(f"{c}/{n}.jpg" for c in "01" for n in range(3)))
+    assert classes(DATASETS["folders"](tmp_path / "numbers")) == ["0", "1"]
+    plant(tmp_path / "deep", *(f"PetImages/{c}/{n}.jpg" for c in ("cat", "dog") for n in range(3)))
+    with pytest.raises(ValueError, match=r"is it .*deep/PetImages that you mean\?"):
+        DATASETS["folders"](tmp_path / "deep")
+
+
+def test_linked_folders_are_followed_and_a_circle_ends(tmp_path):
+    plant(tmp_path, *(f"set/{c}/{n}.jpg" for c in ("cat", "dog") for n in range(3)), "elsewhere/7.jpg", "emus/8.jpg")
+    (tmp_path / "set/cat/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/emu").symlink_to(tmp_path / "emus")
+    (tmp_path / "set/dog/loop").symlink_to(tmp_path / "set")
+    dataset = DATASETS["folders"](tmp_path / "set")
+    assert classes(dataset) == ["cat", "dog", "emu"] and len(dataset) == 8
+    assert dataset.labels[dataset.locations.index("cat/more/7.jpg"), 0] == 0
+    assert Place(str(tmp_path / "set")).files() == sorted(dataset.locations)
+    (tmp_path / "set/alias").symlink_to(tmp_path / "set/cat")
+    assert len([name for name in Place(str(tmp_path / "set")).files() if name.startswith(("alias/", "cat/"))]) == 8
+
+
+# --- tars -------------------------------------------------------------------------------------------------------------
+
+
+def record(name: str, number: int, **fields: object) -> list[tuple[str, bytes]]:
+    data = {"Smiling": number % 2, **fields}
+    return [(f"{name}.jpg", encoded(grey(number), "JPEG")), (f"{name}.json", json.dumps(data).encode())]
+
+
+def tar(path: Path, *records: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tar_of(path, [member for members in records for member in members])
+
+
+def test_tars_in_folders_called_like_splits_keep_their_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        tar(tmp_path / f"set/{split}/00000.tar", *(record(f"{split}{n}", n) for n in range(10)))
+    dataset = DATASETS["wds"](tmp_path / "set")
+    assert all(r.key.startswith({"valid": "val"}.get(r.split, r.split)) for r in dataset.records) and len(dataset) == 30
+    tar(tmp_path / "set/extra/00000.tar", record("x", 1))
+    with pytest.raises(ValueError, match="extra/00000.tar says no split and .* does; .*--split"):
+        DATASETS["wds"](tmp_path / "set")
+    from pipeline.data.datasets import Shares
+
+    assert len(DATASETS["wds"](tmp_path / "set", shares=Shares())) == 31
+
+
+def test_a_field_that_the_first_records_lack_is_taken_and_unknown_there(tmp_path):
+    tar(tmp_path / "a.tar", *(record(f"{n}", n, **({"Beard": n % 2} if n > 2 else {})) for n in range(10)))
+    dataset = DATASETS["wds"](tmp_path)
+    assert [entry["name"] for entry in dataset.attribute_list] == ["Smiling", "Beard"]
+    assert dataset.labels[:, 1].tolist() == [-1, -1, -1, 1, 0, 1, 0, 1, 0, 1]
+    with pytest.raises(ValueError, match="there is no field 'Bread'; there are: Beard, Smiling"):
+        DATASETS["wds"](tmp_path, attributes=["Bread"])
+
+
+def test_names_that_begin_anew_in_each_tar_are_told_apart_by_it(tmp_path):
+    for number in range(3):
+        tar(tmp_path / f"{number:05d}.tar", *(record(f"{n:06d}", 10 * number + n) for n in range(10)))
+    dataset = DATASETS["wds"](tmp_path)
+    assert len(dataset) == 30 and dataset.keys[12] == "00001__000002"
+    assert [seen(dataset.read(location)) for location in dataset.locations] == list(range(30))
+    tar(tmp_path / "twice.tar", record("a", 1), record("b", 2), record("a", 3))
+    with pytest.raises(ValueError, match="'a' stands at twice.tar record a already"):
+        DATASETS["wds"](tmp_path / "twice.tar")
+
+
+def test_a_record_of_unknown_group_stands_alone_and_one_without_split_is_a_fault(tmp_path):
+    groups = [None if n % 3 == 0 else f"p{n // 6}" for n in range(60)]
+    records = [record(f"{n}", n, who=groups[n], part=None if n == 4 else "train") for n in range(60)]
+    tar(tmp_path / "a.tar", *records)
+    dataset = DATASETS["wds"](tmp_path, group="who", attributes=["Smiling"])
+    sides: dict[str, set[str]] = {}
+    for record_ in dataset.records:
+        sides.setdefault(groups[int(record_.key)] or "unknown", set()).add(record_.split)
+    assert len(sides.pop("unknown")) == 3 and all(len(those) == 1 for those in sides.values())
+    with pytest.raises(ValueError, match="record 4: its JSON has no 'part'"):
+        DATASETS["wds"](tmp_path, split="part")
+
+
+def test_packed_tars_are_told_the_way(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as packed:
+        for name, data in record("a", 1):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            packed.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match="a.tar.gz is packed, .* unpack it"):
+        DATASETS["wds"](tmp_path)
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
