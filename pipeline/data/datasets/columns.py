@@ -14,7 +14,6 @@ import logging
 import math
 import re
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
