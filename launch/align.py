@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from launch.command import describe, main
-from pipeline.files import write_whole
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pipeline.faces.alignment import Face
+    from pipeline.faces.cutting import Cutter
     from pipeline.faces.misalignment import Errors
-    from pipeline.models import Model
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_SHEET_PAIRS = 24
-_JPEG_QUALITY = 95
 _EVERY = 50
 
 
@@ -51,147 +45,46 @@ def align(
     if len(paths) < 2:
         raise ValueError("name photos and, last, the folder to write: fader align PHOTO... OUT")
     *given, out = paths
-    photos = _photos(given)
+    from pipeline.faces.alignment import load_aligner
+    from pipeline.faces.cutting import Cutter
+    from pipeline.faces.photos import listed
+
+    photos = listed(given)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; the last word is the folder to write")
-    _align(photos, out, _aligner(model), every_face, format_, overwrite)
+    _cut(photos, Cutter(out, format_, load_aligner(model), every_face, overwrite))
 
 
-# --- photos -----------------------------------------------------------------------------------------------------------
+def _cut(photos: list[Path], cutter: Cutter) -> None:
+    """Cut photos, and say of each what became of it."""
+    from pipeline.faces.cutting import SHEET_PAIRS
 
-
-def _photos(given: list[Path]) -> list[Path]:
-    """The pictures that were named, and those in folders that were named.
-
-    Raises:
-        ValueError: something is not there, or a folder holds no picture.
-    """
-    photos: list[Path] = []
-    for path in given:
-        if not path.exists():
-            raise ValueError(f"{path}: there is no such photo or folder")
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _PICTURES) if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{path} holds no picture ({', '.join(_PICTURES)})")
-        photos += inside
-    return photos
-
-
-def _aligner(model: str | None) -> Model | None:
-    if model is None:
-        return None
-    from pipeline import models
-    from pipeline.faces import alignment
-
-    aligner = models.load(model)
-    alignment.check_aligner(aligner)
-    return aligner
-
-
-def _align(photos: list[Path], out: Path, aligner: Model | None, every_face: bool, kind: str, overwrite: bool) -> None:
-    import numpy as np
-
-    from pipeline.faces import alignment
-    from pipeline.images import png_bytes
-
-    names = _Names(out, kind)
-    stems = [names.free(photo.stem) for photo in photos]
-    if not overwrite:
-        _refuse_existing([*(names.path(stem) for stem in stems), names.sheet])
-    alignment.opencv()
-    out.mkdir(parents=True, exist_ok=True)
-    missed, pairs = 0, []
-    for photo, stem in zip(photos, stems):
-        try:
-            pixels = _read(photo)
-            faces = alignment.find(pixels, aligner)
-            if not faces:
-                raise ValueError(alignment.NO_FACE)
-            wanted = faces if every_face else faces[:1]
-            files = [names.path(stem), *(names.path(names.free(f"{stem}-face{k}")) for k in range(2, len(wanted) + 1))]
-            if not overwrite:
-                _refuse_existing(files)
-        except (ValueError, OSError) as error:
+    missed, count, first = 0, 0, None
+    for cut in cutter.cut(photos):
+        if cut.error:
             missed += 1
-            typer.echo(f"left out {photo}: {describe(error)}", err=True)
-            continue
-        for number, (face, file) in enumerate(zip(wanted, files)):
-            crop = alignment.crop(pixels, face.frame)
-            write_whole(file, _bytes(crop, kind))
-            pairs.append(np.hstack([alignment.thumbnail(pixels, face, crop.shape[0]), crop]))
-            typer.echo(f"wrote {file}: {_about(face, number, len(faces), every_face)}")
-    if pairs:
-        write_whole(names.sheet, png_bytes(_sheet(pairs)))
-        shown = f" (the first {_SHEET_PAIRS})" if len(pairs) > _SHEET_PAIRS else ""
-        typer.echo(f"wrote {names.sheet}: photo and crop side by side{shown}")
+            typer.echo(f"left out {cut.photo}: {describe(cut.error)}", err=True)
+        for number, (face, file) in enumerate(zip(cut.faces, cut.files)):
+            typer.echo(f"wrote {file}: {_about(face, number, len(cut.faces), cutter.every_face)}")
+            count, first = count + 1, first or file
+    if cutter.write_sheet():
+        shown = f" (the first {SHEET_PAIRS})" if count > SHEET_PAIRS else ""
+        typer.echo(f"wrote {cutter.sheet}: photo and crop side by side{shown}")
     if missed:
         raise ValueError(f"{missed} of {len(photos)} photos left out, as said above")
-    typer.echo(f"next: fader edit {names.path(stems[0])} --model MODEL --set Smiling=1.5 --out edited")
+    typer.echo(f"next: fader edit {first} --model MODEL --set Smiling=1.5 --out edited")
 
 
-class _Names:
-    """A file a face: STEM.png, and STEM-2.png for the second of a stem. sheet: the contact sheet."""
-
-    def __init__(self, out: Path, kind: str) -> None:
-        self.out, self.kind, self.sheet = out, kind, out / "sheet.png"
-        self.taken = {self.sheet.stem}
-
-    def free(self, stem: str) -> str:
-        name, number = stem, 2
-        while name in self.taken:
-            name, number = f"{stem}-{number}", number + 1
-        self.taken.add(name)
-        return name
-
-    def path(self, stem: str) -> Path:
-        return self.out / f"{stem}.{self.kind}"
-
-
-def _refuse_existing(files: list[Path]) -> None:
-    for file in files:
-        if file.exists():
-            raise ValueError(f"{file} is there already; name another folder, or --overwrite to replace what is in it")
-
-
-def _read(photo: Path) -> np.ndarray:
-    import numpy as np
-
-    from pipeline.images import decode
-
-    return np.asarray(decode(photo.read_bytes()))
-
-
-def _about(face: Face, number: int, found: int, every_face: bool) -> str:
+def _about(face: Face, number: int, faces: int, every_face: bool) -> str:
     left, right = face.eyes
     words = f"eyes at ({left.real:.0f}, {left.imag:.0f}) and ({right.real:.0f}, {right.imag:.0f})"
-    if found > 1:
-        words += f", face {number + 1} of {found} by size" if every_face else f", the largest of {found} faces"
+    if faces > 1:
+        words += f", face {number + 1} of {faces} by size" if every_face else f", the largest of {faces} faces"
     if face.size > 1:
         words += f", {face.size:.1f} photo pixels a pixel"
     else:
         words += f", enlarged {1 / face.size:.1f} times"
     return words + ("" if face.sure else "; hardly seen: look at it")
-
-
-def _bytes(crop: np.ndarray, kind: str) -> bytes:
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    options = {"format": "PNG"} if kind == "png" else {"format": "JPEG", "quality": _JPEG_QUALITY}
-    Image.fromarray(crop).save(buffer, **options)
-    return buffer.getvalue()
-
-
-def _sheet(pairs: list[np.ndarray]) -> np.ndarray:
-    """Pairs of photo and crop, four across."""
-    import numpy as np
-
-    pairs = pairs[:_SHEET_PAIRS]
-    across = min(4, len(pairs))
-    pairs = pairs + [np.full_like(pairs[0], 255)] * (-len(pairs) % across)
-    return np.vstack([np.hstack(pairs[i : i + across]) for i in range(0, len(pairs), across)])
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -200,8 +93,9 @@ def _sheet(pairs: list[np.ndarray]) -> np.ndarray:
 def _measure(shards: Path, split: str, count: int, model: str | None) -> None:
     from pipeline.data.shards import ShardSet
     from pipeline.faces import misalignment
+    from pipeline.faces.alignment import load_aligner
 
-    aligner = _aligner(model)
+    aligner = load_aligner(model)
     records = ShardSet.open(shards).split(split)
 
     def watch(done: int) -> None:
@@ -213,19 +107,18 @@ def _measure(shards: Path, split: str, count: int, model: str | None) -> None:
         f"{misalignment.MAX_TURN:g} degrees, scaled by {misalignment.ZOOMS[0]:g} to {misalignment.ZOOMS[1]:g} and "
         f"shifted in a canvas of {misalignment.CANVAS}x{misalignment.CANVAS}"
     )
-    found = misalignment.measure(records, count, aligner, watch=watch)
-    for line in _table(found):
+    for line in _table(misalignment.measure(records, count, aligner, watch=watch)):
         typer.echo(line)
     if model is None:
         typer.echo("next: fader train configs/celeba_aligner.yaml, then the same with --model runs/celeba_aligner")
 
 
-def _table(found: list[Errors]) -> list[str]:
+def _table(rows: list[Errors]) -> list[str]:
     from pipeline.faces.misalignment import RIGHT_WITHIN
 
     right = f"within {RIGHT_WITHIN:.1f} px"
     lines = [f"{'':<24} {'found':>8} {right:>14} {'median px':>10} {'90th percentile px':>19}"]
-    for errors in found:
+    for errors in rows:
         pixels = f"{errors.percentile(50):>10.2f} {errors.percentile(90):>19.2f}"
         lines.append(f"{errors.name:<24} {errors.found:>8.1%} {errors.right:>14.1%} {pixels}")
     return lines

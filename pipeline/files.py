@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +50,21 @@ def write_whole(path: Path, content: str | bytes, durable: bool = True) -> Path:
     with replacing(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def write_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write files by name into a folder, which is made where it is missing: all or none. Returns their paths.
+
+    Raises:
+        OSError: the disk is full or refuses; the folder's files are as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as written:
+        for name, content in contents.items():
+            file = written.enter_context(replacing(folder / name))
+            file.write(content)
+            file.flush()
+    return [folder / name for name in contents]
 
 
 def write_json(path: Path, tree: Any, indent: int | None = 1, work: Path | None = None) -> None:

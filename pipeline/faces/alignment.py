@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,7 @@ import torch
 from fader.method import Aligns
 from fader.similarity import Similarity
 from pipeline.images import CELEBA_SIZE, to_float
-
-if TYPE_CHECKING:
-    from pipeline.models import Model
+from pipeline.models import Model, load
 
 EYES = (complex(69, 111), complex(108, 111))
 """CelebA's eyes, the left one in the picture first, in pixels of 178x218."""
@@ -106,18 +104,6 @@ def find(photo: np.ndarray, aligner: Model | None = None, detector: Detector | N
     if aligner is not None and faces:
         faces = refine(photo, faces, aligner)
     return sorted(faces, key=lambda face: -face.size)
-
-
-def aligned(photo: np.ndarray, aligner: Model | None = None) -> tuple[np.ndarray, list[Face]]:
-    """The largest face as CelebA has its faces, uint8 [218, 178, 3], and all faces of the photo, largest first.
-
-    Raises:
-        ValueError: no face was found; or as `find`.
-    """
-    faces = find(photo, aligner)
-    if not faces:
-        raise ValueError(NO_FACE)
-    return crop(photo, faces[0].frame), faces
 
 
 def cascade(photo: np.ndarray) -> list[Face]:
@@ -239,6 +225,19 @@ def refine(photo: np.ndarray, faces: Sequence[Face], aligner: Model, rounds: int
             for face, factor, shift in zip(faces, factors, shifts)
         ]
     return list(faces)
+
+
+def load_aligner(source: str | None) -> Model | None:
+    """Load a model that refines where faces are; None for none.
+
+    Raises:
+        ValueError: it is not there, or as `check_aligner`.
+    """
+    if source is None:
+        return None
+    aligner = load(source)
+    check_aligner(aligner)
+    return aligner
 
 
 def check_aligner(aligner: Model) -> Aligns:

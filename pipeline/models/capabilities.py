@@ -78,7 +78,7 @@ class Capability:
     def example(self) -> Any:
         """Return an input of one row, with parameters where there are any."""
         array = np.zeros((1, *self.takes), self.dtype)
-        return (array, {"sliders": json.dumps(dict([self._example_slider()]))}) if self.params else array
+        return (array, {"sliders": json.dumps(dict([self.example_slider()]))}) if self.params else array
 
     def answer(self, array: np.ndarray, params: Mapping[str, str]) -> np.ndarray:
         """Return what a service answers, computed in batches.
@@ -92,7 +92,7 @@ class Capability:
     def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
         raise NotImplementedError
 
-    def _example_slider(self) -> tuple[str, float | str]:
+    def example_slider(self) -> tuple[str, float | str]:
         """The slider that examples move: the first attribute's."""
         first = self.attributes[0]
         return (first.name, first.categories[0]) if first.kind == "k-way" else (first.name, 1.5)
@@ -169,7 +169,7 @@ class Editing(Capability):
         return f"sliders: {', '.join(self.attributes.names)}"
 
     def next_command(self, address: str) -> str:
-        name, value = self._example_slider()
+        name, value = self.example_slider()
         return f"fader edit PHOTO --model {address} --set {name}={value} --out DIR"
 
     @torch.inference_mode()
@@ -225,10 +225,20 @@ class Editing(Capability):
         Returns:
             [N, len(settings), C, S, S] in [-1, 1].
         """
+        latent = self.encode(images, labels)
+        return torch.stack([self.decode(latent, labels, sliders) for sliders in settings], 1)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor, labels: Tensor) -> Any:
+        """Encode pictures once, for `decode` to decode them as often as sliders move."""
         self._check_images(images)
-        latent, code = self.method.encode(images, labels), self.attributes.code(labels)
-        codes = [moved(self.attributes, code, sliders) for sliders in settings]
-        return torch.stack([self.method.decode(latent, code).float().clamp(-1, 1) for code in codes], 1)
+        return self.method.encode(images, labels)
+
+    @torch.inference_mode()
+    def decode(self, latent: Any, labels: Tensor, sliders: Sequence[Slider] = ()) -> Tensor:
+        """Return encoded pictures with these sliders moved: [N, C, S, S] in [-1, 1]."""
+        code = moved(self.attributes, self.attributes.code(labels), sliders)
+        return self.method.decode(latent, code).float().clamp(-1, 1)
 
     def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
         given, sliders = self._asked(params)
@@ -252,7 +262,7 @@ class Sampling(Capability):
         return f"attributes of what it samples: {', '.join(self.attributes.names)}"
 
     def next_command(self, address: str) -> str:
-        name, value = self._example_slider()
+        name, value = self.example_slider()
         return f"fader sample {address} --set {name}={value} --out DIR"
 
     @torch.inference_mode()

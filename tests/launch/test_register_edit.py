@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import command, edit, register, sync
+from launch import command, edit, register, sample, sync
 from pipeline import models
 from tests.commands import launch
 from tests.runs import FADER, JUDGE, make_run, make_store, painter, photo
+from tests.shams import Drawing, registered
 
 
 @pytest.fixture
@@ -163,21 +164,33 @@ def test_a_judge_has_no_sliders(tmp_path, call):
     assert code == 2 and "it has no sliders to move" in said and not (tmp_path / "out").exists()
 
 
-def test_pictures_are_all_written_or_none(tmp_path, monkeypatch):
-    """The disk fills up at the second file: the first is not left behind, nor is what stood there before touched."""
-    (tmp_path / "a.png").write_bytes(b"old")
-    real, count = Path.write_bytes, []
+def test_the_edited_face_is_pasted_into_its_photo_on_wish(runs, tmp_path, call):
+    """The crop rule 'celeba' takes the photo's rows 20 to 198: the edit shows there, and fades at the edge."""
+    face, words = photo(tmp_path / "face.png", colour=BLACK), ["--model", runs / "painter", "--set", "Smiling=1"]
+    code, said, _ = call(edit.app, face, *words, "--out", tmp_path / "out", "--paste")
+    assert code == 0 and "face-pasted.png" in said
+    pasted = picture(tmp_path / "out" / "face-pasted.png")
+    assert pasted.shape == (218, 178, 3) and pasted[109, 89].tolist() == [255, 0, 0]
+    assert not pasted[:20].any() and not pasted[199:].any() and (np.diff(pasted[20:60, 89, 0].astype(int)) >= 0).all()
+    code, _, said = call(edit.app, face, *words[:2], "--sweep", "Smiling=0:1:2", "--out", tmp_path / "two", "--paste")
+    assert code == 2 and "give --set too" in said
 
-    def full(path, data):
-        count.append(path)
-        if len(count) == 2:
-            raise OSError(28, "No space left on device", str(path))
-        return real(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError):
-        edit._write(tmp_path, {"a.png": b"new", "b.png": b"new"})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"old"
+def test_samples_are_made_of_seeds_and_sliders_and_the_next_command_works(tmp_path, call):
+    with registered(Drawing):
+        run = make_run(tmp_path / "drawing", {"name": "sham_drawing"})
+        code, said, _ = call(sample.app, run, "--set", "Smiling=1", "--count", "3", "--seed", "7", "--out", tmp_path / "out")
+        assert code == 0, said
+        names = ["grid.png", "seed-7.png", "seed-8.png", "seed-9.png"]
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+        line = said.splitlines()[-1].removeprefix("next: fader sample ")
+        code, said, _ = call(sample.app, *line.split())
+        assert code == 0 and "seed-10.png" in said
+        code, _, said = call(sample.app, run, "--set", "Smilling=1", "--out", tmp_path / "no")
+        assert code == 2 and "did you mean 'Smiling'" in said
+    judge = make_run(tmp_path / "judge", JUDGE)
+    code, _, said = call(sample.app, judge, "--out", tmp_path / "no")
+    assert code == 2 and "judge does not sample pictures" in said and not (tmp_path / "no").exists()
 
 
 def test_register_refuses_what_is_no_run(tmp_path, call):

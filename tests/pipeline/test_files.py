@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -68,3 +69,20 @@ def test_an_exception_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="refused"), files.replacing_folder(path):
         pass
     assert (path / "a").read_text() == "before" and names(tmp_path) == ["a", "export"]
+
+
+def test_files_are_all_written_or_none(tmp_path, monkeypatch):
+    """The disk fills up at the second file: the first is not left behind, nor is what stood there before touched."""
+    assert files.write_all(tmp_path / "out", {"a": b"old", "b": b"old"}) == [tmp_path / "out" / "a", tmp_path / "out" / "b"]
+    real, opened = files.replacing, []
+
+    @contextlib.contextmanager
+    def full(path):
+        opened.append(path)
+        with real(path) as file:
+            yield open("/dev/full", "wb") if len(opened) == 2 else file
+
+    monkeypatch.setattr(files, "replacing", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_all(tmp_path / "out", {"a": b"new", "b": b"new"})
+    assert names(tmp_path) == ["a", "b", "out"] and (tmp_path / "out" / "a").read_bytes() == b"old"

@@ -1,0 +1,53 @@
+"""`fader sample MODEL --set Smiling=1 --count 16 --out DIR`: pictures of faces that nobody has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import values
+from launch.command import main
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_ACROSS = 8
+
+
+@app.command(cls=values.SeveralValues)
+def sample(
+    model: Annotated[str, typer.Argument(help="models:/NAME@alias, an export or a run", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="the folder to write pictures into", metavar="DIR")],
+    seed: Annotated[int, typer.Option(help="of the first picture; the next has the next seed")] = 0,
+    count: Annotated[int, typer.Option(help="pictures", min=1, max=1_000)] = 16,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="-1 absent, 1 present, beyond exaggerated; Beard=full", metavar="NAME=X..."),
+    ] = None,
+    checkpoint: Annotated[str, typer.Option(help="of a run: latest, best or images-N")] = "latest",
+    raw: Annotated[bool, typer.Option("--raw", help="a run's weights as trained, not their moving averages")] = False,
+) -> None:
+    """Make new pictures. Attributes that are not set are drawn by the seed."""
+    values.check_folder(out)
+    import torch
+
+    from pipeline import models
+    from pipeline.faces.photos import Pictures, pixels_of
+    from pipeline.images import grid
+
+    loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
+    sampling = loaded.sampling
+    images = sampling.sample(torch.arange(seed, seed + count), sliders=values.sliders(sampling, set_))
+    written = Pictures()
+    blank = images.new_ones(-count % min(_ACROSS, count), *images.shape[1:])
+    written.add("grid", grid(torch.cat([images, blank]).unflatten(0, (-1, min(_ACROSS, count)))))
+    for number, image in enumerate(images, seed):
+        written.add(f"seed-{number}", pixels_of(image))
+    for path in written.write(out):
+        typer.echo(f"wrote {path}")
+    name, value = sampling.example_slider()
+    typer.echo(f"next: fader sample {model} --seed {seed + count} --set {name}={value} --out {out}")
+
+
+if __name__ == "__main__":
+    main(app)
