@@ -115,7 +115,7 @@ def test_a_second_prepare_into_the_same_folder_is_refused(source, unbroken, tmp_
         refused = launch("launch.prepare", "celeba", source, out, "--shard-records", 16, code=2)
     finally:
         os.kill(first.pid, signal.SIGCONT)
-    assert refused.stderr.strip().splitlines()[-1].startswith(f"error: another process is writing to {out}")
+    assert refused.stderr.strip().splitlines()[-1].startswith(f"error: {out} belongs to process {first.pid} on ")
     first.communicate(timeout=60)
     assert first.returncode == 0 and contents(out) == contents(unbroken)
 

@@ -24,8 +24,9 @@ from pipeline.data.datasets.celeba import ANNOTATION, IMAGES, PARTITION, read_ce
 from pipeline.data.datasets.drawing import draw
 from pipeline.data.datasets.person import person
 from pipeline.data.datasets.record import Dataset
-from pipeline.data.datasets.workers import Progress, locked, silent, spread, tick
+from pipeline.data.datasets.workers import Progress, silent, spread, tick
 from pipeline.files import replacing, write_json, write_whole
+from pipeline.ownership import owned
 
 VERSION = 1  # of the drawing; a change of it is another source
 WORK = ".drawing"
@@ -103,7 +104,7 @@ def read_faces(
     (source / IMAGES[0]).mkdir(parents=True, exist_ok=True)
     (source / WORK).mkdir(exist_ok=True)
     labels = [face_labels(seed, index) for index in range(count)]
-    with locked(source / WORK, str(source)):
+    with owned(source / WORK / "lock", str(source)):
         _claim(source, origin)
         jobs = [_DrawJob(source, seed, start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
         spread(_draw_files, jobs, workers, count, progress, few=0)

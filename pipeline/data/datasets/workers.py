@@ -1,4 +1,4 @@
-"""Work spread over threads or processes of one machine, and the lock that keeps two writers apart.
+"""Work spread over threads or processes of one machine.
 
 A worker that dies with its parent, leaves Ctrl-C to it and prints no traceback of its own is what every command that
 reads or writes many files needs; it stands here once.
@@ -7,8 +7,6 @@ reads or writes many files needs; it stands here once.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -16,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, TypeVar
 
 Progress = Callable[[int, int], None]
@@ -28,25 +25,6 @@ Result = TypeVar("Result")
 
 def silent(done: int, total: int) -> None:
     """The progress of whoever does not look."""
-
-
-@contextlib.contextmanager
-def locked(folder: Path, what: str, *, name: str = "lock", shared: bool = False) -> Iterator[None]:
-    """One writer at a time; the lock ends with the process, however that ends.
-
-    shared: beside others who share it, but not beside one who has it alone.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    with open(folder / name, "a+") as file:  # over NFS a shared lock wants to read, the other one to write
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ValueError(f"another process is writing to {what}; wait for it, or choose another folder") from None
-        yield
 
 
 class _Shared(threading.local):

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.data.datasets import Dataset
-from pipeline.data.datasets.workers import Progress, locked, silent, tick
+from pipeline.data.datasets.workers import Progress, silent, tick
 from pipeline.data.shards.files import DESCRIPTION, WORK
 from pipeline.data.shards.reading import ShardSet
 from pipeline.data.shards.writing import (
@@ -31,6 +31,7 @@ from pipeline.data.shards.writing import (
 )
 from pipeline.files import write_json, write_whole
 from pipeline.images import Check
+from pipeline.ownership import owned
 
 _MOST_NAMED = 3
 
@@ -73,7 +74,7 @@ def write_part(
         return [job.name for job in mine]
     claim(out)
     work, who = out / WORK, f"{out} as task {task} of {tasks}"
-    with locked(work, str(out), shared=True), locked(work, who, name=f"task-{task}.lock"):
+    with owned(work / "lock", str(out), shared=True), owned(work / f"task-{task}.lock", who):
         finished_set(out, source)
         _agree_on_tasks(out, tasks)
         _failure(out, task).unlink(missing_ok=True)
@@ -107,7 +108,7 @@ def finish(
     if not (out / WORK).is_dir() and not (out / DESCRIPTION).is_file():
         raise ValueError(f"{out} holds nothing that a task wrote; run the tasks first")
     claim(out)
-    with locked(out / WORK, str(out)):
+    with owned(out / WORK / "lock", str(out)):
         finished = finished_set(out, source)
         if finished is not None:
             logger.info("%s is already complete; nothing to do", out)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from pipeline.data.datasets import SPLITS, Dataset, LeftOut
-from pipeline.data.datasets.workers import Progress, locked, silent, spread, tick
+from pipeline.data.datasets.workers import Progress, silent, spread, tick
 from pipeline.data.shards.files import (
     BLOCK,
     DESCRIPTION,
@@ -34,6 +34,7 @@ from pipeline.data.shards.manifest import data_digest
 from pipeline.data.shards.reading import ShardSet
 from pipeline.files import digest_of, replacing, write_json, write_whole
 from pipeline.images import Check, check
+from pipeline.ownership import owned
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
     import pyarrow as pa
@@ -224,7 +225,7 @@ def prepare(
     out = Path(out)
     source = source_digest(dataset, shard_records, workers)
     claim(out)
-    with locked(out / WORK, str(out)):
+    with owned(out / WORK / "lock", str(out)):
         finished = finished_set(out, source)
         if finished is not None:
             logger.info("%s is already complete; nothing to do", out)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.datasets.celeba import read_celeba
-from pipeline.data.datasets.workers import locked
 from pipeline.data.shards import finish, prepare, verify, write_part
+from pipeline.ownership import owned
 from tests.pipeline.planted import jpeg, write_celeba
 
 COUNT, TASKS = 60, 3
@@ -125,10 +125,10 @@ def test_tasks_agree_on_their_number_and_on_the_source(source, tmp_path):
 def test_no_finisher_and_no_whole_command_runs_beside_a_task(source, tmp_path):
     out = tmp_path / "set"
     part(source, out, 0)
-    with locked(out / ".prepare", "it", shared=True):
+    with owned(out / ".prepare" / "lock", "it", shared=True):
         part(source, out, 1)
         for other in (lambda: end(source, out), lambda: prepare(read_celeba(source), out, shard_records=8, workers=1)):
-            with pytest.raises(ValueError, match="another process is writing to"):
+            with pytest.raises(ValueError, match="belongs to"):
                 other()
-    with locked(out / ".prepare", "it", name="task-2.lock"), pytest.raises(ValueError, match="as task 2 of 3"):
+    with owned(out / ".prepare" / "task-2.lock", "it"), pytest.raises(ValueError, match="as task 2 of 3 belongs to process"):
         part(source, out, 2)
