@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from fader.attributes import Attribute
+    from pipeline.faces.photos import Portrait
     from pipeline.models import Model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -58,43 +59,20 @@ def edit(
     from pipeline import models
     from pipeline.faces import photos as road
     from pipeline.faces.alignment import load_aligner
-    from pipeline.images import grid
 
-    pictures = [road.read(photo) for photo in photos]
+    pictures = [(str(photo), road.read(photo)) for photo in photos]
     loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
     editing = loaded.editing
     sliders = values.sliders(editing, set_)
-    sweeps = [values.sweep(editing, word) for word in sweep or []]
+    sweeps = dict(values.sweep(editing, word) for word in sweep or [])
     given = values.labels(editing, attributes)
-    if align == "auto":
-        refiner = load_aligner(aligner)
-        cut = [road.aligned_portrait(p, loaded.preprocessing, refiner, str(name)) for name, p in zip(photos, pictures)]
-    else:
-        cut = [road.portrait(p, loaded.preprocessing, name=str(name)) for name, p in zip(photos, pictures)]
-    images = road.images_of(cut)
-    labels, origins = editing.labels(images, given)
+    portraits = road.portraits(pictures, loaded.preprocessing, align == "auto", load_aligner(aligner))
+    labels, origins = editing.labels(road.images_of(portraits), given)
 
     typer.echo(f"{model}: {loaded.card['method']} at {loaded.card['image_size']} pixels, {loaded.attributes!r}")
-    for note in (note for portrait in cut for note in portrait.notes):
-        typer.echo(f"note: {note}")
-    for line in _about_labels(loaded, photos, labels, origins):
+    for line in _about(portraits, loaded, labels, origins):
         typer.echo(line)
-
-    written = road.Pictures()
-    if set_:
-        rows = road.rows(editing, images, labels, [sliders])
-        written.add("grid", grid(rows))
-        for photo, portrait, row in zip(photos, cut, rows):
-            edited = road.pixels_of(row[-1])
-            written.add(photo.stem, edited)
-            if paste:
-                written.add(f"{photo.stem}-pasted", road.paste(portrait, edited))
-    for name, steps in sweeps:
-        rows = road.rows(editing, images, labels, [[*sliders, step] for step in steps])
-        written.add(f"sweep-{name}", grid(rows))
-        for photo, row in zip(photos, rows):
-            written.add(f"{photo.stem}-{name}", grid(row[None]))
-    for path in written.write(out):
+    for path in road.edited(editing, portraits, labels, sliders, sweeps, paste).write(out):
         typer.echo(f"wrote {path}")
     typer.echo("a row is one photo: original, reconstruction, then edited or the steps of a sweep")
     cutting = " --align auto" * (align == "auto") + (f" --aligner {aligner}" if aligner else "")
@@ -109,16 +87,17 @@ _ORIGINS = {
 }
 
 
-def _about_labels(
-    model: Model, photos: Sequence[Path], labels: torch.Tensor, origins: dict[str, str]
+def _about(
+    portraits: Sequence[Portrait], model: Model, labels: torch.Tensor, origins: dict[str, str]
 ) -> Iterator[str]:
-    """Say what the photos show, and where that comes from."""
+    """Say how the photos were cut, what they show, and where that comes from."""
+    yield from (f"note: {note}" for portrait in portraits for note in portrait.notes)
     for origin, words in _ORIGINS.items():
         names = [name for name, given in origins.items() if given == origin]
         if names:
             yield f"own attributes {words}: {', '.join(names)}"
-    for photo, row in zip(photos, labels.tolist()):
-        yield f"  {photo}: {' '.join(f'{a.name}={_value(a, value)}' for a, value in zip(model.attributes, row))}"
+    for portrait, row in zip(portraits, labels.tolist()):
+        yield f"  {portrait.name}: {' '.join(f'{a.name}={_value(a, value)}' for a, value in zip(model.attributes, row))}"
 
 
 def _value(attribute: Attribute, value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from fader.similarity import Similarity
 from pipeline.faces.alignment import NO_FACE, Face, crop, find
 from pipeline.files import write_all
-from pipeline.images import Preprocessing, decode, png_bytes, preprocess, to_float, to_uint8
+from pipeline.images import Preprocessing, decode, grid, png_bytes, preprocess, to_float, to_uint8
 from pipeline.models import Editing, Model, Slider
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -57,11 +57,12 @@ def read(path: Path) -> Image.Image:
 class Portrait:
     """A face cut out of a photo as a model reads it.
 
-    photo: the whole picture, upright. pixels: uint8 [S, S, C]. frame: from the pixels of the square to the photo's.
-    shown: the part of the square that shows the photo, not margins: its first and its last pixel, as x + iy. notes: what
-    a person should know of how it was cut.
+    name: what messages call the photo, its path. photo: the whole picture, upright. pixels: uint8 [S, S, C].
+    frame: from the pixels of the square to the photo's. shown: the part of the square that shows the photo, not margins:
+    its first and its last pixel, as x + iy. notes: what a person should know of how it was cut.
     """
 
+    name: str
     photo: Image.Image
     pixels: np.ndarray
     frame: Similarity
@@ -69,7 +70,30 @@ class Portrait:
     notes: tuple[str, ...] = ()
 
 
-def portrait(photo: Image.Image, rule: Preprocessing, face: Face | None = None, name: str = "the photo") -> Portrait:
+def portraits(
+    photos: Sequence[tuple[str, Image.Image]], rule: Preprocessing, align: bool, aligner: Model | None = None
+) -> list[Portrait]:
+    """Cut photos, given with their names, to a model's squares: around the largest face of each, or as `portrait`.
+
+    Raises:
+        ValueError: a photo shows no face; its name stands in the message.
+    """
+    if not align:
+        return [portrait(name, photo, rule) for name, photo in photos]
+    cut = []
+    for name, photo in photos:
+        faces = find(np.asarray(photo), aligner)
+        if not faces:
+            raise ValueError(f"{name}: {NO_FACE}")
+        notes = [f"{name} shows {len(faces)} faces; the largest is taken"] if len(faces) > 1 else []
+        if not faces[0].sure:
+            notes.append(f"the face in {name} was hardly seen; look whether it was cut rightly")
+        around = portrait(name, photo, rule, faces[0])
+        cut.append(dataclasses.replace(around, notes=(*notes, *around.notes)))
+    return cut
+
+
+def portrait(name: str, photo: Image.Image, rule: Preprocessing, face: Face | None = None) -> Portrait:
     """Cut a photo to a model's square: around a face where one is given, else the whole photo by the model's crop rule.
 
     A photo whose size the crop rule does not take gives its centred square, and a note says so.
@@ -86,25 +110,7 @@ def portrait(photo: Image.Image, rule: Preprocessing, face: Face | None = None, 
         )
         rule = dataclasses.replace(rule, crop="center")
     square, shown = _square(rule, picture.size)
-    return Portrait(photo, preprocess(picture, rule), frame @ square, shown, notes)
-
-
-def aligned_portrait(
-    photo: Image.Image, rule: Preprocessing, aligner: Model | None = None, name: str = "the photo"
-) -> Portrait:
-    """Cut the largest face of a photo to a model's square.
-
-    Raises:
-        ValueError: the photo shows no face; or as `find`.
-    """
-    faces = find(np.asarray(photo), aligner)
-    if not faces:
-        raise ValueError(f"{name}: {NO_FACE}")
-    notes = [f"{name} shows {len(faces)} faces; the largest is taken"] if len(faces) > 1 else []
-    if not faces[0].sure:
-        notes.append(f"the face in {name} was hardly seen; look whether it was cut rightly")
-    cut = portrait(photo, rule, faces[0], name)
-    return dataclasses.replace(cut, notes=(*notes, *cut.notes))
+    return Portrait(name, photo, preprocess(picture, rule), frame @ square, shown, notes)
 
 
 def _square(rule: Preprocessing, size: tuple[int, int]) -> tuple[Similarity, tuple[complex, complex]]:
@@ -122,10 +128,43 @@ def images_of(portraits: Sequence[Portrait]) -> Tensor:
     return to_float(torch.from_numpy(np.stack([cut.pixels for cut in portraits])))
 
 
-def rows(editing: Editing, images: Tensor, labels: Tensor, settings: Sequence[Sequence[Slider]]) -> Tensor:
+def edited(
+    editing: Editing,
+    portraits: Sequence[Portrait],
+    labels: Tensor,
+    sliders: Sequence[Slider],
+    sweeps: Mapping[str, Sequence[Slider]],
+    pasted: bool = False,
+) -> Pictures:
+    """Edit portraits: one picture each and a grid of all; a row each and a grid for every sweep.
+
+    Args:
+        labels: [N, A], the portraits' own.
+        sliders: are moved in all the pictures.
+        sweeps: the steps of a slider, each moved beside `sliders`, by the name that the pictures get.
+        pasted: also make the whole photos with the edited faces in them.
+    """
+    made, images = Pictures(), images_of(portraits)
+    stems = [Path(cut.name).stem for cut in portraits]
+    if sliders:
+        rows = _rows(editing, images, labels, [sliders])
+        made.add("grid", grid(rows))
+        for stem, cut, row in zip(stems, portraits, rows):
+            made.add(stem, pixels_of(row[-1]))
+            if pasted:
+                made.add(f"{stem}-pasted", paste(cut, pixels_of(row[-1])))
+    for name, steps in sweeps.items():
+        rows = _rows(editing, images, labels, [[*sliders, step] for step in steps])
+        made.add(f"sweep-{name}", grid(rows))
+        for stem, row in zip(stems, rows):
+            made.add(f"{stem}-{name}", grid(row[None]))
+    return made
+
+
+def _rows(editing: Editing, images: Tensor, labels: Tensor, settings: Sequence[Sequence[Slider]]) -> Tensor:
     """Return each picture, its reconstruction, then its edits: [N, 2 + len(settings), 3, S, S]."""
-    edited = editing.edit(images, labels, [[], *settings])
-    return torch.cat([images[:, None], edited], 1).expand(-1, -1, 3, -1, -1)
+    edits = editing.edit(images, labels, [[], *settings])
+    return torch.cat([images[:, None], edits], 1).expand(-1, -1, 3, -1, -1)
 
 
 def pixels_of(image: Tensor) -> np.ndarray:
@@ -133,9 +172,9 @@ def pixels_of(image: Tensor) -> np.ndarray:
     return to_uint8(image.expand(1, 3, -1, -1))[0].cpu().numpy()
 
 
-def paste(portrait: Portrait, edited: np.ndarray) -> Image.Image:
+def paste(portrait: Portrait, pixels: np.ndarray) -> Image.Image:
     """Return the whole photo with an edited face, uint8 [S, S, 3], in its place, fading into the photo at its edge."""
-    size, frame, photo = len(edited), portrait.frame, portrait.photo.copy()
+    size, frame, photo = len(pixels), portrait.frame, portrait.photo.copy()
     middle, reach = frame(complex(size - 1, size - 1) / 2), abs(frame.factor) * size
     left, top = (max(0, int(at - reach)) for at in (middle.real, middle.imag))
     right, bottom = min(photo.width, int(middle.real + reach) + 1), min(photo.height, int(middle.imag + reach) + 1)
@@ -145,7 +184,7 @@ def paste(portrait: Portrait, edited: np.ndarray) -> Image.Image:
     inside = np.minimum.reduce([from_first.real, from_first.imag, from_last.real, from_last.imag])
     alpha = np.clip(inside / (SOFT_EDGE * size), 0, 1)
     mask = Image.fromarray((255 * alpha * alpha * (3 - 2 * alpha)).round().astype(np.uint8))
-    photo.paste(_warped(edited, frame.inverse() @ Similarity(1, complex(left, top)), mask.size), (left, top), mask)
+    photo.paste(_warped(pixels, frame.inverse() @ Similarity(1, complex(left, top)), mask.size), (left, top), mask)
     return photo
 
 

@@ -276,7 +276,7 @@ class Sampling(Capability):
             given: labels that all the pictures get; the others are drawn by the seed, every value equally likely.
             sliders: are moved afterwards.
         """
-        draws = Draws(0, "sample", 0, seeds)
+        draws = Draws.of(0, "sample", 0, seeds)
         labels = self.attributes.resampled(draws)
         for name, value in (given or {}).items():
             labels[:, self.attributes.index(name)] = value

@@ -42,7 +42,7 @@ def waves(width: int = 420, height: int = 460) -> Image.Image:
 def test_a_square_pasted_back_unedited_leaves_the_photo_as_it_was(rule, face):
     """Half a pixel wrong anywhere between photo, crop, square and paste would show."""
     photo = waves()
-    cut = photos.portrait(photo, RULES[rule], FACES[face])
+    cut = photos.portrait("a", photo, RULES[rule], FACES[face])
     off = np.asarray(photos.paste(cut, cut.pixels)).astype(int) - np.asarray(photo)
     assert np.abs(off).max() < 20 and np.abs(off).mean() < 1.6  # a letterbox rounds its shorter side to whole pixels
 
@@ -53,7 +53,7 @@ def test_a_square_pasted_back_unedited_leaves_the_photo_as_it_was(rule, face):
 @pytest.mark.parametrize("face", ["turned", "small"])
 def test_an_edited_face_shows_where_the_face_was_and_fades_into_the_photo(face):
     photo = Image.new("RGB", (420, 460), (0, 0, 0))
-    cut = photos.portrait(photo, RULES["celeba"], FACES[face])
+    cut = photos.portrait("a", photo, RULES["celeba"], FACES[face])
     pasted = np.asarray(photos.paste(cut, np.full((128, 128, 3), 200, np.uint8)))[..., 0]
     grid = np.arange(420)[None, :] + 1j * np.arange(460)[:, None]
     inside = cut.frame.inverse()(grid)
@@ -66,7 +66,7 @@ def test_an_edited_face_shows_where_the_face_was_and_fades_into_the_photo(face):
 
 def test_a_face_at_the_photos_edge_is_pasted_as_far_as_the_photo_goes():
     photo = Image.new("RGB", (200, 150), (0, 0, 0))
-    cut = photos.portrait(photo, RULES["celeba"], Face(Similarity(1, -80 - 60j)))
+    cut = photos.portrait("a", photo, RULES["celeba"], Face(Similarity(1, -80 - 60j)))
     pasted = np.asarray(photos.paste(cut, np.full((128, 128, 3), 200, np.uint8)))
     assert pasted.shape == (150, 200, 3) and (pasted[:60, :50] == 200).all() and not pasted[:, 120:].any()
 
@@ -77,7 +77,7 @@ def test_spots_of_a_photo_are_where_the_frame_says():
     for channel, at in ((0, frame(60 + 90j)), (2, frame(110 + 100j))):
         grid = np.arange(420)[None, :] + 1j * np.arange(460)[:, None]
         pixels[..., channel][np.abs(grid - at) < 9] = 255
-    cut = photos.portrait(Image.fromarray(pixels), RULES["celeba"], Face(frame))
+    cut = photos.portrait("a", Image.fromarray(pixels), RULES["celeba"], Face(frame))
     for spot, at in zip(spots(cut.pixels), (frame(60 + 90j), frame(110 + 100j))):
         assert abs(cut.frame(spot) - at) < 0.5
 
