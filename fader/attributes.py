@@ -10,12 +10,12 @@ code of the label 0 or 1.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -62,35 +62,29 @@ class Attribute:
             return 1
         return self.k
 
+    def hard(self, labels: Tensor) -> Tensor:
+        """Labels [N] as int64 values, -1 where unknown; a continuous label stands at its nearer end."""
+        if self.kind == "continuous":
+            labels = torch.where(labels < 0, labels, (labels >= 0.5).to(labels.dtype))
+        return labels.long()
+
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "kind": self.kind, "categories": list(self.categories)}
 
 
-class Attributes(Sequence[Attribute]):
+class Attributes(tuple[Attribute, ...]):
     """An ordered list of attributes; column j of a label tensor belongs to the j-th of them."""
 
-    def __init__(self, attributes: Sequence[Attribute]) -> None:
-        self._attributes = tuple(attributes)
-        names = [attribute.name for attribute in self._attributes]
-        twice = sorted({name for name in names if names.count(name) > 1})
+    def __new__(cls, attributes: Iterable[Attribute]) -> Attributes:
+        made = super().__new__(cls, attributes)
+        twice = sorted({name for name in made.names if made.names.count(name) > 1})
         if twice:
             raise ValueError(f"attribute {twice[0]!r} is named twice")
-        self.names: tuple[str, ...] = tuple(names)
+        return made
 
-    def __len__(self) -> int:
-        return len(self._attributes)
-
-    def __getitem__(self, item):  # type: ignore[override]
-        return self._attributes[item]
-
-    def __iter__(self) -> Iterator[Attribute]:
-        return iter(self._attributes)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Attributes) and self._attributes == other._attributes
-
-    def __hash__(self) -> int:
-        return hash(self._attributes)
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(attribute.name for attribute in self)
 
     def __repr__(self) -> str:
         return f"Attributes({', '.join(self.names)})"
@@ -120,7 +114,7 @@ class Attributes(Sequence[Attribute]):
         Raises:
             ValueError: a name is unknown or stands twice.
         """
-        return Attributes([self._attributes[self.index(name)] for name in names])
+        return Attributes(self[self.index(name)] for name in names)
 
     # --- labels to code ---------------------------------------------------------------------------------------------
 
@@ -140,7 +134,7 @@ class Attributes(Sequence[Attribute]):
         Raises:
             ValueError: the number of columns is wrong.
         """
-        self._check(labels)
+        self.check_width(labels)
         columns = []
         for j, attribute in enumerate(self):
             label = labels[:, j]
@@ -226,35 +220,6 @@ class Attributes(Sequence[Attribute]):
             raise ValueError(f"logits are {tuple(logits.shape)}; {self!r} with a {head} head needs [N, {sum(widths)}]")
         return [logits[:, s] for s in _slices(widths)]
 
-    def losses(self, logits: Tensor, labels: Tensor, known: Tensor, head: Head = "softmax") -> Tensor:
-        """Cross-entropy of each attribute, [A], in nats (mean squared error for a continuous one).
-
-        The reduction is a sum over the known records divided by `known`; see `Batch.known`.
-
-        Args:
-            logits: [N, logits_width(head)].
-            labels: [N, A]; -1 = unknown, left out.
-            known: [A] divisors.
-
-        Raises:
-            ValueError: shapes disagree, or a label is none of -1, 0 … k-1.
-        """
-        self._check(labels)
-        if len(logits) != len(labels):
-            raise ValueError(f"{len(logits)} rows of logits for {len(labels)} labels")
-        out = []
-        for j, (attribute, block) in enumerate(zip(self, self.blocks(logits, head))):
-            label, mask = labels[:, j], labels[:, j] >= 0
-            block = block if block.dtype == torch.float64 else block.float()
-            if attribute.kind == "continuous":
-                each = (torch.sigmoid(block[:, 0]) - label).square()
-            elif block.shape[1] == 1:
-                each = F.binary_cross_entropy_with_logits(block[:, 0], label.clamp(min=0).to(block.dtype), reduction="none")
-            else:
-                each = F.cross_entropy(block, label.clamp(min=0).long(), reduction="none")
-            out.append(torch.where(mask, each, 0.0).sum() / known[j].clamp(min=1e-6))
-        return torch.stack(out) if out else logits.new_zeros(0)
-
     def probabilities(self, logits: Tensor, head: Head = "softmax") -> list[Tensor]:
         """One [N, k] block an attribute: the probability of each value; for a continuous one (1 - v, v)."""
         out = []
@@ -268,10 +233,8 @@ class Attributes(Sequence[Attribute]):
 
     def preds(self, logits: Tensor, head: Head = "softmax") -> Tensor:
         """[N, A] float labels: the most probable value; the number itself for a continuous attribute."""
-        columns = []
-        for attribute, p in zip(self, self.probabilities(logits, head)):
-            columns.append(p[:, 1] if attribute.kind == "continuous" else p.argmax(1).float())
-        return torch.stack(columns, 1)
+        both = zip(self, self.probabilities(logits, head))
+        return torch.stack([p[:, 1] if a.kind == "continuous" else p.argmax(1).float() for a, p in both], 1)
 
     # --- other labels -----------------------------------------------------------------------------------------------
 
@@ -281,7 +244,7 @@ class Attributes(Sequence[Attribute]):
         Unknown labels stay unknown. Source: Lample et al. 2017, arXiv:1706.00409; the k-way rule as its authors
         answered in facebookresearch/FaderNetworks issue 11.
         """
-        self._check(labels)
+        self.check_width(labels)
         columns = []
         for j, attribute in enumerate(self):
             label = labels[:, j]
@@ -294,14 +257,12 @@ class Attributes(Sequence[Attribute]):
 
     def resampled(self, draws: Draws) -> Tensor:
         """[N, A] labels drawn uniformly over each attribute's values ([0, 1] for a continuous one)."""
-        columns = []
-        for attribute in self:
+
+        def drawn(attribute: Attribute) -> Tensor:
             name = f"resample.{attribute.name}"
-            if attribute.kind == "continuous":
-                columns.append(draws.uniform(name))
-            else:
-                columns.append(draws.integers(name, attribute.k).float())
-        return torch.stack(columns, 1)
+            return draws.uniform(name) if attribute.kind == "continuous" else draws.integers(name, attribute.k).float()
+
+        return torch.stack([drawn(attribute) for attribute in self], 1)
 
     def swapped(self, labels: Tensor, name: str, value: int) -> Tensor:
         """A copy of the labels [N, A] with one attribute set to `value` in every row."""
@@ -309,9 +270,42 @@ class Attributes(Sequence[Attribute]):
         labels[:, self.index(name)] = value
         return labels
 
+    def swaps(self, labels: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Yield every change of one attribute to another of its values, for all records at once.
+
+        Step s of an attribute with k values moves each record from its label v to (v + s) mod k, so that k - 1 decodes
+        serve all ordered pairs. Records whose label is unknown are moved as if it were 0; nobody should count them.
+
+        Yields:
+            column, step, the changed labels [N, A], the value asked for [N] int64.
+        """
+        for j, attribute in enumerate(self):
+            start = attribute.hard(labels[:, j]).clamp(min=0)
+            for step in range(1, attribute.k):
+                target = (start + step) % attribute.k
+                changed = labels.clone()
+                changed[:, j] = target.to(labels.dtype)
+                yield j, step, changed, target
+
+    def joint(self, labels: Tensor) -> Tensor:
+        """[N] int64: the number of a record's values of all attributes together; -1 where one of them is unknown."""
+        number, known = torch.zeros(len(labels), dtype=torch.int64, device=labels.device), (labels >= 0).all(1)
+        for j, attribute in enumerate(self):
+            number = number * attribute.k + attribute.hard(labels[:, j])
+        return torch.where(known, number, -1)
+
+    def moved_jointly(self, labels: Tensor, draws: Draws, name: str) -> Tensor:
+        """Labels [N, A] of other joint values, drawn for each record; a record with an unknown label stays as it is."""
+        count, start = math.prod(attribute.k for attribute in self), self.joint(labels)
+        target, columns = (start + 1 + draws.integers(name, count - 1)) % count, []
+        for attribute in reversed(self):
+            columns.insert(0, target % attribute.k)
+            target = target // attribute.k
+        return torch.where(start[:, None] < 0, labels, torch.stack(columns, 1).to(labels.dtype))
+
     def check_labels(self, labels: Tensor) -> None:
         """Raises ValueError when a label is none of its attribute's values and not -1 (not called on the training step)."""
-        self._check(labels)
+        self.check_width(labels)
         for j, attribute in enumerate(self):
             label = labels[:, j]
             if attribute.kind == "continuous":
@@ -319,9 +313,11 @@ class Attributes(Sequence[Attribute]):
             else:
                 wrong = (label != label.round()) | (label < -1) | (label >= attribute.k)
             if wrong.any():
-                raise ValueError(f"{attribute.name} has the label {label[wrong][0].item():g}; it is {attribute.kind}, k={attribute.k}")
+                found = f"{label[wrong][0].item():g}"
+                raise ValueError(f"{attribute.name} has the label {found}; it is {attribute.kind}, k={attribute.k}")
 
-    def _check(self, labels: Tensor) -> None:
+    def check_width(self, labels: Tensor) -> None:
+        """Raises ValueError when labels are not [N, A]."""
         if labels.ndim != 2 or labels.shape[1] != len(self):
             raise ValueError(f"labels are {tuple(labels.shape)}; {self!r} needs [N, {len(self)}]")
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fader.attributes import Attributes, Head
 from fader.critic import FisherCritic
-from fader.losses import accuracies, attribute_loss, fool_loss, patch_losses, squared_errors
+from fader.losses.adversarial import patch_losses
+from fader.losses.attributes import accuracies, attribute_loss, fool_loss
+from fader.losses.reconstruction import squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.networks.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset
 from fader.networks.classifier import Classifier

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fader.attributes import Attributes, Head
 from fader.counts import LabelCounts
-from fader.losses import accuracies, attribute_loss
+from fader.losses.attributes import accuracies, attribute_loss
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.networks.classifier import Classifier
 from fader.networks.layers import wide

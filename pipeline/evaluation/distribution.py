@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fader.attributes import Attribute, Attributes
+from fader.attributes import Attributes
 from pipeline import metrics
-from pipeline.evaluation.labels import hard
 from pipeline.evaluation.report import Conditional, Distance
 
 if TYPE_CHECKING:
@@ -91,9 +90,12 @@ def judge_features(judge: Model) -> Features:
 class Classes:
     """A definition of class: the joint values of some attributes. columns: theirs in the model's labels."""
 
-    names: tuple[str, ...]
     columns: tuple[int, ...]
-    attributes: tuple[Attribute, ...]
+    attributes: Attributes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.attributes.names
 
     @property
     def name(self) -> str:
@@ -105,23 +107,18 @@ class Classes:
 
     def of(self, labels: Tensor) -> Tensor:
         """[N] int64 class of labels [N, A]; -1 where one of its attributes is unknown."""
-        number = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
-        unknown = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-        for column, attribute in zip(self.columns, self.attributes):
-            label = hard(attribute, labels[:, column])
-            number = number * attribute.k + label
-            unknown |= label < 0
-        return torch.where(unknown, -1, number)
+        return self.attributes.joint(self._own(labels))
 
     def moved(self, labels: Tensor, draws: Draws) -> Tensor:
         """Labels [N, A] with each record moved to another class, drawn for the record; unknown stays unknown."""
-        start = self.of(labels)
-        target = (start + 1 + draws.integers(f"class.{self.name}", self.num - 1)) % self.num
+        moved = self.attributes.moved_jointly(self._own(labels), draws, f"class.{self.name}")
         changed = labels.clone()
-        for column, attribute in zip(reversed(self.columns), reversed(self.attributes)):
-            changed[:, column] = torch.where(start < 0, labels[:, column], (target % attribute.k).to(labels.dtype))
-            target = target // attribute.k
+        for j, column in enumerate(self.columns):
+            changed[:, column] = moved[:, j]
         return changed
+
+    def _own(self, labels: Tensor) -> Tensor:
+        return torch.stack([labels[:, column] for column in self.columns], 1)
 
     def probabilities(self, code: Tensor, slices: Sequence[slice]) -> Tensor:
         """[N, num]: the product of the judge's probabilities [N, code_width] of the attributes' values."""
@@ -135,7 +132,7 @@ def class_definitions(attributes: Attributes, given: Sequence[Sequence[str]] | N
     found = []
     for names in given or [(name,) for name in attributes.names]:
         columns = tuple(attributes.index(name) for name in names)
-        found.append(Classes(tuple(names), columns, tuple(attributes[c] for c in columns)))
+        found.append(Classes(columns, attributes.select(names)))
     return tuple(found)
 
 
@@ -152,7 +149,7 @@ def distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], s
     real = rows["features/real"]
     found = [distance("reconstruction", None, None, rows["features/reconstruction"], real)]
     for j, attribute in enumerate(attributes):
-        label = hard(attribute, labels[:, j])
+        label = attribute.hard(labels[:, j])
         for value in attribute.values:
             parts = []
             for step in range(1, attribute.k):

@@ -13,7 +13,7 @@ from torch import Tensor
 from fader.attributes import Attributes
 from fader.method import Batch, Encodes, Method, ReduceSum, Samples, identity
 from pipeline import metrics
-from pipeline.evaluation.labels import hard, slider_values, swaps
+from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.report import SLIDER_POSITIONS
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class Pass:
         self._describe("real", index, images, real)
         self._describe("reconstruction", index, reconstruction, before)
         preds = []
-        for j, step, changed, _ in swaps(attributes, labels):
+        for j, step, changed, _ in attributes.swaps(labels):
             swap = decoded(method, latent, attributes.code(changed))
             after = self.judge.probabilities(swap)
             preds.append(after[self.columns[j]].argmax(1))
@@ -326,15 +326,15 @@ def _quick_sums(method: Method, seer: JudgedBy | None, columns: Sequence[int], b
 
     real = seer.probabilities(batch.images)
     for j, attribute in enumerate(attributes):
-        label = hard(attribute, labels[:, j])
+        label = attribute.hard(labels[:, j])
         for value in attribute.values:
             preds = real[columns[j]].argmax(1)
             add(("real", attribute.name, None, attribute.value_name(value)), preds == value, label == value)
     if latent is None:
         return sums
-    for j, step, changed, target in swaps(attributes, labels):
+    for j, step, changed, target in attributes.swaps(labels):
         preds = seer.probabilities(decoded(method, latent, attributes.code(changed)))[columns[j]].argmax(1)
-        attribute, label = attributes[j], hard(attributes[j], labels[:, j])
+        attribute, label = attributes[j], attributes[j].hard(labels[:, j])
         for start in attribute.values:
             to = attribute.value_name((start + step) % attribute.k)
             add(("swap", attribute.name, attribute.value_name(start), to), preds == target, label == start)

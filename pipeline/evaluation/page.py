@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fader.method import Batch, Encodes, Judges
 from pipeline import tracking
-from pipeline.evaluation.labels import hard, slider_values, swaps
+from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.measure import JudgedBy, decoded, evaluating
 from pipeline.evaluation.report import SLIDER_POSITIONS, Report, Score, Table, as_tables
 from pipeline.files import write_whole
@@ -236,7 +236,7 @@ def _cases(
                 name = attributes[j].name
                 if name not in cases:
                     continue
-                label = hard(attributes[j], labels[:, j])
+                label = attributes[j].hard(labels[:, j])
                 block = seer.probabilities(made)[columns[j]]
                 asked = block.gather(1, target.clamp(min=0)[:, None])[:, 0].tolist()
                 after = _pixels(made)
@@ -267,12 +267,12 @@ def _made(model: Model, images: Tensor, labels: Tensor) -> list[tuple[int, Tenso
     """(column, value asked for [N], pictures to judge) of every swap; of a judge, the pictures and their labels."""
     method, attributes = model.method, model.attributes
     if not isinstance(method, Encodes):
-        return [(j, hard(attribute, labels[:, j]), images) for j, attribute in enumerate(attributes)]
+        return [(j, attribute.hard(labels[:, j]), images) for j, attribute in enumerate(attributes)]
     latent = method.encode(images, labels)
     shown = min(len(attributes), MOST_SLIDERS)
     return [
         (j, target, decoded(method, latent, attributes.code(changed)))
-        for j, _, changed, target in swaps(attributes, labels)
+        for j, _, changed, target in attributes.swaps(labels)
         if j < shown
     ]
 
@@ -405,7 +405,7 @@ def _histogram(model: Model, split: Split) -> bytes:
     labels = torch.from_numpy(split.columns(model.attributes).copy()).float()
     rows = []
     for j, attribute in enumerate(model.attributes):
-        label = hard(attribute, labels[:, j])
+        label = attribute.hard(labels[:, j])
         known = int((label >= 0).sum())
         for value in attribute.values:
             name = f"{attribute.name} {attribute.value_name(value)}"

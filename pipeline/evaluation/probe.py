@@ -11,7 +11,6 @@ from torch import Tensor
 from fader.method import Batch, ReduceSum
 from pipeline import metrics
 from pipeline.evaluation.kernel import KernelReader
-from pipeline.evaluation.labels import hard
 from pipeline.evaluation.measure import PROBE_RECORDS, Pass, flat_latent
 from pipeline.evaluation.report import Leak
 
@@ -49,8 +48,8 @@ def leaks(
     train = reduce_sum(pass_.kept.pop("probe_latent")).cpu()
     test = reduce_sum(pass_.kept.pop("latent")).cpu()
     labels = labels[: len(test)]
-    hard_train = torch.stack([hard(a, train_labels[:, j]) for j, a in enumerate(attributes)], 1)
-    hard_test = torch.stack([hard(a, labels[:, j]) for j, a in enumerate(attributes)], 1)
+    hard_train = torch.stack([a.hard(train_labels[:, j]) for j, a in enumerate(attributes)], 1)
+    hard_test = torch.stack([a.hard(labels[:, j]) for j, a in enumerate(attributes)], 1)
     preds = torch.zeros(len(test), len(attributes), dtype=torch.float64)
     kinds = torch.zeros(len(attributes), dtype=torch.float64)
     if rank == 0:  # training amplifies rounding, so one rank does it for all

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fader.attributes import Attributes
 from pipeline import metrics
-from pipeline.evaluation.labels import hard, slider_values
+from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Measure, Preservation, Score, Slider
 
 
@@ -27,7 +27,7 @@ def scores(
     right, counted = [], []
     first_swap = 0
     for j, attribute in enumerate(attributes):
-        label = hard(attribute, labels[:, j])
+        label = attribute.hard(labels[:, j])
         for images in ("real", "reconstruction"):
             if images not in rows:
                 continue
@@ -81,7 +81,7 @@ def scores(
             samples = torch.stack([samples for _, samples in some]).mean(0)
             found.append(score((images, "*", None, None), len(labels), mean, samples))
     for attribute in attributes:
-        label = hard(attribute, labels[:, attributes.index(attribute.name)])
+        label = attribute.hard(labels[:, attributes.index(attribute.name)])
         for value_ in attribute.values:
             if not (label == value_).any():
                 warnings.append(
@@ -93,7 +93,7 @@ def scores(
 def aucs(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
     """The judge's area under the ROC curve on real images, for what has two values."""
     return {
-        attribute.name: metrics.auc(rows["real_present"][:, j], hard(attribute, labels[:, j]))
+        attribute.name: metrics.auc(rows["real_present"][:, j], attribute.hard(labels[:, j]))
         for j, attribute in enumerate(attributes)
         if attribute.kind != "k-way"
     }
@@ -103,7 +103,7 @@ def plain_accuracies(attributes: Attributes, labels: Tensor, rows: dict[str, Ten
     """The share of real images whose known label the judge gives: common values count for more than rare ones."""
     found = {}
     for j, attribute in enumerate(attributes):
-        label = hard(attribute, labels[:, j])
+        label = attribute.hard(labels[:, j])
         right = rows["real"][:, j][label >= 0] == label[label >= 0]
         found[attribute.name] = float(right.double().mean()) if len(right) else math.nan
     return found
@@ -113,7 +113,7 @@ def calibration(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor],
     """The judge's calibration error on real images. uniform: its prior is, so values of an attribute weigh alike."""
     found = {}
     for j, attribute in enumerate(attributes):
-        label = hard(attribute, labels[:, j])
+        label = attribute.hard(labels[:, j])
         counts = torch.stack([(label == value).sum() for value in attribute.values]).double()
         share = 1 / counts.clamp(min=1) if uniform else torch.ones_like(counts)
         weights = torch.where(label >= 0, share[label.clamp(min=0)], 0.0)

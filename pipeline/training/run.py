@@ -489,7 +489,9 @@ class _Run:
         batch = self._valid_batch(_PICTURE_RECORDS)
         _stand_still(self.method)
         latent = self.method.encode(batch.images, batch.attributes)
-        codes = [self.method.attributes.code(labels) for labels in _swaps(self.method, batch.attributes)]
+        attributes = self.method.attributes
+        swaps = (changed for _, _, changed, _ in attributes.swaps(batch.attributes))
+        codes = [attributes.code(labels) for labels in (batch.attributes, *swaps)]
         rows = [batch.images, *(self.method.decode(latent, code) for code in codes)]
         self.tracker.picture("sliders", png_bytes(grid(torch.stack(rows, 1).float().cpu())), self.position.clock.images)
 
@@ -521,18 +523,6 @@ class _Run:
 
 def _due(before: Clock, after: Clock, interval: int) -> bool:
     return bool(interval) and after.images // interval > before.images // interval
-
-
-def _swaps(method: Method, labels: Tensor) -> Iterator[Tensor]:
-    """The labels themselves, then for each attribute every record moved to another value of it."""
-    yield labels
-    for attribute in method.attributes:
-        label = labels[:, method.attributes.index(attribute.name)]
-        for step in range(1, attribute.k):
-            value = 1 - label if attribute.kind == "continuous" else (label.clamp(min=0) + step) % attribute.k
-            swapped = labels.clone()
-            swapped[:, method.attributes.index(attribute.name)] = value
-            yield swapped
 
 
 def _stand_still(method: Method) -> None:

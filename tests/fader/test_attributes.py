@@ -9,6 +9,7 @@ import torch
 
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
+from fader.losses.attributes import attribute_losses
 
 HAIR = Attribute("Hair", "k-way", ("black", "blond", "brown"))
 ALL = Attributes([Attribute("Male"), HAIR, Attribute("Age", "continuous")])
@@ -121,14 +122,14 @@ def test_losses_by_hand():
     want = math.log(1 + math.exp(-2))
     one = torch.ones(1)
     label = torch.tensor([[1.0]])
-    assert male.losses(torch.tensor([[0.0, 2.0]]), label, one).item() == pytest.approx(want, rel=1e-6)
-    assert male.losses(torch.tensor([[2.0]]), label, one, "sigmoid").item() == pytest.approx(want, rel=1e-6)
+    assert attribute_losses(male, torch.tensor([[0.0, 2.0]]), label, one).item() == pytest.approx(want, rel=1e-6)
+    assert attribute_losses(male, torch.tensor([[2.0]]), label, one, "sigmoid").item() == pytest.approx(want, rel=1e-6)
     hair = Attributes([HAIR])
     logits = torch.tensor([[1.0, 2.0, 3.0]])
     want = math.log(sum(math.exp(v) for v in (1, 2, 3))) - 1
-    assert hair.losses(logits, torch.tensor([[0.0]]), one).item() == pytest.approx(want, rel=1e-6)
+    assert attribute_losses(hair, logits, torch.tensor([[0.0]]), one).item() == pytest.approx(want, rel=1e-6)
     age = Attributes([Attribute("Age", "continuous")])
-    assert age.losses(torch.tensor([[0.0]]), torch.tensor([[0.8]]), one).item() == pytest.approx(0.09, rel=1e-5)
+    assert attribute_losses(age, torch.tensor([[0.0]]), torch.tensor([[0.8]]), one).item() == pytest.approx(0.09, rel=1e-5)
 
 
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
@@ -136,8 +137,8 @@ def test_unknown_labels_are_masked_and_leave_no_gradient(head):
     logits = torch.randn(4, ALL.logits_width(head), requires_grad=True)
     labels = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0], [-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     known = (labels >= 0).sum(0).float()
-    losses = ALL.losses(logits, labels, known, head)
-    assert torch.allclose(losses, ALL.losses(logits[:2], labels[:2], known, head))
+    losses = attribute_losses(ALL, logits, labels, known, head)
+    assert torch.allclose(losses, attribute_losses(ALL, logits[:2], labels[:2], known, head))
     losses.sum().backward()
     assert not logits.grad[2:].any() and logits.grad[:2].any()
 
@@ -145,7 +146,7 @@ def test_unknown_labels_are_masked_and_leave_no_gradient(head):
 def test_nobody_known_gives_zero_not_nan():
     labels = torch.full((3, 3), -1.0)
     logits = torch.randn(3, 6, requires_grad=True)
-    losses = ALL.losses(logits, labels, torch.zeros(3))
+    losses = attribute_losses(ALL, logits, labels, torch.zeros(3))
     losses.sum().backward()
     assert losses.tolist() == [0, 0, 0] and not logits.grad.any()
 
@@ -156,8 +157,8 @@ def test_shares_of_a_batch_average_to_the_whole():
     labels = torch.tensor([[1.0, 2, 0.5], [0, -1, 0], [-1, 1, -1], [1, 0, 1], [0, 0, 0.2]])
     logits = torch.randn(5, 6)
     known = (labels >= 0).sum(0).float()
-    parts = [ALL.losses(logits[s], labels[s], known / 2) for s in (slice(0, 3), slice(3, 5))]
-    assert torch.allclose((parts[0] + parts[1]) / 2, ALL.losses(logits, labels, known))
+    parts = [attribute_losses(ALL, logits[s], labels[s], known / 2) for s in (slice(0, 3), slice(3, 5))]
+    assert torch.allclose((parts[0] + parts[1]) / 2, attribute_losses(ALL, logits, labels, known))
 
 
 def test_preds_undo_losses():
@@ -170,6 +171,36 @@ def test_preds_undo_losses():
         assert torch.allclose(ALL.preds(logits, head), labels, atol=1e-6)
         for block in ALL.probabilities(logits, head):
             assert torch.allclose(block.sum(1), torch.ones(2))
+
+
+def test_swaps_ask_for_every_other_value_once_and_change_nothing_else():
+    labels = torch.tensor([[1.0, 2.0, 0.25], [0.0, 0.0, 0.75], [-1.0, 1.0, -1.0]])
+    asked: dict[int, list[torch.Tensor]] = {0: [labels[:, 0]], 1: [labels[:, 1]], 2: [torch.tensor([0.0, 1.0, 0.0])]}
+    for column, step, changed, target in ALL.swaps(labels):
+        assert torch.equal(changed[:, column].long(), target) and len(asked[column]) == step
+        others = [j for j in range(3) if j != column]
+        assert torch.equal(changed[:, others], labels[:, others])
+        asked[column].append(target)
+    for column, values in asked.items():
+        known = torch.stack(values)[:, labels[:, column] >= 0]
+        assert (known.sort(0).values == torch.arange(ALL[column].k)[:, None]).all(), "each value once a record"
+
+
+def test_a_hard_label_stands_at_the_nearer_end_of_a_continuous_attribute():
+    labels = torch.tensor([0.0, 0.49, 0.5, 1.0, -1.0])
+    assert ALL[2].hard(labels).tolist() == [0, 0, 1, 1, -1]
+    assert ALL[1].hard(torch.tensor([2.0, -1.0])).tolist() == [2, -1]
+
+
+def test_joint_values_move_to_every_other_joint_value_and_unknown_ones_stay():
+    two = ALL.select(["Male", "Hair"])
+    labels = torch.tensor([[i % 2, i // 2 % 3] for i in range(600)] + [[-1, 2]] * 3).float()
+    assert two.joint(torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, -1.0]])).tolist() == [3, 5, -1]
+    moved = two.moved_jointly(labels, draws(len(labels)), "m")
+    assert torch.equal(moved[600:], labels[600:])
+    before, after = two.joint(labels[:600]), two.joint(moved[:600])
+    for start in range(6):
+        assert set(after[before == start].tolist()) == set(range(6)) - {start}
 
 
 def test_names_are_found_or_the_nearest_is_offered():

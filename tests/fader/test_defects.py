@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fader.losses.attributes
 import fader.methods.fader as method_file
 import fader.networks.autoencoder
 import fader.networks.discriminators
 import fader.networks.layers
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
+from fader.losses.attributes import attribute_losses
 from fader.method import Batch
 from fader.methods import Fader, FaderSettings
 from fader.networks.autoencoder import Decoder, Latent, Layout
@@ -88,7 +90,7 @@ def encoder_works_against_the_discriminator() -> None:
     value = phases(method)["encoder+decoder"].loss(method.networks, batch, context(method)).value
     ours = torch.autograd.grad(value, weights)
     logits = method.networks["latent_discriminator"](method.networks["encoder"](batch.images))
-    reading = method.attributes.losses(logits, batch.attributes, batch.known).sum()
+    reading = attribute_losses(method.attributes, logits, batch.attributes, batch.known).sum()
     assert reading.requires_grad, "nothing that the discriminator says reaches the encoder"
     theirs = torch.autograd.grad(reading, weights)
     a, b = (torch.cat([part.flatten() for part in side]) for side in (ours, theirs))
@@ -169,7 +171,7 @@ def each_attribute_reads_its_own_logits() -> None:
     for head, slices in (("softmax", [(0, 2), (2, 5), (5, 7)]), ("sigmoid", [(0, 1), (1, 4), (4, 5)])):
         batch = planted()
         logits = torch.randn(12, MIXED.logits_width(head), requires_grad=True)
-        for loss, (start, stop) in zip(MIXED.losses(logits, batch.attributes, batch.known, head), slices):
+        for loss, (start, stop) in zip(attribute_losses(MIXED, logits, batch.attributes, batch.known, head), slices):
             (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
             columns = gradient.abs().sum(0).nonzero()[:, 0].tolist()
             assert columns == list(range(start, stop)), f"{head}: columns {columns} for {start} to {stop}"
@@ -383,8 +385,8 @@ def logits_sliced_by_attribute_number(patch: Patch) -> None:
 
 
 def losses_averaged_over_attributes(patch: Patch) -> None:
-    real = Attributes.losses
-    patch.setattr(Attributes, "losses", lambda self, *arguments: real(self, *arguments) / len(self))
+    real = fader.losses.attributes.attribute_losses
+    patch.setattr(fader.losses.attributes, "attribute_losses", lambda *given: real(*given) / len(given[0]))
 
 
 def decoded_with_the_original_labels(patch: Patch) -> None:

@@ -9,7 +9,9 @@ import torch
 
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
-from fader.losses import accuracies, attribute_loss, fool_loss, patch_losses, squared_errors
+from fader.losses.adversarial import GAMES, patch_losses, r1_penalties
+from fader.losses.attributes import accuracies, attribute_loss, fool_loss
+from fader.losses.reconstruction import absolute_errors, squared_errors
 from fader.schedules import ema_decay, ramp, risen
 
 TWO = Attributes([Attribute("Male"), Attribute("Hair", "k-way", ("black", "blond", "brown"))])
@@ -25,8 +27,10 @@ def test_squared_errors_are_means_over_an_images_pixels():
     reconstruction[1] = 0.5
     reconstruction[0, 0, 0, 0] = 2.0
     assert squared_errors(reconstruction, images).tolist() == pytest.approx([4 / 48, 0.25])
-    with pytest.raises(ValueError, match="a reconstruction"):
-        squared_errors(reconstruction, images[:, :1])
+    assert absolute_errors(reconstruction, images).tolist() == pytest.approx([2 / 48, 0.5])
+    for errors in (squared_errors, absolute_errors):
+        with pytest.raises(ValueError, match="a reconstruction"):
+            errors(reconstruction, images[:, :1])
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,66 @@ def test_patch_losses_stay_finite_at_the_ends():
         losses = patch_losses(p, target)
         (gradient,) = torch.autograd.grad(losses.sum(), p)
         assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_sides_of_a_game_by_hand(name):
+    """Logits 2 and -0.5 of a real and a decoded image, and 0 and 0, where nothing is told."""
+    game, log = GAMES[name], lambda x: math.log(1 + math.exp(x))
+    real, decoded = torch.tensor([2.0, 0.0]), torch.tensor([-0.5, 0.0])
+    discriminator, maker = {
+        "non_saturating": ([log(-2) + log(-0.5), 2 * math.log(2)], [log(0.5), math.log(2)]),
+        "hinge": ([0 + 0.5, 2], [0.5, 0]),
+        "relativistic": ([log(-2.5), math.log(2)], [log(2.5), math.log(2)]),
+    }[name]
+    assert game.discriminator(real, decoded).tolist() == pytest.approx(discriminator, rel=1e-6)
+    assert game.maker(real, decoded).tolist() == pytest.approx(maker, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_sides_of_a_game_pull_the_decoded_images_apart(name):
+    """The discriminator's loss falls as the decoded logit falls, the maker's as it rises; both stay finite far out."""
+    real, decoded = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    decoded.requires_grad_()
+    (down,) = torch.autograd.grad(GAMES[name].discriminator(real, decoded).sum(), decoded)
+    (up,) = torch.autograd.grad(GAMES[name].maker(real, decoded).sum(), decoded)
+    assert (down >= 0).all() and (down > 0).any() and (up < 0).all()
+    far = torch.tensor([1e4, -1e4], requires_grad=True)
+    for side in (GAMES[name].discriminator, GAMES[name].maker):
+        losses = side(far, far.flip(0))
+        assert losses.isfinite().all() and torch.autograd.grad(losses.sum(), far)[0].isfinite().all()
+    assert GAMES[name].maker(real.bfloat16(), decoded.bfloat16()).dtype == torch.float32
+
+
+def discriminator() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.Softplus(), torch.nn.Flatten(), torch.nn.Linear(4 * 4 * 4, 1)
+    return torch.nn.Sequential(*layers).double()
+
+
+def test_r1_is_the_squared_gradient_of_each_image_and_its_own_gradient_is_right():
+    """In float64: against each record's own gradient, and against finite differences of the penalty in the weights."""
+    network, images = discriminator(), torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    penalties = r1_penalties(network(images.requires_grad_())[:, 0], images)
+    for image, penalty in zip(images.detach(), penalties):
+        slope = torch.autograd.functional.jacobian(lambda x: network(x[None])[0, 0], image)
+        assert penalty.item() == pytest.approx(slope.square().sum().item(), rel=1e-12)
+    parameters = list(network.parameters())
+
+    def penalty(*weights: torch.Tensor) -> torch.Tensor:
+        logits = torch.func.functional_call(network, dict(zip(dict(network.named_parameters()), weights)), images)
+        return r1_penalties(logits[:, 0], images).mean()
+
+    assert torch.autograd.gradcheck(penalty, [p.detach().clone().requires_grad_() for p in parameters[:-1]] + parameters[-1:])
+
+
+def test_r1_of_a_linear_discriminator_is_its_squared_weight():
+    weight = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    images = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    penalties = r1_penalties(images.flatten(1) @ weight, images)
+    assert torch.allclose(penalties, weight.square().sum().expand(4))
+    (gradient,) = torch.autograd.grad(penalties.mean(), weight)
+    assert torch.allclose(gradient, 2 * weight)
 
 
 @pytest.mark.parametrize("head, male", [("softmax", [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]), ("sigmoid", [[1.0]] * 3)])

@@ -189,13 +189,13 @@ def test_an_oracle_scores_one_and_an_identity_none_under_a_judge_that_is_right()
 
 def test_swaps_scored_with_the_original_labels_are_caught(monkeypatch):
     """The defect of a public implementation: decoding with the image's own labels, so that nothing is ever swapped."""
-    swaps = measure.swaps
+    swaps = Attributes.swaps
 
     def original(attributes, labels):
         for j, step, _, target in swaps(attributes, labels):
             yield j, step, labels, target
 
-    monkeypatch.setattr(measure, "swaps", original)
+    monkeypatch.setattr(Attributes, "swaps", original)
     with pytest.raises(AssertionError):
         test_an_oracle_scores_one_and_an_identity_none_under_a_judge_that_is_right()
     with pytest.raises(AssertionError):

@@ -1,8 +1,9 @@
-"""One formula each, of tensors; half precision is widened first, float64 stays float64."""
+"""How far attribute logits are from labels, from wrong labels, and how often they are right."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fader.attributes import Attributes, Head
@@ -10,23 +11,35 @@ from fader.draws import Draws
 from fader.networks.layers import wide
 
 
-def squared_errors(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error of each image.
+def attribute_losses(
+    attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head = "softmax"
+) -> Tensor:
+    """Cross-entropy of each attribute, [A], in nats (mean squared error for a continuous one).
+
+    The reduction is a sum over the known records divided by `known`; see `Batch.known`.
 
     Args:
-        reconstruction, images: [N, C, H, W] in [-1, 1].
-
-    Returns:
-        [N], mean over channels and pixels; 4 at most.
+        logits: [N, attributes.logits_width(head)].
+        labels: [N, A]; -1 = unknown, left out.
+        known: [A] divisors.
 
     Raises:
         ValueError: shapes disagree.
-
-    Source: Lample et al. 2017, arXiv:1706.00409, equation 1 (there a sum; a mean in the authors' code).
     """
-    if reconstruction.shape != images.shape:
-        raise ValueError(f"a reconstruction {tuple(reconstruction.shape)} of images {tuple(images.shape)}")
-    return (wide(reconstruction) - wide(images)).square().flatten(1).mean(1)
+    attributes.check_width(labels)
+    if len(logits) != len(labels):
+        raise ValueError(f"{len(logits)} rows of logits for {len(labels)} labels")
+    losses = []
+    for j, (attribute, block) in enumerate(zip(attributes, attributes.blocks(logits, head))):
+        label, mask, block = labels[:, j], labels[:, j] >= 0, wide(block)
+        if attribute.kind == "continuous":
+            each = (torch.sigmoid(block[:, 0]) - label).square()
+        elif block.shape[1] == 1:
+            each = F.binary_cross_entropy_with_logits(block[:, 0], label.clamp(min=0).to(block.dtype), reduction="none")
+        else:
+            each = F.cross_entropy(block, label.clamp(min=0).long(), reduction="none")
+        losses.append(torch.where(mask, each, 0.0).sum() / known[j].clamp(min=1e-6))
+    return torch.stack(losses) if losses else logits.new_zeros(0)
 
 
 def attribute_loss(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head) -> Tensor:
@@ -46,7 +59,7 @@ def attribute_loss(attributes: Attributes, logits: Tensor, labels: Tensor, known
 
     Source: Lample et al. 2017, arXiv:1706.00409, equation 2.
     """
-    return attributes.losses(logits, labels, known, head).sum()
+    return attribute_losses(attributes, logits, labels, known, head).sum()
 
 
 def fool_loss(
@@ -60,24 +73,6 @@ def fool_loss(
     Source: Lample et al. 2017, arXiv:1706.00409, equation 3.
     """
     return attribute_loss(attributes, logits, attributes.flipped(labels, draws), known, head)
-
-
-def patch_losses(probabilities: Tensor, target: float) -> Tensor:
-    """Binary cross-entropy of each image's probability of being real, in nats.
-
-    Args:
-        probabilities: [N] in [0, 1]; kept 1e-6 away from the ends, where the logarithm has none.
-        target: 1 = real, 0 = decoded; 1 - s and s under label smoothing s.
-
-    Raises:
-        ValueError: the target is outside [0, 1].
-
-    Source: the patch discriminator of facebookresearch/FaderNetworks, with s = 0.2.
-    """
-    if not 0 <= target <= 1:
-        raise ValueError(f"target is {target}; it must be in [0, 1]")
-    p = wide(probabilities).clamp(1e-6, 1 - 1e-6)
-    return -(target * torch.log(p) + (1 - target) * torch.log1p(-p))
 
 
 def accuracies(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head) -> Tensor:

@@ -1,0 +1,115 @@
+"""What a discriminator and the network it presses on play for: real pictures against decoded or generated ones.
+
+Every loss is one number a record, so that a mean over the global batch can be taken of it (`Batch.mean`). A logit above 0
+says "real".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fader.networks.layers import wide
+
+PairLosses = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Game:
+    """The two sides of an adversarial loss. Each takes the logits [N] of real and of decoded images and gives [N] losses.
+
+    discriminator: what the discriminator minimises. maker: what the network that makes images minimises.
+    """
+
+    discriminator: PairLosses
+    maker: PairLosses
+
+
+def non_saturating_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
+    """Cross-entropy in nats: -log σ(real) - log(1 - σ(decoded)). 2 ln 2 when the logits tell nothing.
+
+    Source: Goodfellow et al. 2014, arXiv:1406.2661, equation 1.
+    """
+    return F.softplus(-wide(real)) + F.softplus(wide(decoded))
+
+
+def non_saturating_maker(real: Tensor, decoded: Tensor) -> Tensor:
+    """-log σ(decoded), whose gradient does not vanish where the discriminator is sure. ln 2 when it cannot tell.
+
+    Source: Goodfellow et al. 2014, arXiv:1406.2661, section 3.
+    """
+    return F.softplus(-wide(decoded))
+
+
+def hinge_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
+    """max(0, 1 - real) + max(0, 1 + decoded): nothing more is gained beyond a margin of 1.
+
+    Source: Lim, Ye 2017, "Geometric GAN", arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, equation 16.
+    """
+    return F.relu(1 - wide(real)) + F.relu(1 + wide(decoded))
+
+
+def hinge_maker(real: Tensor, decoded: Tensor) -> Tensor:
+    """-decoded. Source: Miyato et al. 2018, arXiv:1802.05957, equation 17."""
+    return -wide(decoded)
+
+
+def relativistic_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
+    """-log σ(real - decoded): each real image should look more real than the decoded one beside it. ln 2 when it does not.
+
+    Source: Jolicoeur-Martineau 2018, arXiv:1807.00734, RSGAN.
+    """
+    return F.softplus(wide(decoded) - wide(real))
+
+
+def relativistic_maker(real: Tensor, decoded: Tensor) -> Tensor:
+    """-log σ(decoded - real). Source: Jolicoeur-Martineau 2018, arXiv:1807.00734, RSGAN."""
+    return F.softplus(wide(real) - wide(decoded))
+
+
+GAMES = {
+    "non_saturating": Game(non_saturating_discriminator, non_saturating_maker),
+    "hinge": Game(hinge_discriminator, hinge_maker),
+    "relativistic": Game(relativistic_discriminator, relativistic_maker),
+}
+
+
+def r1_penalties(logits: Tensor, images: Tensor) -> Tensor:
+    """Squared length of the logits' gradient with respect to each image; differentiable once more.
+
+    A discriminator adds (γ / 2) times their mean over real images to its loss. Its logits must not mix records (no batch
+    norm), because the gradient of their sum is taken.
+
+    Args:
+        logits: [N], or [N, …] whose sum a record is meant, computed from `images`.
+        images: [N, C, H, W], which require gradients.
+
+    Returns:
+        [N], summed over channels and pixels.
+
+    Source: Mescheder, Geiger, Nowozin 2018, arXiv:1801.04406, section 4.1.
+    """
+    (gradient,) = torch.autograd.grad(wide(logits).sum(), images, create_graph=True)
+    return wide(gradient).square().flatten(1).sum(1)
+
+
+def patch_losses(probabilities: Tensor, target: float) -> Tensor:
+    """Binary cross-entropy of each image's probability of being real, in nats.
+
+    Args:
+        probabilities: [N] in [0, 1]; kept 1e-6 away from the ends, where the logarithm has none.
+        target: 1 = real, 0 = decoded; 1 - s and s under label smoothing s.
+
+    Raises:
+        ValueError: the target is outside [0, 1].
+
+    Source: the patch discriminator of facebookresearch/FaderNetworks, with s = 0.2.
+    """
+    if not 0 <= target <= 1:
+        raise ValueError(f"target is {target}; it must be in [0, 1]")
+    p = wide(probabilities).clamp(1e-6, 1 - 1e-6)
+    return -(target * torch.log(p) + (1 - target) * torch.log1p(-p))
