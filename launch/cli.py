@@ -8,6 +8,7 @@ import sys
 import typer
 
 from launch.command import main as run
+from launch.output import make_tolerant
 
 COMMANDS = {
     "demo": "draw faces, shard, train a judge and a Fader network, evaluate, register: the whole way in minutes",
@@ -34,6 +35,7 @@ def _help() -> str:
 
 
 def main() -> None:
+    make_tolerant()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         typer.echo(_help())

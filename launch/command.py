@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from launch.output import failures, make_tolerant
+
 # Some versions of typer bring their own copy of click; this is the one that the installed typer raises.
 ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 EXIT_USER_ERROR = 2
@@ -18,6 +20,7 @@ EXIT_INTERRUPTED = 130
 
 def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> None:
     """Run a typer app, or one function as a command, and exit with its code."""
+    make_tolerant()
     logging.basicConfig(level=os.environ.get("FADER_LOG_LEVEL", "INFO").upper(), format="%(message)s", stream=sys.stderr)
     for chatty in ("mlflow", "alembic", "accelerate", "deepspeed", "DeepSpeed", "urllib3", "matplotlib", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -38,7 +41,8 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
         code = EXIT_USER_ERROR
     if code == EXIT_INTERRUPTED:  # typer may have made an exit code of Ctrl-C already
         print("interrupted", file=sys.stderr)
-    sys.stdout.flush()
+    for failure in failures():
+        print(failure, file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

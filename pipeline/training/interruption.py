@@ -1,4 +1,4 @@
-"""What ends a run before its end: a signal, a stop file, a launcher that is gone. Noted here, agreed on and obeyed by the loop.
+"""Note what asks a run to end: a signal, a stop file, a terminal or a launcher that is gone. The loop heeds it.
 
 Ranks hear of these things at different moments, or not all of them do. So each only notes what it heard; at a step
 boundary the ranks agree on the largest `Reason` that any of them knows, save the same step and end together.
@@ -27,15 +27,16 @@ class Reason(enum.IntEnum):
     STOP_FILE = 1
     SIGUSR1 = 2
     LAUNCHER_GONE = 3
-    SIGTERM = 4
-    SIGINT = 5
+    SIGHUP = 4
+    SIGTERM = 5
+    SIGINT = 6
 
     @property
     def exit_code(self) -> int:
         """75 when the run wants to go on in another job; 128 and the signal's number when somebody ended it."""
         if self in (Reason.STOP_FILE, Reason.SIGUSR1):
             return EXIT_AGAIN
-        return 128 + (signal.SIGINT if self is Reason.SIGINT else signal.SIGTERM)
+        return 128 + (signal.SIGTERM if self is Reason.LAUNCHER_GONE else signal.Signals[self.name])
 
     def __str__(self) -> str:
         return {Reason.STOP_FILE: "its stop file", Reason.LAUNCHER_GONE: "the end of its launcher"}.get(self, self.name)
@@ -43,6 +44,7 @@ class Reason(enum.IntEnum):
 
 _SIGNALS = {
     signal.SIGUSR1: Reason.SIGUSR1,
+    signal.SIGHUP: Reason.SIGHUP,  # the terminal is gone
     signal.SIGTERM: Reason.SIGTERM,
     signal.SIGINT: Reason.SIGINT,
 }
@@ -79,7 +81,8 @@ class Listener:
 
     def __enter__(self) -> Listener:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heeded = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores it
+            self._previous = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

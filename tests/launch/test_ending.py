@@ -98,7 +98,7 @@ def test_one_process_ends_with_75_and_the_same_command_goes_on(config, tmp_path)
 
 @pytest.mark.ranks
 def test_two_ranks_agree_although_one_alone_heard_it(config, tmp_path):
-    """A signal to one worker; then a launcher that is gone. The launcher must take the first for a good end."""
+    """A signal to one worker, which the launcher must take for a good end; a launcher that is gone; a terminal that is."""
     run = tmp_path / "run"
     first = Attempt(config, run, 2)
     os.killpg(first.process.pid, signal.SIGUSR1)  # the launcher ignores it, its workers have sessions of their own
@@ -112,6 +112,9 @@ def test_two_ranks_agree_although_one_alone_heard_it(config, tmp_path):
     assert second.ended() == (-signal.SIGKILL, "143")
     assert second.stopped_by == "the end of its launcher"
     assert seen(run) > second.before
+    third = Attempt(config, run, 2)
+    os.killpg(third.process.pid, signal.SIGHUP)  # the launcher hands it on
+    assert third.ended()[1] == "129" and third.stopped_by == "SIGHUP"
 
 
 def test_resume_and_continue_are_not_given_together(tmp_path):

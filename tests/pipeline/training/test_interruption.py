@@ -34,6 +34,18 @@ def test_a_signal_that_is_repeated_changes_nothing_and_a_persons_word_counts_mor
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_gone_is_heard_but_not_under_nohup(nohup):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with Listener() as listener:
+            send(signal.SIGHUP)
+            assert listener.heard() is (Reason.NONE if nohup else Reason.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if nohup else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_stop_file_is_heard_and_one_from_before_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(interruption, "_LOOK_SECONDS", 0.0)
     stop = tmp_path / "stop"
@@ -57,5 +69,5 @@ def test_only_who_was_launched_minds_that_its_parent_is_gone(monkeypatch):
 
 def test_exit_codes():
     assert {reason.name: reason.exit_code for reason in Reason if reason} == {
-        "STOP_FILE": 75, "SIGUSR1": 75, "LAUNCHER_GONE": 143, "SIGTERM": 143, "SIGINT": 130,
+        "STOP_FILE": 75, "SIGUSR1": 75, "LAUNCHER_GONE": 143, "SIGHUP": 129, "SIGTERM": 143, "SIGINT": 130,
     }  # fmt: skip
