@@ -1,4 +1,4 @@
-"""docs/distributed.md: the tests it names exist, those marked (CUDA) are run by `make gpu`, and no launch file is left out."""
+"""README.md beside this file: its tests exist, those marked (CUDA) are run by `make gpu`, and no launch file is left out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.commands import ROOT
 from tests.gpu import CELLS
 
-PAGE = (ROOT / "docs/distributed.md").read_text()
+PAGE = Path(__file__).with_name("README.md").read_text()
 NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`( \(CUDA\))?", PAGE)
 
 
@@ -39,8 +39,10 @@ def test_every_row_names_a_test_and_every_launch_file_has_a_row():
     rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| started by")]
     assert len(rows) >= 18 and all(re.search(r"`tests/\S+::\w+`", row) for row in rows)
     started_by = " ".join(row.split("|")[1] for row in rows)
+    users = (ROOT / "docs/distributed.md").read_text()
     for path in (ROOT / "launch/accelerate").glob("*.yaml"):
         assert f"`{path.name}`" in started_by, f"{path.name} is started by no test of the page"
+        assert f"`{path.name}`" in users, f"docs/distributed.md does not name {path.name}"
 
 
 def test_only_fp16_nccl_and_gpu_decode_are_left_to_cuda():
