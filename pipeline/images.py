@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -108,6 +108,14 @@ class Preprocessing:
         """`boxes` for one picture."""
         left, top, right, bottom = self.boxes(np.array([width]), np.array([height]))[0].tolist()
         return left, top, right, bottom
+
+    def fitting(self, width: int, height: int) -> Preprocessing:
+        """Return the same, or with the crop "center" where the crop rule does not take a picture of this size."""
+        try:
+            self.box(width, height)
+        except ValueError:
+            return replace(self, crop="center")
+        return self
 
     def resized(self, boxes: np.ndarray) -> np.ndarray:
         """The width and height that each box [N, 4] is resized to: [N, 2] int64, the longer of them image_size."""

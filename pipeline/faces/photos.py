@@ -101,16 +101,14 @@ def portrait(name: str, photo: Image.Image, rule: Preprocessing, face: Face | No
     picture, frame, notes = photo, Similarity(), ()
     if face is not None:
         picture, frame = Image.fromarray(crop(np.asarray(photo), face.frame)), face.frame
-    try:
-        rule.box(*picture.size)
-    except ValueError:
+    fitting = rule.fitting(*picture.size)
+    if fitting != rule:
         notes = (
             f"{name} is {picture.width}x{picture.height}, which the model's crop rule '{rule.crop}' does not take. "
             "Its centred square is used: the face should fill it as in the training images",
         )
-        rule = dataclasses.replace(rule, crop="center")
-    square, shown = _square(rule, picture.size)
-    return Portrait(name, photo, preprocess(picture, rule), frame @ square, shown, notes)
+    square, shown = _square(fitting, picture.size)
+    return Portrait(name, photo, preprocess(picture, fitting), frame @ square, shown, notes)
 
 
 def _square(rule: Preprocessing, size: tuple[int, int]) -> tuple[Similarity, tuple[complex, complex]]:

@@ -19,6 +19,7 @@ from fader.method import Aligns, Edits, Judges, Method, Samples
 from pipeline.models.sliders import Slider, moved, parse_label, parse_slider
 
 BATCH_SIZE = 64
+MOST_ROWS = 4_096  # of one request, so that none takes all memory
 
 
 def editor(method: Method) -> Edits | None:
@@ -44,12 +45,13 @@ def aligner(method: Method) -> Aligns | None:
 class Capability:
     """One thing that a model can do, and how a service calls it: an array and parameters in, an array out.
 
-    takes, gives: the shapes of one row of the two arrays. dtype: of the array that goes in. params: the names of the
-    parameters, each a JSON object of attributes and their values.
+    takes, gives: the shapes of one row of the two arrays. dtype: of the array that goes in. pictures: a service may give
+    pictures of any size instead. sliders: the answer depends on the parameters `sliders` and `attributes`, JSON objects.
     """
 
     dtype: ClassVar[str] = "float32"
-    params: ClassVar[tuple[str, ...]] = ()
+    pictures: ClassVar[bool] = False
+    sliders: ClassVar[bool] = False
     takes: tuple[int, ...]
     gives: tuple[int, ...]
 
@@ -65,29 +67,25 @@ class Capability:
         """Return the command that a user can try next with the model of this address."""
         raise NotImplementedError
 
-    def signature(self) -> Any:
-        """Return MLflow's description of the arrays and parameters."""
-        from mlflow.models import ModelSignature
-        from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-        inputs = Schema([TensorSpec(np.dtype(self.dtype), (-1, *self.takes))])
-        outputs = Schema([TensorSpec(np.dtype("float32"), (-1, *self.gives))])
-        params = ParamSchema([ParamSpec(name, "string", "{}") for name in self.params])
-        return ModelSignature(inputs, outputs, params if self.params else None)
-
-    def example(self) -> Any:
-        """Return an input of one row, with parameters where there are any."""
-        array = np.zeros((1, *self.takes), self.dtype)
-        return (array, {"sliders": json.dumps(dict([self.example_slider()]))}) if self.params else array
-
-    def answer(self, array: np.ndarray, params: Mapping[str, str]) -> np.ndarray:
+    def answer(self, array: Any, params: Mapping[str, str]) -> np.ndarray:
         """Return what a service answers, computed in batches.
 
         Raises:
-            ValueError: unknown attribute, a value that is no number, or pictures of another size.
+            ValueError: unknown attribute, a value that is no number, or an array of another shape.
         """
-        batches = torch.from_numpy(np.array(array, self.dtype)).split(BATCH_SIZE)
-        return torch.cat([self._answer(batch, params) for batch in batches]).numpy()
+        try:
+            rows = torch.from_numpy(np.array(array, self.dtype))
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.source} takes {self._expected()}; what came is no such array") from None
+        if rows.ndim == 0 or tuple(rows.shape[1:]) != self.takes:
+            raise ValueError(f"{self.source} takes {self._expected()}, not {list(rows.shape)}")
+        if not 0 < len(rows) <= MOST_ROWS:
+            raise ValueError(f"{self.source} takes 1 to {MOST_ROWS:,} rows at once, not {len(rows):,}")
+        return torch.cat([self._answer(batch, params) for batch in rows.split(BATCH_SIZE)]).numpy()
+
+    def _expected(self) -> str:
+        shape = ", ".join(map(str, ("N", *self.takes)))
+        return f"{self.dtype} [{shape}]" + (" or base64 PNG or JPEG pictures" if self.pictures else "")
 
     def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
         raise NotImplementedError
@@ -112,11 +110,13 @@ class Capability:
 
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or tuple(images.shape[1:]) != self.pixels:
-            raise ValueError(f"{self.source}: pictures are {list(images.shape)}; it takes {['N', *self.pixels]}")
+            raise ValueError(f"{self.source} takes {['N', *self.pixels]}, not {list(images.shape)}")
 
 
 class Judging(Capability):
     """Read attributes off pictures; a service gets probabilities [N, code_width]."""
+
+    pictures = True
 
     def __init__(self, method: Method, source: str) -> None:
         super().__init__(method, source)
@@ -155,7 +155,7 @@ class Editing(Capability):
         judge: reads what photos show; without one it is estimated.
     """
 
-    params = ("sliders", "attributes")
+    pictures = sliders = True
 
     def __init__(self, method: Method, source: str, judge: Judging | None = None) -> None:
         super().__init__(method, source)
@@ -249,7 +249,7 @@ class Sampling(Capability):
     """Make pictures that nobody photographed, each of a seed of its own; a service takes seeds [N] int64."""
 
     dtype = "int64"
-    params = ("sliders", "attributes")
+    sliders = True
 
     def __init__(self, method: Method, source: str) -> None:
         super().__init__(method, source)

@@ -14,7 +14,7 @@ from pipeline.models.card import requirements
 from pipeline.models.export import export
 from pipeline.models.loading import ALIAS, load, parse_source
 from pipeline.models.model import Model
-from pipeline.models.serving import CODE
+from pipeline.models.serving import CODE, example, signature
 from pipeline.models.store import open_store
 
 
@@ -94,8 +94,8 @@ def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, ru
             model_id=logged.model_id,
             python_model=str(code),
             artifacts={"export": str(folder)},
-            signature=model.capabilities[0].signature(),
-            input_example=model.capabilities[0].example(),
+            signature=signature(model.capabilities[0]),
+            input_example=example(model.capabilities[0]),
             pip_requirements=requirements(),
         )
     if run_id is not None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import config, models
 from pipeline.engine import State
 from pipeline.models import checkpoint
+from pipeline.models.serving import example, signature
 from tests.commands import environment
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run, make_store, painter
 
@@ -41,8 +42,8 @@ def test_an_aligner_is_exported_and_served_by_its_window(tmp_path):
     small = {"init_channels": 4, "max_channels": 8, "hidden_channels": 8}
     model = models.load(models.export(make_run(tmp_path / "aligner", {"name": "aligner", **small}), tmp_path / "out"))
     [aligning] = model.capabilities
-    assert aligning.signature().inputs.inputs[0].shape == (-1, 3, 16, 16)
-    assert aligning.example().shape == (1, 3, 16, 16)
+    assert signature(aligning).inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert example(aligning).shape == (1, 3, 16, 16)
     windows = np.random.default_rng(0).uniform(-1, 1, (3, 3, 16, 16)).astype(np.float32)
     served = aligning.answer(windows, {})
     off = model.method.align(torch.from_numpy(windows))
@@ -251,7 +252,7 @@ def test_sliders_that_make_no_sense_are_refused(model):
 
 
 def test_pictures_of_another_size_are_refused(model):
-    with pytest.raises(ValueError, match=r"it takes \['N', 3, 32, 32\]"):
+    with pytest.raises(ValueError, match=r"takes \['N', 3, 32, 32\], not \[1, 3, 64, 64\]"):
         model.editing.labels(torch.zeros(1, 3, 64, 64))
 
 
