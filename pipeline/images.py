@@ -10,13 +10,14 @@ Source: facebookresearch/FaderNetworks data/preprocess.py (the crop); the kernel
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 if TYPE_CHECKING:  # only tensor methods are used, so that processes which just read bytes need not load torch
     from torch import Tensor
@@ -26,8 +27,18 @@ MAX_PIXELS = 89_478_485
 """Pillow's own limit, above which a picture is taken for a decompression bomb (256 MiB of RGB)."""
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 Check = Literal["full", "header"]
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: a long text does not damage the picture beside it
 _ORIENTATION = 0x0112
-_LONGEST_TAIL = 4096  # bytes that some writers leave after a picture's end
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of each Exif orientation upright. Source: TIFF 6.0, tag 274."""
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -162,8 +173,23 @@ def _unreadable(data: bytes | memoryview | np.ndarray, error: Exception) -> Valu
     return ValueError(f"not a readable picture ({len(data):,} bytes): {reason}")
 
 
-def decode(data: bytes | memoryview | np.ndarray) -> Image.Image:
-    """Decode a picture wholly, turn it upright as its EXIF says, and make it RGB.
+def _orientation(image: Image.Image) -> int:
+    """Which way up a loaded picture is stored: 1 to 8, as Exif's tag says, or XMP's where there is no such tag.
+
+    A tag of another type or value says nothing, and neither does metadata that cannot be read: 1.
+    """
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except _DAMAGE:
+        return 1
+    return value if type(value) is int and 1 <= value <= 8 else 1
+
+
+def decode(data: bytes | memoryview | np.ndarray, orientation: int | None = None) -> Image.Image:
+    """Decode a picture wholly, turn it upright, and make it RGB.
+
+    Args:
+        orientation: how it is stored, 1 to 8, where that is known; 1 leaves it as it is stored. None: as it says itself.
 
     Raises:
         ValueError: the bytes are not a picture of a known format, are damaged or cut short, or declare more pixels than
@@ -172,7 +198,8 @@ def decode(data: bytes | memoryview | np.ndarray) -> Image.Image:
     try:
         image = _open(data)
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        turn = _TURNS.get(_orientation(image) if orientation is None else orientation)
+        upright = image if turn is None else image.transpose(turn)
         if upright.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would cut off what is above 255
             upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         return upright.convert("RGB")
@@ -180,8 +207,17 @@ def decode(data: bytes | memoryview | np.ndarray) -> Image.Image:
         raise _unreadable(data, error) from error
 
 
-def check(data: bytes, depth: Check = "full") -> tuple[int, int, str]:
-    """Prove that a picture can be decoded; its width and height (upright) and its format as Pillow calls it.
+class Checked(NamedTuple):
+    """What is known of a picture that decodes. width, height: upright. orientation: 1 to 8. format: in Pillow's words."""
+
+    width: int
+    height: int
+    orientation: int
+    format: str
+
+
+def check(data: bytes, depth: Check = "full") -> Checked:
+    """Prove that a picture can be decoded, and read which way up it is stored.
 
     A JPEG is decoded at an eighth of its size: every coefficient is still read from the bit stream, which is the only
     part that can fail; the inverse transform and the colours, which cannot, are spared.
@@ -195,19 +231,19 @@ def check(data: bytes, depth: Check = "full") -> tuple[int, int, str]:
     """
     plain = _plain_jpeg_size(data) if depth == "header" else None
     if plain and _has_end(data, "JPEG"):
-        return *plain, "JPEG"
+        return Checked(*plain, 1, "JPEG")
     try:
         image = _open(data)
         width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) >= 5:
+        if depth == "header" and not _has_end(data, image.format):
+            raise ValueError("it is cut short")
+        if depth == "full" or image.format == "PNG":  # whose Exif may follow the pixels
+            image.draft("L", (1, 1))
+            image.load()
+        orientation = _orientation(image)
+        if orientation >= 5:
             width, height = height, width
-        if depth == "header":
-            if not _has_end(data, image.format):
-                raise ValueError("it is cut short")
-            return width, height, image.format
-        image.draft("L", (1, 1))
-        image.load()
-        return width, height, image.format
+        return Checked(width, height, orientation, image.format or "")
     except _DAMAGE as error:
         raise _unreadable(data, error) from error
 
@@ -237,12 +273,23 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # not the zero or the restart that may stand inside a scan
+_PNG_END = b"IEND\xaeB`\x82"
+
+
 def _has_end(data: bytes, kind: str | None) -> bool:
-    """Whether the mark of a picture's end is there; where a format has none, it is taken to be."""
+    """Whether the mark of a picture's end is there, whatever follows it; where a format has none, it is taken to be."""
     if kind == "WEBP":
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
-    end = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "", b"")
-    return data.rfind(end, -_LONGEST_TAIL) >= 0
+    if kind == "PNG":
+        return _PNG_END in data
+    if kind not in ("JPEG", "MPO") or data.endswith(b"\xff\xd9"):
+        return True
+    marker = _MARKER.search(data, 2)
+    while marker and data[marker.end() - 1] != 0xD9:  # segment by segment: a thumbnail inside one has an end of its own
+        length = int.from_bytes(data[marker.end() : marker.end() + 2])
+        marker = _MARKER.search(data, marker.end() + length)
+    return marker is not None
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:

@@ -77,8 +77,8 @@ def pictures(base: Path, work: Path, chance: random.Random) -> None:
     noise = np.random.default_rng(chance.randrange(99)).integers(0, 256, (9, 9, 3), np.uint8)
     Image.fromarray(noise).resize((90, 70)).save(out, kind, **kinds[kind])
     data = swollen(chance) if chance.random() < 0.05 else damage(out.getvalue(), chance)
-    width, height, _ = check(data)
-    assert decode(data).size == (width, height)
+    found = check(data)
+    assert decode(data, found.orientation).size == decode(data).size == (found.width, found.height)
 
 
 def idx(base: Path, work: Path, chance: random.Random) -> None:

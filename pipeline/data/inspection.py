@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from pipeline.data.datasets import SPLITS
 from pipeline.data.shards import ShardSet, Split
-from pipeline.images import Preprocessing, decode, png_bytes, preprocess
+from pipeline.images import Preprocessing, png_bytes, preprocess
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -281,6 +281,6 @@ def _contact(splits: Sequence[Split], values: dict[str, _Values], chance: np.ran
         words = name[:24].encode("latin-1", "replace").decode("latin-1")
         pen.text((4, r * (_CELL + gap) + _CELL // 2 - 6), words, "black")
         for c, row in enumerate(chance.choice(found, min(_ROW_LENGTH, len(found)), replace=False).tolist()):
-            cell = Image.fromarray(preprocess(decode(split.bytes(row)), rule))
+            cell = Image.fromarray(preprocess(split.picture(row), rule))
             sheet.paste(cell, (margin + c * (_CELL + gap), r * (_CELL + gap)))
     return png_bytes(np.asarray(sheet))

@@ -15,7 +15,7 @@ from PIL import Image
 from fader.draws import Draws
 from fader.similarity import Similarity
 from pipeline.faces.alignment import EYES, Detector, Face, cascade, crop, find, refine
-from pipeline.images import CELEBA_SIZE, decode
+from pipeline.images import CELEBA_SIZE
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Split
@@ -103,7 +103,7 @@ def measure(
     rows = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int)).tolist()
     alone, refined = [], []
     for done, row in enumerate(rows):
-        picture = decode(split.bytes(row))
+        picture = split.picture(row)
         if picture.size != CELEBA_SIZE:
             raise ValueError(f"{split.keys[row]} is {picture.width}x{picture.height}; aligned pictures are 178x218")
         canvas, place = plant(np.asarray(picture), Draws.of(seed, "misalignment", 0, torch.tensor([row])))

@@ -83,14 +83,14 @@ class SplitLoader:
         self.boxes = preprocessing.boxes(split.width, split.height)
         self.labels = torch.from_numpy(np.ascontiguousarray(split.columns(attributes))).to(self.device)
 
-    def standing(self, rows: np.ndarray) -> np.ndarray:
+    def readable(self, rows: np.ndarray) -> np.ndarray:
         """Rows with what stands in for those that are known not to decode."""
-        return rows if self.quarantine is None else self.quarantine.standing(rows)
+        return rows if self.quarantine is None else self.quarantine.readable(rows)
 
     def rows(self, request: Request) -> Tensor:
         """The request's rows [B] on the device, without waiting for what the device is doing; those that do not decode
         replaced, so to be asked for when this rank's pictures are there. Labels alone are read of any record."""
-        rows = torch.from_numpy(self.standing(request.rows) if request.images else request.rows)
+        rows = torch.from_numpy(self.readable(request.rows) if request.images else request.rows)
         return rows if self.device.type == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
 
     def finish(self, request: Request, rows: Tensor, pixels: Pixels | None) -> Batch:

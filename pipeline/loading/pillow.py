@@ -16,7 +16,7 @@ from PIL import Image
 
 from fader.attributes import Attributes
 from fader.method import Batch
-from pipeline.images import Preprocessing, decode, preprocess
+from pipeline.images import Preprocessing, preprocess
 from pipeline.loading.loader import SplitLoader
 from pipeline.loading.plan import Request, share
 
@@ -59,9 +59,9 @@ class PillowLoader(SplitLoader):
     def _pixels(self, row: int) -> np.ndarray:
         """uint8 [S, S, C] of one record, or of what stands in for it."""
         while True:
-            row = int(self.standing(np.array([row]))[0])
+            row = int(self.readable(np.array([row]))[0])
             try:
-                return preprocess(decode(self.split.bytes(row)), self.preprocessing)
+                return preprocess(self.split.picture(row), self.preprocessing)
             except ValueError as error:
                 self.leave_out(row, error)
 

@@ -65,7 +65,7 @@ class Quarantine:
             self.check(len(self) + 1, f"; the last is {key} in {shard}: {reason}")
             rows = np.sort(np.append(self.rows, row))
             self._left_out = rows, self._next_readable(rows)
-            next_key = self.split.keys[self.standing(np.array([row]))[0]]
+            next_key = self.split.keys[self.readable(np.array([row]))[0]]
             logger.warning(
                 "%s: %s in %s does not decode: %s; it is left out from now on, %s stands in for it",
                 self.split.name, key, shard, reason, next_key,
@@ -85,7 +85,7 @@ class Quarantine:
         known = sorted(set(keys))
         return int(np.isin(self.split.keys, known).sum()) if known else 0
 
-    def standing(self, rows: np.ndarray) -> np.ndarray:
+    def readable(self, rows: np.ndarray) -> np.ndarray:
         """Rows with what stands in for those that are left out."""
         bad, stand_ins = self._left_out
         if not len(bad) or not len(rows):

@@ -122,7 +122,7 @@ def test_decode_turns_a_photo_upright_and_check_knows_the_upright_size():
     exif[0x0112] = 6
     data = encoded(picture(40, 30), exif=exif.tobytes())
     assert images.decode(data).size == (30, 40)
-    assert images.check(data) == (30, 40, "JPEG")
+    assert images.check(data) == (30, 40, 6, "JPEG")
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_a_look_at_the_header_finds_what_is_cut_short(kind):
     out = io.BytesIO()
     Image.effect_noise((90, 70), 60).convert("RGB").save(out, kind)
     data = out.getvalue()
-    assert images.check(data, "header") == images.check(data) == (90, 70, kind)
-    assert images.check(data + bytes(99 if kind == "JPEG" else 0), "header") == (90, 70, kind)
+    assert images.check(data, "header") == images.check(data) == (90, 70, 1, kind)
+    assert images.check(data + bytes(99 if kind == "JPEG" else 0), "header") == (90, 70, 1, kind)
     for part in (data[: len(data) // 2], data[:-20]):
         with pytest.raises(ValueError, match="cut short|not a readable picture"):
             images.check(part, "header")
@@ -197,6 +197,6 @@ def test_only_decoding_finds_damage_inside():
     data = bytearray(out.getvalue())
     table = data.index(b"\xff\xc4") + 5
     data[table : table + 16] = bytes([255] * 16)  # more codes than there can be
-    assert images.check(bytes(data), "header") == (90, 70, "JPEG")
+    assert images.check(bytes(data), "header") == (90, 70, 1, "JPEG")
     with pytest.raises(ValueError):
         images.check(bytes(data))

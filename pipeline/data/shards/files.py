@@ -15,6 +15,8 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MANIFEST, DESCRIPTION, WORK = "manifest.parquet", "dataset.json", ".prepare"
 SHARD_NAME = re.compile(r"(train|valid|test)-\d{6}\.tar")
 FIXED_COLUMNS = ("key", "split", "shard", "offset", "size", "digest", "width", "height", "extension")
+ORIENTATION = "orientation"
+"""A column that sets of earlier versions lack: which way up a picture is stored, 1 to 8, read once by `images.check`."""
 BLOCK, RECORD = 512, 10240
 
 

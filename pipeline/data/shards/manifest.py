@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.shards.files import FIXED_COLUMNS, MANIFEST
+from pipeline.data.shards.files import FIXED_COLUMNS, MANIFEST, ORIENTATION
 
 if TYPE_CHECKING:  # packing processes come by here and need no pyarrow
     import pyarrow as pa
@@ -50,10 +50,10 @@ class Manifest:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        wanted = [*FIXED_COLUMNS, *self.names] if columns is None else [*columns]
-        read = [*wanted, "split"] if split is not None and "split" not in wanted else wanted
         try:
             with pq.ParquetFile(self.path, memory_map=True, pre_buffer=False) as file:
+                wanted = self._columns(file.schema_arrow) if columns is None else [*columns]
+                read = [*wanted, "split"] if split is not None and "split" not in wanted else wanted
                 missing = [name for name in read if name not in file.schema_arrow.names]
                 if missing:
                     raise KeyError(f"no column {', '.join(missing)}")
@@ -79,8 +79,14 @@ class Manifest:
 
         parts = list(self.parts())
         if not parts:
-            return pq.read_schema(self.path).empty_table().select([*FIXED_COLUMNS, *self.names])
+            schema = pq.read_schema(self.path)
+            return schema.empty_table().select(self._columns(schema))
         return pa.Table.from_batches(parts)
+
+    def _columns(self, schema: pa.Schema) -> list[str]:
+        """All columns; the set may be of a time when none said which way up its pictures are stored."""
+        turned = [ORIENTATION] if ORIENTATION in schema.names and ORIENTATION not in self.names else []
+        return [*FIXED_COLUMNS, *turned, *self.names]
 
     def data_digest(self, split: str) -> str:
         """Of one split's records alone."""

@@ -16,12 +16,14 @@ import numpy as np
 from pipeline.data.datasets import SPLITS
 from pipeline.data.datasets.source import Place, is_remote
 from pipeline.data.remote import Remote, cache_folder, fetch, publish
-from pipeline.data.shards.files import DESCRIPTION, FORMAT, MANIFEST, SHARD_NAME, WORK
+from pipeline.data.shards.files import DESCRIPTION, FORMAT, MANIFEST, ORIENTATION, SHARD_NAME, WORK
 from pipeline.data.shards.manifest import Manifest, numbered, numbers
 from pipeline.files import digest_of, write_whole
+from pipeline.images import decode
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
     import pyarrow as pa
+    from PIL import Image
 
     from fader.attributes import Attributes
 
@@ -146,7 +148,7 @@ class ShardSet:
             raise ValueError(f"unknown split {name!r}; there are {', '.join(SPLITS)}")
         names = [shard["file"] for shard in self.info["splits"][name]["shards"]]
         places = {file: i for i, file in enumerate(names)}
-        kept = {column: [] for column in ("keys", "labels", "shard", "offset", "size", "width", "height")}
+        kept: dict[str, list[np.ndarray]] = {}
         for part in self._rows.parts(split=name):
             shard = numbered(part["shard"], places)
             if (shard < 0).any():
@@ -154,15 +156,15 @@ class ShardSet:
                     f"{self.path / MANIFEST}: records of {name} stand in tars of another split; remove {self.path} and run "
                     "'fader prepare' again"
                 )
-            kept["shard"].append(shard.astype(np.int32))
-            kept["keys"].append(np.array(part["key"].to_pylist()))
             labels = np.empty((part.num_rows, len(self.info["attributes"])), np.float32)
             for j, entry in enumerate(self.info["attributes"]):
                 labels[:, j] = numbers(part[entry["name"]])
-            kept["labels"].append(labels)
-            for column in ("offset", "size", "width", "height"):
-                kept[column].append(numbers(part[column]))
-        if not kept["keys"]:
+            columns = {"keys": np.array(part["key"].to_pylist()), "labels": labels, "shard": shard.astype(np.int32)}
+            fixed = ("offset", "size", "width", "height", ORIENTATION)
+            columns |= {column: numbers(part[column]) for column in fixed if column in part.schema.names}
+            for column, values in columns.items():
+                kept.setdefault(column, []).append(values)
+        if not kept:
             counts = ", ".join(f"{split} {self.info['splits'][split]['records']:,}" for split in SPLITS)
             raise ValueError(f"{self.path} has no {name} records ({counts}); prepare a source that has some")
         return Split(
@@ -218,8 +220,9 @@ class Split:
     """The records of one split, in the order of its tars, which is a fixed shuffle.
 
     keys [n] str; labels [n, A] float32 in the order of `attributes`, -1 unknown; shard [n] int32 into `shards`;
-    offset, size [n] int64: where the picture's bytes lie in that tar; width, height [n] int32, upright;
-    digest: the data digest of these records alone.
+    offset, size [n] int64: where the picture's bytes lie in that tar; width, height [n] int32, upright; orientation [n]
+    int8, 1 to 8: which way up it is stored, None in a set of a time when each reader of a picture found that out for
+    itself; digest: the data digest of these records alone.
     """
 
     name: str
@@ -234,6 +237,7 @@ class Split:
     shards: list[Path]
     digest: str
     remote: Remote | None = None
+    orientation: np.ndarray | None = None
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -260,6 +264,14 @@ class Split:
             tar = self._maps.setdefault(number, self._mapped(self.shards[number]))
         offset = int(self.offset[row])
         return tar[offset : offset + int(self.size[row])]
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture, upright, in RGB.
+
+        Raises:
+            ValueError: it does not decode.
+        """
+        return decode(self.bytes(row), None if self.orientation is None else int(self.orientation[row]))
 
     def _mapped(self, path: Path) -> np.ndarray:
         """A tar, mapped; fetched first where the set lies elsewhere."""

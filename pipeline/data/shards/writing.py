@@ -22,6 +22,7 @@ from pipeline.data.shards.files import (
     FIXED_COLUMNS,
     FORMAT,
     MANIFEST,
+    ORIENTATION,
     RECORD,
     WORK,
     header,
@@ -33,7 +34,7 @@ from pipeline.data.shards.files import (
 from pipeline.data.shards.manifest import data_digest
 from pipeline.data.shards.reading import ShardSet
 from pipeline.files import digest_of, replacing, write_json, write_whole
-from pipeline.images import Check, check
+from pipeline.images import Check, Checked, check
 from pipeline.ownership import owned
 
 if TYPE_CHECKING:  # packing processes import this file and need neither torch nor pyarrow
@@ -76,27 +77,27 @@ class ShardJob:
 @dataclass(frozen=True)
 class Written:
     """A shard as it stands on the disk. rows: (index among the job's records, offset, size, digest, width, height,
-    extension) of every record in it."""
+    extension, orientation) of every record in it."""
 
     job: str
     size: int
     digest: str
-    rows: list[tuple[int, int, int, str, int, int, str]]
+    rows: list[tuple[int, int, int, str, int, int, str, int]]
     left_out: list[LeftOut]
 
 
-def _picture(job: ShardJob, i: int) -> tuple[bytes, int, int, str] | str:
-    """Bytes, width, height and extension of a record's picture, or what is wrong with it."""
+def _picture(job: ShardJob, i: int) -> tuple[bytes, Checked] | str:
+    """Bytes of a record's picture and what is known of them, or what is wrong with it."""
     try:
         data = job.read(job.locations[i])
-        width, height, kind = check(data, job.check)
+        checked = check(data, job.check)
     except FileNotFoundError as error:
         return f"picture {job.locations[i]} is missing ({error.filename})"
     except (OSError, ValueError) as error:
         return f"picture {job.locations[i]} cannot be read: {error}"
-    if kind not in EXTENSIONS:
-        return f"picture {job.locations[i]} is {kind}; shards hold {', '.join(EXTENSIONS)}"
-    return data, width, height, EXTENSIONS[kind]
+    if checked.format not in EXTENSIONS:
+        return f"picture {job.locations[i]} is {checked.format}; shards hold {', '.join(EXTENSIONS)}"
+    return data, checked
 
 
 def _write_shard(job: ShardJob) -> Written:
@@ -112,9 +113,10 @@ def _write_shard(job: ShardJob) -> Written:
                     raise ValueError(f"{job.places[i]}: {picture}; mend it, or leave such records out with --skip-bad")
                 left_out.append(LeftOut(key, f"{job.places[i]}: {picture}"))
                 continue
-            data, width, height, extension = picture
+            data, (width, height, orientation, kind) = picture
+            extension = EXTENSIONS[kind]
             block = header(f"{key}.{extension}", len(data)) + padded(data) + member_json(key, labels)
-            rows.append((i, offset + BLOCK, len(data), sha256(data), width, height, extension))
+            rows.append((i, offset + BLOCK, len(data), sha256(data), width, height, extension, orientation))
             file.write(block)
             digest.update(block)
             offset += len(block)
@@ -136,6 +138,8 @@ def finished_shard(job: ShardJob, short: bool = False) -> Written | None:
         rows, left_out = [tuple(row) for row in entries["rows"]], [LeftOut(*entry) for entry in entries["left_out"]]
         written = Written(**{**entries, "rows": rows, "left_out": left_out})
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+    if any(len(row) != 8 for row in rows):  # of a version that did not read which way up a picture is
         return None
     tar = job.out / job.name
     if (left_out and not short) or written.job != job.digest():
@@ -249,7 +253,7 @@ def source_digest(dataset: Dataset, shard_records: int, workers: int | None) -> 
         raise ValueError(f"shard_records {shard_records} and workers {workers} must be at least 1")
     if not len(dataset):
         raise ValueError(f"{dataset.name}: not one record to write; is the source empty?")
-    reserved = [e["name"] for e in dataset.attribute_list if e["name"] in FIXED_COLUMNS]
+    reserved = [e["name"] for e in dataset.attribute_list if e["name"] in (*FIXED_COLUMNS, ORIENTATION)]
     if reserved:
         raise ValueError(f"attribute {reserved[0]!r} is called like a column of the manifest; rename it")
     return hashlib.sha256(f"{FORMAT} {dataset.digest()} {shard_records}".encode()).hexdigest()
@@ -332,6 +336,7 @@ def _manifest(attribute_list: list[dict[str, Any]], jobs: list[ShardJob], writte
         "width": pa.array([row[4] for _, row in rows], pa.int32()),
         "height": pa.array([row[5] for _, row in rows], pa.int32()),
         "extension": pa.array([row[6] for _, row in rows], pa.string()),
+        ORIENTATION: pa.array([row[7] for _, row in rows], pa.int8()),
     }
     for j, entry in enumerate(attribute_list):
         kind = np.float32 if entry["kind"] == "continuous" else np.int8

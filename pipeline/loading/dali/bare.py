@@ -11,7 +11,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pipeline.images import Preprocessing
-from pipeline.loading.dali.decoder import index_of, resized
+from pipeline.loading.dali.graph import index_of, resized
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Split

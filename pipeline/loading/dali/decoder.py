@@ -6,20 +6,25 @@ reading them from disk, decoding, cropping and resizing all happen in its thread
 
 from __future__ import annotations
 
+import logging
+import re
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from pipeline.images import decode, kernel
+from pipeline.images import decode, png_bytes
+from pipeline.loading.dali.graph import Geometry, build
 from pipeline.loading.loader import SplitLoader
 from pipeline.loading.plan import Request
 
@@ -27,32 +32,84 @@ Result = TypeVar("Result")
 
 _LOOK_AHEAD = 16  # requests without images that may stand between two with images before decoding ahead pauses
 
-
 _Inputs = tuple[list[np.ndarray] | np.ndarray, ...]
-"""What DALI reads for a batch: see `DaliDecoder._inputs`."""
+"""What DALI reads for a batch: encoded bytes, and where to cut them; see `Geometry`."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
     """A request, the rows of it that this process decodes, and what DALI reads while it does: the bytes of those rows,
-    or of what stands in for them."""
+    or of those that replace them. inputs: None where there is nothing to decode."""
 
     request: Request
     rows: np.ndarray
     inputs: _Inputs | None
 
 
+class _Feed:
+    """Hands jobs to DALI in their order, and keeps those whose results nobody has read yet.
+
+    DALI asks `source` for its inputs whenever its queue has room: `prefetch` times at the first `schedule_run`, and once
+    at each later one. When there is nothing to hand out now, StopIteration tells DALI to finish what it has, and after
+    `reset` it asks again. That happens at the end; at a batch larger than the pipeline was built for; and where many
+    requests in a row have no images, because those would otherwise be read ahead without end.
+    """
+
+    def __init__(self, jobs: Iterator[_Job]) -> None:
+        self.waiting: deque[_Job] = deque()  # handed out, or passed on the way to those that were
+        self.held: _Job | None = None  # to be handed out next
+        self.largest = 0  # records of a batch that the pipeline takes
+        self._jobs = jobs
+        self._again: deque[_Job] = deque()
+
+    def take(self) -> _Job | None:
+        """The next job; None after the last."""
+        job, self.held = self.held, None
+        if job is None and self._again:
+            job = self._again.popleft()
+        return next(self._jobs, None) if job is None else job
+
+    def source(self) -> _Inputs:
+        """The next job's inputs, as DALI asks for them."""
+        for _ in range(_LOOK_AHEAD):
+            job = self.take()
+            if job is None:
+                break
+            if len(job.rows) > self.largest:
+                self.held = job
+                break
+            self.waiting.append(job)
+            if job.inputs is not None:
+                return job.inputs
+        raise StopIteration
+
+    def begin_again(self, renew: Callable[[_Job], _Job]) -> None:
+        """Hand out once more, renewed, what waits; the pipeline that reads it must be gone."""
+        self._again.extend(renew(job) for job in self.waiting)
+        self._again.extend([self.held] if self.held else [])
+        self.held, self.largest = None, 0
+        self.waiting.clear()
+
+
 class DaliDecoder(SplitLoader):
-    """What turns requests into pixels on the device. Takes and raises what `SplitLoader` does."""
+    """What turns requests into pixels on the device. Takes and raises what `SplitLoader` does.
+
+    A picture that Pillow decodes and DALI refuses is given to DALI as a PNG of what Pillow decoded: so both read the
+    same pictures.
+    """
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
-        size, channels = self.preprocessing.image_size, self.preprocessing.channels
-        self.shape = (size, size, channels)
+        self.shape = (self.preprocessing.image_size, self.preprocessing.image_size, self.preprocessing.channels)
+        self.geometry = Geometry(self.split, self.preprocessing, self.boxes)
+        self.rewritten: dict[int, Path] = {}
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        sides = (self.boxes[:, 2:] - self.boxes[:, :2]).max(1)
-        self._resizes = any(kernel(int(side), size) != "none" for side in np.unique(sides))
-        self._pads = bool((self.preprocessing.resized(self.boxes) != size).any())
+
+    @cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="fader-")
 
     def decoded(
         self,
@@ -62,98 +119,60 @@ class DaliDecoder(SplitLoader):
     ) -> Iterator[Result]:
         """`consume(request, pixels [N, S, S, C] on the device)` of each request, in order, decoding ahead.
 
-        DALI asks `source` for its inputs whenever its queue has room: `prefetch` times at the first `schedule_run`, and
-        once at each later one. When there is nothing to hand out now, StopIteration tells DALI to finish what it has,
-        and after `reset` it asks again. That happens at the end; at a batch larger than the pipeline was built for; and
-        where many requests in a row have no images, because those would otherwise be read ahead without end.
+        A record that DALI refuses ends its pipeline. It is rewritten or goes into quarantine, and a new pipeline does
+        again what the old one had in its hands; `consume` then gets the pixels of what replaces it.
 
-        A record that DALI refuses ends its pipeline. It goes into quarantine, and a new pipeline does again what the old
-        one had in its hands; `consume` then gets the pixels of what stands in for it.
+        Args:
+            part: those of a request's rows that this process decodes.
         """
-        requests = iter(requests)
-        waiting: deque[_Job] = deque()
-        again: deque[_Job] = deque()
-        held: _Job | None = None
+        feed = _Feed(
+            self._job(request, part(request.rows) if request.images else request.rows[:0]) for request in requests
+        )
         pipeline: Pipeline | None = None
-        largest = 0
-
-        def take() -> _Job | None:
-            nonlocal held
-            job, held = held, None
-            if job is None and again:
-                job = again.popleft()
-            if job is None and (request := next(requests, None)) is not None:
-                job = self._job(request, part(request.rows) if request.images else request.rows[:0])
-            return job
-
-        def source() -> _Inputs:
-            nonlocal held
-            for _ in range(_LOOK_AHEAD):
-                job = take()
-                if job is not None and len(job.rows) > largest:
-                    held = job
-                    break
-                if job is None:
-                    break
-                waiting.append(job)
-                if job.inputs is not None:
-                    return job.inputs
-            raise StopIteration
-
         try:
-            while (job := held or take()) is not None:
+            while (job := feed.take()) is not None:
                 if job.inputs is None:
-                    held = None
                     yield consume(job.request, self._empty(job.request))
                     continue
-                if len(job.rows) > largest:
-                    pipeline, largest = None, len(job.rows)
-                    pipeline = self._build(source, largest)
-                assert pipeline is not None
+                if pipeline is None or len(job.rows) > feed.largest:
+                    pipeline, feed.largest = None, len(job.rows)
+                    pipeline = self.build(feed.source, feed.largest)
                 pipeline.reset()
-                held = job
+                feed.held = job
                 pipeline.schedule_run()
-                while waiting:
-                    job = waiting[0]
+                while feed.waiting:
+                    job = feed.waiting[0]
                     if job.inputs is None:
                         result = consume(job.request, self._empty(job.request))
-                        waiting.popleft()
+                        feed.waiting.popleft()
                     else:
-                        pixels = self._outputs(pipeline, len(job.rows))
+                        pixels = self.outputs(pipeline, len(job.rows))
                         if isinstance(pixels, str):
-                            self._leave_out_refused(waiting, pixels)
-                            again.extend(self._job(job.request, job.rows) for job in waiting)
-                            again.extend([held] if held else [])
-                            pipeline, held, largest = None, None, 0
-                            waiting.clear()  # after the pipeline, which reads what they hold
+                            self.replace_refused(feed.waiting, pixels)
+                            pipeline = None
+                            feed.begin_again(lambda job: self._job(job.request, job.rows))
                             break
                         result = consume(job.request, pixels)
                         pipeline.release_outputs()
-                        waiting.popleft()
+                        feed.waiting.popleft()
                         pipeline.schedule_run()
                     yield result
         finally:
-            pipeline = None  # ends DALI's threads; what they read is kept alive by `waiting`, and that by `source`
+            pipeline = None  # ends DALI's threads; the feed keeps alive what they read, and the pipeline keeps the feed
 
     def _job(self, request: Request, rows: np.ndarray) -> _Job:
-        return _Job(request, rows, self._inputs(self.standing(rows)) if len(rows) else None)
+        return _Job(request, rows, self._inputs(self.readable(rows)) if len(rows) else None)
 
     def _inputs(self, rows: np.ndarray) -> _Inputs:
-        """Encoded bytes, and `geometry`."""
-        return [self.split.bytes(row) for row in rows.tolist()], *self.geometry(rows)
+        return [self._encoded(row) for row in rows.tolist()], *self.geometry.of(rows)
 
-    def geometry(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        """int32 [N, 2] (top, left) and (height, width) of the crop. Where pictures are letter-boxed also float32 [N, 2]
-        (height, width) to which it is resized; int32 [N, 2] (top, left) at which the square begins, seen from the
-        resized crop: zero or negative."""
-        box = self.boxes[rows].astype(np.int32)
-        start = np.ascontiguousarray(box[:, [1, 0]])
-        crop = (start, np.ascontiguousarray(box[:, [3, 2]] - start))
-        if not self._pads:
-            return crop
-        sizes = self.preprocessing.resized(box)[:, ::-1]
-        corner = np.ascontiguousarray(-self.preprocessing.margins(sizes), np.int32)
-        return *crop, np.ascontiguousarray(sizes, np.float32), corner
+    def _encoded(self, row: int) -> np.ndarray:
+        path = self.rewritten.get(row)
+        return self.stored(row) if path is None else np.fromfile(path, np.uint8)
+
+    def stored(self, row: int) -> np.ndarray:
+        """The bytes of a picture that is not rewritten, as DALI gets them."""
+        return _without_exif_of_webp(self.split.bytes(row))
 
     def _empty(self, request: Request) -> Tensor | None:
         """Pixels of a request that needs no decoding: none, or those of a share without records."""
@@ -161,55 +180,11 @@ class DaliDecoder(SplitLoader):
             return None
         return torch.empty((0, *self.shape), dtype=torch.uint8, device=self.device)
 
-    def _build(self, source: Callable, batch_size: int, read: Callable[[], DataNode] | None = None) -> Pipeline:
-        """From `source`'s inputs to pixels; with `read`, an operator that gives the encoded bytes, `source` gives the
-        geometry alone."""
-        on_gpu = self.device.type == "cuda"
-        size, channels = self.preprocessing.image_size, self.preprocessing.channels
+    def build(self, source: Callable, batch_size: int, read: Callable[[], DataNode] | None = None) -> Pipeline:
+        """A pipeline from `source`'s inputs to pixels; see `graph.build`."""
+        return build(self.geometry, source, batch_size, self.threads, self.prefetch, self.device, read)
 
-        @pipeline_def(
-            batch_size=batch_size,
-            num_threads=self.threads,
-            device_id=index_of(self.device) if on_gpu else None,
-            prefetch_queue_depth=self.prefetch,
-        )
-        def decoding():
-            kinds = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32][: 5 if self._pads else 3]
-            kinds = kinds[1:] if read else kinds
-            inputs = fn.external_source(
-                source=source,
-                num_outputs=len(kinds),
-                batch=True,
-                no_copy=read is None,
-                dtype=kinds,
-                ndim=[1] * len(kinds),
-            )
-            data, start, shape, *letterbox = (read(), *inputs) if read else inputs
-            # DALI 2.4's decoders end the whole process (SIGSEGV) on a picture whose header they cannot parse, in batches of
-            # some 32 and more; this operator, which comes first since they wait for what it gives, raises as it should
-            shape = shape + 0 * fn.peek_image_shape(data, dtype=types.INT32)[:2]
-            if on_gpu:
-                images = fn.decoders.image(data, device="mixed", affine=False, jpeg_fancy_upsampling=True)
-                images = fn.slice(images, start=start, shape=shape, axes=[0, 1])
-            else:  # reads only the rows it needs: a quarter less work on CelebA, the same pixels
-                images = fn.decoders.image_slice(
-                    data, start=start, shape=shape, axes=[0, 1], jpeg_fancy_upsampling=True
-                )
-            if self._resizes:  # a square that has the size already comes out of the kernels unchanged
-                images = resized(images, letterbox[0] if self._pads else (size, size))
-            if self._pads:
-                images = fn.slice(
-                    images, letterbox[1], [size, size], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
-                )
-            if channels == 1:
-                images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-            return images
-
-        pipeline = decoding()
-        pipeline.build()
-        return pipeline
-
-    def _outputs(self, pipeline: Pipeline, count: int) -> Tensor | str:
+    def outputs(self, pipeline: Pipeline, count: int) -> Tensor | str:
         """The next pixels [count, S, S, C], on the device; on the CPU valid until `release_outputs`. Or what DALI said,
         when a record of a batch on its way does not decode: its words, because an exception would keep alive the frames
         that it went through, and with them the pipeline.
@@ -233,59 +208,78 @@ class DaliDecoder(SplitLoader):
 
     # --- records that DALI refuses ------------------------------------------------------------------------------------
 
-    def _leave_out_refused(self, waiting: Iterable[_Job], error: str) -> None:
-        """Quarantine what DALI refuses in the first batch that has such a record: DALI names no sample itself.
+    def replace_refused(self, jobs: Iterable[_Job], error: str) -> None:
+        """Rewrite or quarantine what DALI refuses in the first batch that has such a record: DALI names none itself.
 
         Raises:
             ValueError: there is no quarantine, or too much in it.
             RuntimeError: DALI takes every record when it is asked again.
         """
-        for job in waiting:
-            refused = self._refused(np.unique(self.standing(job.rows)))
-            for row, reason in refused:
-                self.leave_out(row, self._reason(row, reason))
+        for job in jobs:
+            refused = self._refused(np.unique(self.readable(job.rows)))
+            for row, words in refused:
+                fault = self._rewrite(row, words)
+                if fault:
+                    self.leave_out(row, fault)
             if refused:
                 return
-        raise RuntimeError(f"DALI failed on a batch of which it decodes every record alone: {error}")
+        raise RuntimeError(f"DALI failed on a batch of which it decodes every record alone: {_message(error)}")
 
     def _refused(self, rows: np.ndarray) -> list[tuple[int, str]]:
-        """Which of these rows DALI refuses, whatever stands beside them: found by halving."""
-        reason = self._failure(rows) if len(rows) else None
-        if reason is None:
+        """Which of these rows DALI refuses, whatever stands beside them, and its words: found by halving."""
+        words = self._refusal(rows) if len(rows) else None
+        if words is None:
             return []
         if len(rows) == 1:
-            return [(int(rows[0]), reason)]
+            return [(int(rows[0]), words)]
         middle = len(rows) // 2
         return self._refused(rows[:middle]) + self._refused(rows[middle:])
 
-    def _failure(self, rows: np.ndarray) -> str | None:
+    def _refusal(self, rows: np.ndarray) -> str | None:
         """What a pipeline of its own says to these rows; None when it decodes them."""
         inputs = self._inputs(rows)
         once = iter([inputs])
-        pipeline = self._build(lambda: next(once), len(rows))
+        pipeline = self.build(lambda: next(once), len(rows))
         pipeline.schedule_run()
-        pixels = self._outputs(pipeline, len(rows))
+        pixels = self.outputs(pipeline, len(rows))
         del pipeline  # before what it reads
         return pixels if isinstance(pixels, str) else None
 
-    def _reason(self, row: int, error: str) -> Exception:
-        """In Pillow's words, where it does not read the picture either; they are shorter."""
+    def _rewrite(self, row: int, words: str) -> Exception | None:
+        """Have DALI read a refused picture from another file; or what is wrong with it, where Pillow refuses it, too."""
         try:
-            found = decode(self.split.bytes(row)).size
-        except ValueError as reason:
-            return reason
+            size = self.split.picture(row).size
+            pixels = np.asarray(decode(self.split.bytes(row), None if self.split.orientation is None else 1))
+        except ValueError as fault:
+            return fault
         expected = (int(self.split.width[row]), int(self.split.height[row]))
-        if found != expected:
-            return ValueError(f"it is {found}, its manifest says {expected} pixels")
-        return ValueError(f"Pillow reads it and DALI does not: {' '.join(error.split())[:300]}")
+        if size != expected:
+            return ValueError(f"it is {size}, its manifest says {expected} pixels")
+        if row in self.rewritten:
+            return ValueError(f"Pillow reads it and DALI does not: {_message(words)}")
+        path = Path(self._folder.name, f"{row}.png")
+        path.write_bytes(png_bytes(pixels))
+        self.rewritten[row] = path
+        logger.warning(
+            "%s: DALI does not read %s (%s); Pillow does, so DALI gets it as a PNG from now on",
+            self.split.name, self.split.keys[row], _message(words),
+        )  # fmt: skip
+        return None
 
 
-def resized(images: DataNode, size: DataNode | tuple[int, int]) -> DataNode:
-    """`images.kernel` in DALI's words, for pictures that get (height, width) `size`."""
-    return fn.resize(
-        images, size=size, mag_filter=types.INTERP_LANCZOS3, min_filter=types.INTERP_LINEAR, antialias=True
-    )
+def _without_exif_of_webp(data: np.ndarray) -> np.ndarray:
+    """The same bytes, but of a WebP a copy whose header says that it has no Exif, which is not needed here.
+
+    nvImageCodec 0.9 loses its way to an Exif that stands behind a chunk of odd length, and refuses the picture.
+    """
+    if data[:1].tobytes() != b"R" or len(data) < 21 or data[12:16].tobytes() != b"VP8X" or not data[20] & 8:
+        return data
+    copy = data.copy()
+    copy[20] &= ~np.uint8(8)
+    return copy
 
 
-def index_of(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+def _message(words: str) -> str:
+    """What DALI complains of, without the internals of its pipeline around it."""
+    said = words.rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline object")[0]
+    return " ".join(re.sub(r"\[/[^\]]*\]", "", said).split())[:200] or "it says no reason"

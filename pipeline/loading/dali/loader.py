@@ -91,15 +91,15 @@ class DaliLoader(DaliDecoder):
         decoding: deque[np.ndarray] = deque()
 
         def part(rows: np.ndarray) -> np.ndarray:
-            missing = kept.missing(self.standing(share(rows, self.rank, self.world_size)), coming)
+            missing = kept.missing(self.readable(share(rows, self.rank, self.world_size)), coming)
             coming[missing] = True
             decoding.append(missing)
             return missing
 
         def consume(request: Request, pixels: Tensor | None) -> Batch:
             if pixels is not None:
-                mine = self.standing(share(request.rows, self.rank, self.world_size))
-                missing = self.standing(decoding.popleft())
+                mine = self.readable(share(request.rows, self.rank, self.world_size))
+                missing = self.readable(decoding.popleft())
                 if len(missing):
                     kept.put(missing, pixels)
                     self._tell_when_filled(kept)

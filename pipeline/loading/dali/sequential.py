@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from nvidia.dali import fn
@@ -25,9 +24,6 @@ from torch import Tensor
 from fader.method import Batch
 from pipeline.loading.dali.decoder import DaliDecoder
 from pipeline.loading.plan import Request, share
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +43,8 @@ class _Part:
 class _Reader:
     """A pipeline that reads the parts of a stream one after another."""
 
-    def __init__(self, pipeline: Pipeline, parts: deque[_Part]) -> None:
-        self.pipeline, self.parts = pipeline, parts
+    def __init__(self, pipeline: Pipeline, parts: deque[_Part], num_rewritten: int) -> None:
+        self.pipeline, self.parts, self.num_rewritten = pipeline, parts, num_rewritten
         pipeline.schedule_run()
 
     def done(self) -> None:
@@ -126,8 +122,8 @@ class SequentialLoader(DaliDecoder):
             if other.stream != request.stream or not other.images:
                 continue
             rows = self._share(other)
-            read = self.standing(rows)
-            runs += 1 + np.count_nonzero(np.diff(self.split.shard[read]))
+            read = self.readable(rows)
+            runs += 1 + np.count_nonzero(self._breaks(read))
             if parts and (len(rows) != len(parts[0].rows) or records + len(rows) > most or runs > _RUNS):
                 break
             parts.append(_Part(rows, read))
@@ -138,11 +134,10 @@ class SequentialLoader(DaliDecoder):
         """A reader of these parts, all of one size."""
         geometries = iter([part.read for part in parts])
         rows = np.concatenate([part.read for part in parts])
-        shards = self.split.shard[rows]
-        runs = np.split(rows, np.flatnonzero(np.diff(shards)) + 1)
-        paths = [self._path(int(self.split.shard[run[0]])) for run in runs]
+        runs = np.split(rows, np.flatnonzero(self._breaks(rows)) + 1)
+        paths = [self.rewritten.get(int(run[0])) or self._path(int(self.split.shard[run[0]])) for run in runs]
         with tempfile.TemporaryDirectory(prefix="fader-") as folder:
-            indices = [_write_index(Path(folder, f"{n}.idx"), self.split, run) for n, run in enumerate(runs)]
+            indices = [self._write_index(Path(folder, f"{n}.idx"), run) for n, run in enumerate(runs)]
 
             def read():
                 return fn.readers.webdataset(
@@ -154,8 +149,17 @@ class SequentialLoader(DaliDecoder):
                     prefetch_queue_depth=self.prefetch,
                 )
 
-            pipeline = self._build(lambda: self.geometry(next(geometries)), len(parts[0].rows), read)
-        return _Reader(pipeline, parts)
+            pipeline = self.build(lambda: self.geometry.of(next(geometries)), len(parts[0].rows), read)
+        return _Reader(pipeline, parts, len(self.rewritten))
+
+    def _breaks(self, rows: np.ndarray) -> np.ndarray:
+        """[rows - 1] bool: where another file begins, in which the next row stands."""
+        alone = np.isin(rows, list(self.rewritten))
+        return (np.diff(self.split.shard[rows]) != 0) | alone[1:] | alone[:-1]
+
+    def stored(self, row: int) -> np.ndarray:
+        """The bytes in the tar, which is what DALI's reader gives to its decoder."""
+        return self.split.bytes(row)
 
     def _path(self, shard: int) -> Path:
         """Raises OSError when the tar cannot be opened, in fewer words than DALI."""
@@ -171,17 +175,20 @@ class SequentialLoader(DaliDecoder):
         Raises:
             ValueError: there is no quarantine, or too much in it.
         """
-        pixels = self._outputs(reader.pipeline, len(reader.parts[0].rows))
+        pixels = self.outputs(reader.pipeline, len(reader.parts[0].rows))
         if not isinstance(pixels, str):
             return pixels
         in_hand = list(islice(reader.parts, 2 * self.prefetch + 1))
-        if all(np.array_equal(part.read, self.standing(part.rows)) for part in in_hand):
-            self._leave_out_refused(in_hand, pixels)  # else another stream has found it meanwhile
+        known = all(np.array_equal(part.read, self.readable(part.rows)) for part in in_hand)
+        if known and reader.num_rewritten == len(self.rewritten):
+            self.replace_refused(in_hand, pixels)  # else another stream has found it meanwhile
         return None
 
-
-def _write_index(path: Path, split: Split, rows: np.ndarray) -> Path:
-    """Where these rows of one tar lie in it, as DALI reads it."""
-    lines = [f"picture {split.offset[row]} {split.size[row]}" for row in rows.tolist()]
-    path.write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
-    return path
+    def _write_index(self, path: Path, rows: np.ndarray) -> Path:
+        """Where these rows of one file lie in it, as DALI reads it."""
+        alone = self.rewritten.get(int(rows[0]))
+        lines = [f"picture {self.split.offset[row]} {self.split.size[row]}" for row in rows.tolist()]
+        if alone:
+            lines = [f"picture 0 {alone.stat().st_size}"]
+        path.write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
+        return path

@@ -149,7 +149,7 @@ def test_a_picture_that_only_dali_refuses_is_left_out_too(train):
 
 def test_the_last_record_is_followed_by_the_first(train):
     quarantine = Quarantine(train, 0.5, [str(train.keys[row]) for row in (38, 39, 0)])
-    assert quarantine.standing(np.array([37, 38, 39, 0, 1])).tolist() == [37, 1, 1, 1, 1]
+    assert quarantine.readable(np.array([37, 38, 39, 0, 1])).tolist() == [37, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("share, size, most", [(0.001, 100_000, 100), (0.001, 500, 3), (0.0, 500, 0), (0.5, 2, 1)])
