@@ -1,7 +1,8 @@
 """Shard sets that lie elsewhere (https://, s3://, …): their files are fetched when first read, and kept here.
 
-The cache is $FADER_CACHE, or `fader` in the user's cache folder. FADER_CACHE_GB limits it: the tars that were not
-opened for longest go first. Files are fetched part by part, so that a connection that drops costs one part, and a file
+The cache is $FADER_CACHE, or `fader` in the user's cache folder; a set's folder in it is called by the digest of its
+description, so what is kept is always of that set. FADER_CACHE_GB limits it: the tars that were not opened for longest
+go first. Files are fetched part by part, so that a connection that drops costs one part, and a file
 takes its place only when its digest is right. All processes of a machine share the cache and fetch nothing twice.
 Loaders have the tars of the batches to come fetched ahead, several at a time (`Ahead`).
 """
@@ -13,12 +14,13 @@ import hashlib
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.datasets.source import Place
-from pipeline.files import replacing
+from pipeline.files import digest_of, replacing
 
 PART_BYTES = 8 << 20
 FETCHING_THREADS = 4
@@ -171,11 +173,37 @@ def _make_room(size: int) -> None:
         total -= bytes_
 
 
-def publish(folder: Path, place: Place, names: list[str]) -> None:
-    """Copy files of a local folder to an address, in this order; one that is there with the same size is left alone.
+def publish(folder: Path, place: Place, files: Mapping[str, tuple[int, str]]) -> None:
+    """Copy files of a local folder to an address, unless they lie there already, and read back what came.
+
+    Args:
+        files: name to (size, sha256).
 
     Raises:
+        ValueError: a local file is damaged, or the address gives back something else than was sent.
         OSError: the address cannot be written to.
     """
-    for name in names:
+
+    def send(name: str) -> None:
+        digest = files[name][1]
+        if _digest_there(place / name, files[name][0]) == digest:
+            return
+        if digest_of(folder / name) != digest:
+            raise ValueError(f"{folder / name} differs from its digest; run 'fader verify {folder}'")
         (place / name).write_file(folder / name)
+        if _digest_there(place / name, files[name][0]) != digest:
+            raise ValueError(f"{place / name} is not what was sent, which is {folder / name}; upload it again")
+
+    with ThreadPoolExecutor(FETCHING_THREADS, thread_name_prefix="send") as pool:
+        for _ in pool.map(send, files):
+            pass
+
+
+def _digest_there(place: Place, size: int) -> str | None:
+    """The sha256 of the file at an address; None where there is none of that size."""
+    if place.size() != size:
+        return None
+    digest = hashlib.sha256()
+    for start in range(0, size, PART_BYTES):
+        digest.update(place.read_part(start, min(PART_BYTES, size - start)))
+    return digest.hexdigest()

@@ -113,21 +113,27 @@ class Place:
         with open(self.address, "rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
 
+    def size(self) -> int | None:
+        """Bytes of the file that lies here; None where there is none.
+
+        Raises:
+            OSError: the address does not answer.
+        """
+        if self.remote:
+            return self._asked(lambda system, path: system.size(path) if system.isfile(path) else None)
+        return os.stat(self.address).st_size if self.is_file() else None
+
     def write_file(self, path: str | os.PathLike[str]) -> None:
-        """Copy a local file to this address; left alone when one of the same size is there.
+        """Copy a local file to this address.
 
         Raises:
             OSError: it cannot be written.
         """
 
         def put(system: AbstractFileSystem, there: str) -> None:
-            size = os.stat(path).st_size
-            if not system.exists(there) or system.size(there) != size:
-                system.makedirs(system._parent(there), exist_ok=True)
-                system.put_file(os.fspath(path), there)
-                system.invalidate_cache()
-                if system.size(there) != size:
-                    raise OSError(f"{there} was written short")
+            system.makedirs(system._parent(there), exist_ok=True)
+            system.put_file(os.fspath(path), there)
+            system.invalidate_cache()
 
         self._asked(put)
 

@@ -183,16 +183,12 @@ def _open_remote(place: Place) -> ShardSet:
     Raises:
         ValueError, OSError: as `ShardSet.open`.
     """
-    folder = cache_folder() / hashlib.sha256(place.address.encode()).hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         description = (place / DESCRIPTION).read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{place} holds no finished shard set: {DESCRIPTION} is missing") from error
-    if not (folder / DESCRIPTION).is_file() or (folder / DESCRIPTION).read_bytes() != description:
-        for stale in (*folder.glob("*.tar"), folder / MANIFEST):
-            stale.unlink(missing_ok=True)
-        write_whole(folder / DESCRIPTION, description)
+    folder = cache_folder() / hashlib.sha256(description).hexdigest()[:32]
+    write_whole(folder / DESCRIPTION, description, durable=False)
     info = read_description(folder)
     manifest = info["manifest"]
     if size_fault(folder / MANIFEST, manifest["size"]) or digest_of(folder / MANIFEST) != manifest["digest"]:
@@ -202,17 +198,28 @@ def _open_remote(place: Place) -> ShardSet:
 
 
 def upload(path: Path | str, address: str) -> None:
-    """Copy a finished set to an address, its description last, so that nobody takes a part of it for the whole.
+    """Copy a finished set to an address, its description last, so that nobody takes a part of it for the whole. What lies
+    there already is read back, and sent again where it differs.
 
     Raises:
-        ValueError: `path` is no finished set, or another set lies at the address.
+        ValueError: `path` is no finished set or damaged, or another set lies at the address.
         OSError: the address cannot be written to.
     """
     whole, place = ShardSet.open(path), Place(address)
-    there = place / DESCRIPTION
-    if there.is_file() and there.read_bytes() != (whole.path / DESCRIPTION).read_bytes():
+    description = (whole.path / DESCRIPTION).read_bytes()
+    if (place / DESCRIPTION).is_file() and _is_another((place / DESCRIPTION).read_bytes(), description):
         raise ValueError(f"{address} already holds another set; choose another address, or remove it first")
-    publish(whole.path, place, [*(shard["file"] for shard in shards_of(whole.info)), MANIFEST, DESCRIPTION])
+    entries = [*shards_of(whole.info), whole.info["manifest"]]
+    publish(whole.path, place, {entry["file"]: (entry["size"], entry["digest"]) for entry in entries})
+    publish(whole.path, place, {DESCRIPTION: (len(description), hashlib.sha256(description).hexdigest())})
+
+
+def _is_another(found: bytes, description: bytes) -> bool:
+    """Whether a description is whole and another one; what came only in part is none."""
+    try:
+        return found != description and bool(json.loads(found)["digest"])
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,6 +157,60 @@ def test_a_set_is_uploaded_whole_and_never_over_another(local, tmp_path, monkeyp
         upload(other.path, "memory://there/set")
 
 
+@pytest.mark.parametrize("name", ["train-000001.tar", "manifest.parquet", "dataset.json"])
+def test_an_upload_that_went_wrong_is_found_by_its_digest_and_mended(local, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("FADER_CACHE", str(tmp_path / "cache"))
+    there = tmp_path / "there"
+    upload(local.path, there.as_uri())
+    whole = (there / name).read_bytes()
+    times = {path.name: path.stat().st_mtime_ns for path in there.iterdir()}
+    (there / name).write_bytes(whole[:1000] + b"\xff" * 50 + whole[1050:])  # of the right size
+    upload(local.path, there.as_uri())
+    assert (there / name).read_bytes() == whole and verify(there, workers=1).records == COUNT
+    assert [path.name for path in there.iterdir() if path.stat().st_mtime_ns != times[path.name]] == [name]
+
+
+def test_an_upload_that_arrives_otherwise_or_begins_damaged_is_refused(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("FADER_CACHE", str(tmp_path / "cache"))
+    original = source.Place.write_file
+
+    def wrong(self: source.Place, path: Path) -> None:
+        other = tmp_path / Path(path).name
+        other.write_bytes(bytes(Path(path).stat().st_size))
+        original(self, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source.Place, "write_file", wrong)
+        with pytest.raises(ValueError, match="is not what was sent, .*; upload it again"):
+            upload(local.path, "memory://wrong/set")
+    upload(local.path, "memory://wrong/set")
+    assert ShardSet.open("memory://wrong/set").digest == local.digest
+    copy = Path(shutil.copytree(local.path, tmp_path / "copy"))
+    data = (copy / "train-000000.tar").read_bytes()
+    (copy / "train-000000.tar").write_bytes(data[:-1] + b"\1")
+    with pytest.raises(ValueError, match="train-000000.tar differs from its digest; run 'fader verify"):
+        upload(copy, "memory://other/set")
+    with pytest.raises(ValueError, match="no finished shard set"):
+        ShardSet.open("memory://other/set")
+
+
+def test_the_cache_is_called_by_what_it_holds(local, tmp_path, monkeypatch):
+    """Another set at the same address does not take, or remove, what was kept of the first."""
+    monkeypatch.setenv("FADER_CACHE", str(tmp_path / "cache"))
+    upload(local.path, "memory://first/set")
+    upload(local.path, "memory://second/set")
+    first = ShardSet.open("memory://first/set").split("train")
+    first.bytes(0)
+    assert ShardSet.open("memory://second/set").split("train").shards[first.shard[0]].exists()
+    other = prepare(read_celeba(write_celeba(tmp_path / "source", 20)), tmp_path / "other", workers=1)
+    import fsspec
+
+    fsspec.filesystem("memory").rm("/first/set", recursive=True)
+    upload(other.path, "memory://first/set")
+    assert ShardSet.open("memory://first/set").digest == other.digest
+    assert first.shards[first.shard[0]].exists()
+
+
 def batches_of(split: Split, kind: str = "dali", **options: object) -> Iterator[Batch]:
     """Twice through the split, tar after tar."""
     plan = Plan(len(split), seed=3, window=1, shard_of=split.shard)
