@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from fader.attributes import Attributes
 from fader.method import Batch
 from pipeline.data.remote import Ahead
+from pipeline.data.shards.manifest import untaught
 from pipeline.images import Preprocessing
 from pipeline.loading.batch import Buffers, Pixels, finish
 from pipeline.loading.plan import Request, share
@@ -20,6 +22,9 @@ from pipeline.loading.plan import Request, share
 if TYPE_CHECKING:
     from pipeline.data.shards import Split
     from pipeline.loading.quarantine import Quarantine
+
+
+logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
@@ -81,7 +86,10 @@ class SplitLoader:
         self.buffers = Buffers()
         self.quarantine = quarantine
         self.boxes = preprocessing.boxes(split.width, split.height)
-        self.labels = torch.from_numpy(np.ascontiguousarray(split.columns(attributes))).to(self.device)
+        labels = np.ascontiguousarray(split.columns(attributes))
+        for words in untaught(attributes.to_list(), labels) if split.name == "train" else ():
+            logger.warning("train: %s: nothing can be learnt of it", words)
+        self.labels = torch.from_numpy(labels).to(self.device)
 
     def readable(self, rows: np.ndarray) -> np.ndarray:
         """Rows with what stands in for those that are known not to decode."""

@@ -101,6 +101,22 @@ class Manifest:
             )
 
 
+def untaught(attribute_list: Sequence[Mapping[str, Any]], labels: np.ndarray) -> list[str]:
+    """What the labels [n, A] of training records cannot teach, in words: an attribute of which they have one value only,
+    and each value of a k-way attribute that none of them has."""
+    said = []
+    for entry, column in zip(attribute_list, labels.T, strict=True):
+        names = list(entry["categories"]) or ["0", "1"]
+        known = np.unique(column[column >= 0]).tolist()
+        if len(known) < 2:
+            value = f"{known[0]:g}" if known and entry["kind"] == "continuous" else names[int(known[0])] if known else "unknown"
+            said.append(f"{entry['name']} is {value} in every record")
+        elif entry["kind"] == "k-way" and len(known) < len(names):
+            lacks = ", ".join(name for number, name in enumerate(names) if number not in known)
+            said.append(f"no record has {entry['name']} = {lacks}")
+    return said
+
+
 def numbers(column: pa.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 

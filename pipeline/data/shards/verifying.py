@@ -46,6 +46,15 @@ class _VerifyJob:
 
 
 def _verify_shard(job: _VerifyJob) -> list[str]:
+    """What is damaged in one tar; one that rotted in the cache is fetched anew."""
+    faults = _faults(job)
+    if faults and job.remote and job.path.exists():
+        job.path.unlink()
+        faults = _faults(job)
+    return faults
+
+
+def _faults(job: _VerifyJob) -> list[str]:
     """What is damaged in one tar. The whole tar follows from the manifest, except the pictures, whose digests do."""
     name, faults, position = job.path.name, [], 0
     try:

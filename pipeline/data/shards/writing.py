@@ -31,7 +31,7 @@ from pipeline.data.shards.files import (
     padded,
     sha256,
 )
-from pipeline.data.shards.manifest import data_digest
+from pipeline.data.shards.manifest import data_digest, untaught
 from pipeline.data.shards.reading import ShardSet
 from pipeline.files import digest_of, replacing, write_json, write_whole
 from pipeline.images import Check, Checked, check
@@ -317,6 +317,9 @@ def describe_set(
         "manifest": {"file": MANIFEST, "size": (out / MANIFEST).stat().st_size, "digest": digest_of(out / MANIFEST)},
         "left_out": [entry._asdict() for entry in left_out],
     }
+    train = [job.labels[[row[0] for row in written[job.name].rows]] for job in jobs if job.name.startswith("train-")]
+    for words in untaught(dataset.attribute_list, np.concatenate(train)) if train else ["there is no record"]:
+        logger.warning("train: %s: nothing can be learnt of it", words)
     write_json(out / DESCRIPTION, info, work=out / WORK)
     return ShardSet.open(out)
 

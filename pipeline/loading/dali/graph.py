@@ -69,7 +69,8 @@ class Geometry:
             stored = np.concatenate([_swapped(low, swapped), _swapped(high, swapped)], 1)
         out = [stored[:, [1, 0]], stored[:, [3, 2]] - stored[:, [1, 0]]]
         if self.pads:
-            out += [(sizes if swapped is None else _swapped(sizes, swapped))[:, ::-1], -self.preprocessing.margins(sizes)[:, ::-1]]
+            stored_sizes = sizes if swapped is None else _swapped(sizes, swapped)
+            out += [stored_sizes[:, ::-1], -self.preprocessing.margins(sizes)[:, ::-1]]
         if flipped is not None and swapped is not None:
             out += [_turns(sizes, flipped, swapped), sizes[:, ::-1]]
         dtypes = [np.int32 if kind == types.INT32 else np.float32 for kind, _ in self.kinds.values()]

@@ -16,6 +16,9 @@ import pytest
 from pipeline.data.datasets import DATASETS, Dataset
 from pipeline.data.datasets.columns import Column, Kind
 from pipeline.data.datasets.source import Place
+from pipeline.data.shards import prepare
+from pipeline.images import Preprocessing
+from pipeline.loading.dali import open_loader
 from tests.pipeline.data.test_datasets import column, encoded, grey, seen, tar_of
 
 COUNT = 60
@@ -159,6 +162,28 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / "list.csv").write_text("path,Odd\n~/p/a.jpg,1\na.jpg,0\n")
     dataset = DATASETS["table"]("~/list.csv", images="~/p")
     assert [dataset.read(location) for location in dataset.locations] == [b"here", b"here"]
+
+
+def test_an_attribute_that_training_cannot_teach_is_said_by_prepare_and_by_the_loader(tmp_path, caplog):
+    for path in PATHS:
+        plant(tmp_path, path)
+    given = ["train"] * 50 + ["valid"] * 5 + ["test"] * 5
+    columns = {"One": [1] * 60, "Nobody": [None] * 50 + [0, 1] * 5, "Age": [0.5] * 50 + [0.25] * 10, "Both": SMILING}
+    columns["Hue"] = [("red", "blue")[n % 2] if n < 50 else "green" for n in range(60)]
+    kinds = ["One=binary", "Nobody=binary"]
+    dataset = DATASETS["table"](table(tmp_path, False, split=given, **columns), kinds=kinds)
+    expected = [
+        "One is 1 in every record", "Nobody is unknown in every record", "Age is 0.5 in every record",
+        "no record has Hue = green",
+    ]  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        whole = prepare(dataset, tmp_path / "set", workers=1)
+    assert [m for m in caplog.messages if "learnt" in m] == [f"train: {w}: nothing can be learnt of it" for w in expected]
+    caplog.clear()
+    for name in ("train", "valid"):
+        part = whole.split(name)
+        open_loader("pillow", "none", part, part.attributes.select(["Age", "Both"]), Preprocessing(8, "center"), seed=0)
+    assert [m for m in caplog.messages if "learnt" in m] == ["train: Age is 0.5 in every record: nothing can be learnt of it"]
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

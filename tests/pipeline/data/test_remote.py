@@ -273,6 +273,9 @@ def test_a_set_whose_pictures_are_kept_is_fetched_no_more(server):
 def test_a_set_at_an_address_is_verified_as_one_on_a_disk(server, local, tmp_path, monkeypatch):
     monkeypatch.setenv("FADER_CACHE_GB", str(2 * max(path.stat().st_size for path in local.path.glob("*.tar")) / 1e9))
     assert verify(address(server), workers=1).records == COUNT
+    kept = next(ShardSet.open(address(server)).path.glob("*.tar"))
+    kept.write_bytes(bytes(kept.stat().st_size))  # it rots in the cache
+    assert verify(address(server), workers=1).records == COUNT
     copy = tmp_path / "damaged"
     shutil.copytree(local.path, copy)
     tar = copy / "train-000001.tar"
