@@ -328,7 +328,7 @@ def test_an_ended_iterator_leaves_no_thread(train, kind, end):
     loader = made(kind, train)
     list(loader.batches(requests(40, range(2))))
     gc.collect()
-    before = tasks()
+    before, python_threads = tasks(), threading.active_count()  # the files tested before leave one of fsspec
     for _ in range(5):
         endless = (request for draw in itertools.count() for request in requests(40, [draw]))
         batches = loader.batches(endless if end != "exhaust" else requests(40, range(3)))
@@ -344,7 +344,7 @@ def test_an_ended_iterator_leaves_no_thread(train, kind, end):
         if tasks() <= before:
             break
         time.sleep(0.02)
-    assert tasks() <= before and threading.active_count() == 1
+    assert tasks() <= before and threading.active_count() <= python_threads
 
 
 @pytest.mark.parametrize("kind", ["dali", "pillow", "sequential"])
