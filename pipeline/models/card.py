@@ -19,7 +19,7 @@ LICENCE = (
     "CelebA is for non-commercial research only, and so is a model trained on it."
 )
 _OURS = "attribute-sliders"
-_PACKAGES = (_OURS, "torch", "safetensors", "numpy", "Pillow", "mlflow")
+_PACKAGES = (_OURS, "torch", "safetensors", "numpy", "Pillow", "pydantic", "PyYAML", "mlflow")
 
 
 def about_method(method: Method) -> dict[str, Any]:

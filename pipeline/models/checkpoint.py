@@ -23,14 +23,16 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.engine import State
 from pipeline.files import digest_of, replacing_folder, write_whole
+
+if TYPE_CHECKING:  # a served model needs no engine and none of its libraries
+    from pipeline.engine import State
 
 log = logging.getLogger(__name__)
 
@@ -245,6 +247,8 @@ def read(checkpoint: Path) -> tuple[State, dict[str, Any]]:
     for part in _PARTS:
         path = checkpoint / f"{part}.safetensors"
         parts[part] = load_file(path) if path.exists() else {}
+    from pipeline.engine import State
+
     return State(**parts), extra
 
 

@@ -17,6 +17,8 @@ from pipeline.models.model import Model
 from pipeline.models.serving import CODE, example, signature
 from pipeline.models.store import open_store
 
+_ROOT = Path(__file__).resolve().parents[2]  # of our own code, which travels with the model
+
 
 @dataclass(frozen=True)
 class Version:
@@ -97,6 +99,7 @@ def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, ru
             signature=signature(model.capabilities[0]),
             input_example=example(model.capabilities[0]),
             pip_requirements=requirements(),
+            code_paths=[str(_ROOT / package) for package in ("fader", "pipeline")],
         )
     if run_id is not None:
         output = mlflow.entities.LoggedModelOutput(logged.model_id, step=card["images_seen"])

@@ -18,7 +18,7 @@ from pipeline import config, models
 from pipeline.engine import State
 from pipeline.models import checkpoint
 from pipeline.models.serving import example, signature
-from tests.commands import environment
+from tests.commands import ROOT, environment
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run, make_store, painter
 
 
@@ -283,12 +283,20 @@ def registered(runs, tmp_path_factory):
 
 
 def test_a_registered_version_answers_in_a_clean_process(registered, tmp_path, runs):
-    """In another working folder, with the address of the store and nothing else."""
+    """In another folder, with the address of the store, the packages that the model asks for, and its own copy of our code."""
     folder, version = registered
     images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32)
     np.save(tmp_path / "images.npy", images)
     script = """
-import json, sys, mlflow, numpy
+import importlib.abc, json, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"accelerate", "deepspeed", "nvidia", "webdataset", "typer", "torchmetrics", "cv2", "launch"}:
+            raise ImportError(name + " is not among the model's requirements")
+
+sys.meta_path.insert(0, Refuse())
+import mlflow, numpy
 images = numpy.load("images.npy")
 model = mlflow.pyfunc.load_model("models:/faces@challenger")
 sliders = json.dumps({"Smiling": 1.5, "Beard": "full"})
@@ -299,6 +307,8 @@ try:
     model.predict(images[:, :, :16])
 except mlflow.exceptions.MlflowException as error:
     print("refused", error)
+import fader, pipeline
+print("code", fader.__file__, pipeline.__file__)
 """
     done = subprocess.run(
         [sys.executable, "-P", "-c", script],
@@ -308,7 +318,9 @@ except mlflow.exceptions.MlflowException as error:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "refused" in done.stdout, "a shape against the signature was taken"
+    assert "refused" in done.stdout, "pictures of another shape were taken"
+    ours = [Path(word) for word in done.stdout[done.stdout.index("code") :].split()[1:]]
+    assert len(ours) == 2 and not any(path.is_relative_to(ROOT) for path in ours), "it ran the code that lies here"
     model = models.load(runs / "fader")
     own, _ = model.editing.labels(torch.from_numpy(images))
     sliders = [model.editing.slider("Smiling", 1.5), model.editing.slider("Beard", "full")]
