@@ -35,7 +35,9 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
         error.show()
         code = EXIT_USER_ERROR
     except (ValueError, OSError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
+        from pipeline.tracking import without_password
+
+        print(f"error: {without_password(describe(error))}", file=sys.stderr)
         if os.environ.get("FADER_TRACEBACK"):
             raise
         code = EXIT_USER_ERROR

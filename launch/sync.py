@@ -1,4 +1,4 @@
-"""`fader sync RUN`: deliver to MLflow what tracking could not deliver while the run was trained."""
+"""Deliver to MLflow what tracking could not deliver while a run was trained: `fader sync RUN`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def sync(
         left = tracking.undelivered(run)
         typer.echo(f"{run}: {left:,} events left to deliver" + (", sending all again" if again else ""), err=True)
         done = tracking.sync(run, again=again)
-        refused = f"; {done.refused} refused, see {run / 'spool' / 'sender.log'}" if done.refused else ""
+        why = f"; {done.refused} refused, see {run / 'spool' / 'sender.log'}; 'fader sync --again {run}' tries them again"
+        refused = why if done.refused else ""
         typer.echo(f"delivered {done.sent:,} events of {run} to run {done.run_id} in {done.uri}{refused}")
 
 

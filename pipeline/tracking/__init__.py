@@ -1,4 +1,4 @@
-"""MLflow runs: parameters, metrics, pictures, artifacts. What happens to the server never reaches the training loop.
+"""Track runs in MLflow: parameters, metrics, pictures, artifacts. What happens to the server never reaches the loop.
 
     loop ─put─▶ bounded queue ─thread─▶ RUN/spool/main.jsonl ─sender process─▶ MLflow
 
@@ -8,8 +8,9 @@ calling MLflow takes the interpreter's lock for milliseconds at a time, which a 
 limits that delivery wants for HTTP are environment variables, which so stay the child's own (see `delivery`).
 
 What was delivered is kept for each store (tracking URI) in `spool/state.json` as an offset into the spool. A store that
-does not answer is asked again; one that lost the run gets a new run and all points again; `sync` delivers later, to the
-same store or to another one. Every point keeps the time and the step (images seen) at which it was logged, so a
+does not answer is asked again; one that lost the run gets a new run and all points again; a copied folder gets a run of
+its own. `sync` delivers later, to the same store or to another one. Every point keeps the time and the step (images
+seen) at which it was logged, so a
 point that is sent twice is the same row in MLflow. Pictures carry a name made from their content for the same reason.
 
 After a resume or a return to an older checkpoint the points past it are superseded. MLflow cannot delete points, so
@@ -22,14 +23,18 @@ same sender. It is no part of the loop's story: it neither supersedes points nor
     tracker    what the loop uses: the queue and the thread that writes it to the spool
     spool      the spool on disk: its files, a run's points, what each store has received
     delivery   the sender process as others see it: the trainer's child, and `sync`
-    sender     the sender process itself (`python -m pipeline.tracking`), which delivers the spool to MLflow
+    process    the sender process itself (`python -m pipeline.tracking`)
+    sender     delivers the spool to MLflow, and says what MLflow does not take
+    sampling   the machine's figures
+    address    which store is in use; no password is written anywhere
     later      what is found out about a run afterwards, and a run read back from MLflow
 """
 
+from pipeline.tracking.address import without_password
 from pipeline.tracking.delivery import Delivery, sync
 from pipeline.tracking.later import Addition, Stored, add, stored
 from pipeline.tracking.sender import reason
-from pipeline.tracking.spool import Point, flatten, points, run_id_of, store_of, undelivered, without_password
+from pipeline.tracking.spool import Point, flatten, points, run_id_of, store_of, undelivered
 from pipeline.tracking.tracker import MlflowTracker, NodeTracker, NullTracker, Status, Tracker, open_tracker
 
 __all__ = [

@@ -1,13 +1,15 @@
-"""`python -m pipeline.tracking SPOOL`: the sender process; not a command for people."""
+"""Run the sender process, as `python -m pipeline.tracking SPOOL`; it is not a command for people."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import sys
 from pathlib import Path
 
-from pipeline.tracking.sender import deliver_once, serve
+from pipeline.tracking.address import WithoutPasswords
+from pipeline.tracking.process import deliver_once, serve
 
 
 def main() -> None:
@@ -19,6 +21,7 @@ def main() -> None:
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--again", action="store_true")
     given = parser.parse_args()
+    sys.stderr = WithoutPasswords(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if given.once:
         print(json.dumps(deliver_once(given.spool, given.again)))

@@ -1,4 +1,4 @@
-"""The sender process, seen from outside: the child of a training process, or of `sync`, which waits for its answer."""
+"""Start the sender process and watch it, as the child of a training process or of `sync`, which waits for its answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SENDER_ENVIRONMENT = {
 
 
 class Child:
-    """The sender process, seen from the training process: started, started again when it died, never in the way."""
+    """The sender process of a training process: it is started, and started again when it died."""
 
     def __init__(self, spool: Path, node: str | None, deliver: bool) -> None:
         self._spool, self._node, self._deliver = spool, node, deliver
@@ -107,7 +107,7 @@ def _environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What `sync` did. refused: events the store will never take (see `spool/sender.log`)."""
+    """What `sync` did. refused: events that the store does not take (see `spool/sender.log`)."""
 
     uri: str
     run_id: str

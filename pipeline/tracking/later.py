@@ -1,4 +1,4 @@
-"""What is said of a run afterwards, and a run read back from MLflow."""
+"""Add to a run what is measured afterwards, and read a run back from MLflow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.address import without_password
 from pipeline.tracking.delivery import sync
 from pipeline.tracking.sender import reason
 from pipeline.tracking.spool import (
@@ -22,7 +23,6 @@ from pipeline.tracking.spool import (
     read_events,
     run_id_of,
     undelivered,
-    without_password,
 )
 
 
@@ -74,7 +74,7 @@ def add(
             raise ValueError(f"{file} is not in the run's folder {folder}: only what stays with the run can be added")
         place = "/".join(path.relative_to(folder).parts[:-1])
         content = hashlib.sha256(path.read_bytes()).hexdigest()
-        events.append({"kind": "artifact", "path": str(path), "folder": place, "digest": content})
+        events.append({"kind": "artifact", "path": str(path.relative_to(folder)), "folder": place, "digest": content})
     later = spool / "later.jsonl"
     there = {_mark(event): event for event, _ in read_events(later) if event} if later.is_file() else {}
     now = int(time.time() * 1000)
@@ -96,7 +96,7 @@ def add(
 
 
 def _mark(event: Mapping[str, Any]) -> str:
-    """What an event is about: a newer one about the same takes its place."""
+    """Return what an event is about; a newer one about the same takes its place."""
     if event["kind"] == "artifact":
         return json.dumps(["artifact", event["path"]])
     about = sorted(event["metrics"]) if event["kind"] == "metrics" else event["name"]
@@ -104,13 +104,13 @@ def _mark(event: Mapping[str, Any]) -> str:
 
 
 def _content(event: Mapping[str, Any]) -> str:
-    """What an event says, without the time at which it is said; a file says the same at every step."""
+    """Return what an event says, without the time at which it is said; a file says the same at every step."""
     left_out = {"time", "step"} if event.get("kind") == "artifact" else {"time"}
     return json.dumps({key: value for key, value in event.items() if key not in left_out}, sort_keys=True)
 
 
 def _is_locked(spool: Path) -> bool:
-    """Whether a sender is at work on a spool."""
+    """Return whether a sender is at work on a spool."""
     handle = os.open(spool / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,9 +143,9 @@ def stored(run_id: str) -> Stored:
     from mlflow.exceptions import MlflowException
 
     try:
-        found = mlflow.MlflowClient().get_run(run_id)
+        run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
         where = without_password(mlflow.get_tracking_uri())
         raise ValueError(f"{run_id} is neither a run's folder nor a run in {where} ({reason(error)})") from None
-    name = found.info.run_name or run_id
-    return Stored(run_id, name, dict(found.data.params), {key: float(v) for key, v in found.data.metrics.items()})
+    name = run.info.run_name or run_id
+    return Stored(run_id, name, dict(run.data.params), {key: float(v) for key, v in run.data.metrics.items()})

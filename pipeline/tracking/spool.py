@@ -1,4 +1,4 @@
-"""The spool on disk: append-only JSONL files, the pictures beside them, and what each store has received of them."""
+"""Keep the spool on disk: append-only JSONL files, the pictures beside them, and what each store has received of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import logging
 import os
 import re
+import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_whole
+from pipeline.tracking.address import asked_for, named
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ FSYNC_SECONDS = 5.0
 
 
 def safe(name: str) -> str:
-    """A name MLflow takes: letters, digits, underscore, dash, dot, blank, slash."""
+    """Return a name that MLflow takes: letters, digits, underscore, dash, dot, blank, slash."""
     return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
 
 
@@ -45,7 +48,7 @@ def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested mappings to dotted keys; everything else as text."""
+    """Give nested mappings as dotted keys, and everything else as text."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -96,7 +99,7 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def last_event(path: Path) -> dict[str, Any] | None:
-    """The last whole event of a spool file, read from its end; None when there is none."""
+    """Return the last whole event of a spool file, read from its end; None when there is none."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -119,7 +122,7 @@ def last_event(path: Path) -> dict[str, Any] | None:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """A line of a spool; None for one that a crash cut short."""
+    """Return the event in a line of a spool; None for a line that a crash cut short."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -128,7 +131,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """The whole lines from a byte offset on: (event or None for a broken line, offset behind it)."""
+    """Give the whole lines from a byte offset on: (event or None for a broken line, offset behind it)."""
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -139,12 +142,12 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | 
 
 
 def spool_files(spool: Path) -> list[Path]:
-    """The spool's files, the loop's own first: it says which run the others belong to."""
+    """Return the spool's files, the loop's own first, because it says which run the others belong to."""
     return sorted(spool.glob("*.jsonl"), key=lambda path: (path.name != "main.jsonl", path.name))
 
 
 def remaining(spool: Path, offsets: Mapping[str, int]) -> int:
-    """Events not delivered yet."""
+    """Count the events that are not delivered yet."""
     return sum(
         event is not None for path in spool_files(spool) for event, _ in read_events(path, offsets.get(path.name, 0))
     )
@@ -165,22 +168,22 @@ class Point:
 
 
 def points(run: str | Path) -> list[Point]:
-    """Every point the loop of a run ever logged, in order, with the superseded ones marked.
+    """Return every point that the loop of a run ever logged, in order, with the superseded ones marked.
 
     Raises:
         ValueError: the run has no spool.
     """
     path = spool_of(run) / "main.jsonl"
-    found: list[list[Any]] = []
+    rows: list[list[Any]] = []
     for event, _ in read_events(path):
         if event is None:
             continue
         if event["kind"] == "metrics":
-            found += [[name, value, event["step"], event["time"], False] for name, value in event["metrics"].items()]
+            rows += [[name, value, event["step"], event["time"], False] for name, value in event["metrics"].items()]
         elif event["kind"] in ("start", "rewound") and event["from"] > event["step"]:
-            for point in found:
-                point[4] |= point[2] > event["step"]
-    return [Point(*point) for point in found]
+            for row in rows:
+                row[4] |= row[2] > event["step"]
+    return [Point(*row) for row in rows]
 
 
 def spool_of(run: str | Path) -> Path:
@@ -191,10 +194,20 @@ def spool_of(run: str | Path) -> Path:
 
 
 class State:
-    """What each store has received: `spool/state.json`, written by whoever holds the spool's lock."""
+    """What each store has received: `spool/state.json`, written by whoever holds the spool's lock.
+
+    A copy of a run's folder has received nothing, so that it does not write into the MLflow run of the first.
+
+    key: the tag by which the MLflow run of a copy is found; None for a run that is no copy.
+    copied_from: the folder that this one was copied from, until the copy's own state is saved.
+    """
 
     def __init__(self, path: Path, content: dict[str, Any], uri: str | None) -> None:
         self.path, self._content, self.uri = path, content, uri
+        self.copied_from = _copied_from(path.parent, content.get("place"))
+        if self.copied_from:
+            self._content = content = {"last": content["last"], "targets": {}, "key": uuid.uuid4().hex}
+        self.key: str | None = content.get("key")
         target = content["targets"].get(uri, {})
         self.run_id: str | None = target.get("run_id")
         self.offsets: dict[str, int] = dict(target.get("offsets", {}))
@@ -203,39 +216,47 @@ class State:
 
     @staticmethod
     def read(spool: Path, default_uri: str | None = None) -> State:
-        """The state for the store in use: MLFLOW_TRACKING_URI, else where the run went before, else the default."""
+        """Read it for the store in use: MLFLOW_TRACKING_URI, else where the run went before, else the default."""
         try:
             content = json.loads((spool / "state.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             content = {"last": None, "targets": {}}
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = asked_for()
         return State(spool / "state.json", content, named(uri) if uri else content["last"] or default_uri)
 
     def save(self) -> None:
         target = {"run_id": self.run_id, "offsets": self.offsets, "refused": self.refused}
         if self.uri is not None:
             self._content["targets"][self.uri] = target
-        self._content |= {"last": self.uri, "problem": self.problem}
+        self._content |= {"last": self.uri, "problem": self.problem, "place": _place(self.path.parent)}
         write_whole(self.path, json.dumps(self._content, indent=1), durable=False)
 
     def forget(self) -> None:
+        """Send everything anew, because the store no longer has the run."""
         self.run_id, self.offsets, self.refused = None, {}, 0
 
 
-def without_password(uri: str) -> str:
-    """An address as it may be shown and kept."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+def _place(spool: Path) -> dict[str, Any]:
+    """Return what tells whether a spool is where it was: its machine, its path, and numbers that a renaming keeps."""
+    files = (spool, spool / "main.jsonl")
+    numbers = [path.stat().st_ino for path in files if path.exists()]
+    return {"host": socket.gethostname(), "path": str(spool.resolve()), "numbers": numbers}
 
 
-def named(uri: str) -> str:
-    """A store's name in files: no password, and a relative SQLite path made absolute."""
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
-    return without_password(uri)
+def _copied_from(spool: Path, before: dict[str, Any] | None) -> str | None:
+    """Return the folder that a spool was copied from; None where it stayed or was moved, from one disk to another too."""
+    if before is None:
+        return None
+    now = _place(spool)
+    if now["path"] == before["path"] or now["numbers"] == before["numbers"]:
+        return None
+    if now["host"] == before["host"] and not Path(before["path"]).exists():
+        return None
+    return str(Path(before["path"]).parent)
 
 
 def run_id_of(run: str | Path) -> str | None:
-    """The MLflow run id of a run's folder in the store in use, None when that store has given none yet."""
+    """Return the MLflow run id of a run's folder in the store in use; None when that store has given none yet."""
     try:
         return State.read(Path(run).resolve() / "spool").run_id
     except OSError:
@@ -243,11 +264,11 @@ def run_id_of(run: str | Path) -> str | None:
 
 
 def store_of(run: str | Path) -> str | None:
-    """The store (tracking URI) a run's points go to; None when that is not settled yet: MLflow's default then."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or State.read(Path(run).resolve() / "spool").uri
+    """Return the store that a run's points go to, with its password; None for MLflow's default, before the first point."""
+    return asked_for() or State.read(Path(run).resolve() / "spool").uri
 
 
 def undelivered(run: str | Path) -> int:
-    """Events in a run's spool that the store in use does not have; 0 for a run without a spool."""
+    """Count the events in a run's spool that the store in use does not have; 0 for a run without a spool."""
     spool = Path(run).resolve() / "spool"
     return remaining(spool, State.read(spool).offsets)

@@ -1,4 +1,4 @@
-"""What the training loop uses: a queue, and a thread that writes it to the spool and keeps an eye on the sender."""
+"""Track a run from its loop: a queue, and a thread that writes it to the spool and watches the sender process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pipeline.tracking.delivery import Child
-from pipeline.tracking.spool import Log, State, as_numbers, flatten, keep_picture, remaining, run_id_of
+from pipeline.tracking.spool import Log, State, as_numbers, flatten, keep_picture, remaining
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,6 @@ QUEUE_EVENTS = 10_000  # about 30 MB of metrics; reached only when the disk itse
 
 class Tracker(Protocol):
     """What the loop may say about a run. No method raises or waits, `finish` excepted, which waits a bounded time."""
-
-    @property
-    def run_id(self) -> str | None:
-        """The MLflow run's id; None until a store has given one."""
-        ...
 
     def start(self, images: int = 0) -> None:
         """Begin, or go on from a checkpoint of `images` seen: points past it are marked as superseded."""
@@ -59,9 +54,7 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Says nothing to nobody: for tracking switched off and for all ranks but one."""
-
-    run_id: str | None = None
+    """Tracks nothing, because tracking is switched off or another rank does it."""
 
     def start(self, images: int = 0) -> None: ...
 
@@ -87,7 +80,6 @@ class MlflowTracker:
         run: the run's folder; the spool is `run/spool`.
         experiment: the MLflow experiment's name.
         run_name: the run's name in MLflow.
-        run_id: the MLflow run to go on with; the spool's own record of it comes first.
         node: None on a single machine; else this node's name, which stands in its system metrics' names.
         deliver: False spools only; `fader sync RUN` delivers.
     """
@@ -97,17 +89,14 @@ class MlflowTracker:
         run: str | Path,
         experiment: str,
         run_name: str,
-        run_id: str | None = None,
         *,
         node: str | None = None,
         deliver: bool = True,
     ) -> None:
         self.spool = Path(run).resolve() / "spool"
-        self._about = {"experiment": experiment, "name": run_name, "run_id": run_id}
+        self._about = {"experiment": experiment, "name": run_name}
         self._node = node
         self._deliver = deliver
-        self._given_run_id = run_id
-        self._run_id: str | None = None
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue(QUEUE_EVENTS)
         self._lost = 0
         self._closing = threading.Event()
@@ -115,12 +104,6 @@ class MlflowTracker:
         self._sender: Child | None = None
         self._attempt = 0
         self._step = 0
-
-    @property
-    def run_id(self) -> str | None:
-        if self._run_id is None:
-            self._run_id = run_id_of(self.spool.parent)
-        return self._run_id or self._given_run_id
 
     def start(self, images: int = 0) -> None:
         if self._thread is not None:
@@ -145,7 +128,7 @@ class MlflowTracker:
         self._put({"kind": "picture", "step": images, "name": name, "png": png})
 
     def artifact(self, path: str | Path) -> None:
-        self._put({"kind": "artifact", "path": os.path.abspath(path)})
+        self._put({"kind": "artifact", "path": os.path.relpath(Path(path).resolve(), self.spool.parent)})
 
     def rewound(self, images: int, why: str) -> None:
         self._put({"kind": "rewound", "step": images, "why": why})
@@ -182,7 +165,7 @@ class MlflowTracker:
             self._lost += 1
 
     def _flush(self, seconds: float) -> bool:
-        """Let the thread write what is queued and end. False when it could not in time."""
+        """Let the thread write what is queued, and end it. Return False when it could not in time."""
         atexit.unregister(self._flush)
         self._closing.set()
         assert self._thread is not None
@@ -192,7 +175,7 @@ class MlflowTracker:
         return not self._thread.is_alive()
 
     def _write(self) -> None:
-        """The thread: queue to disk, and an eye on the sender. Ends when closing and all is written."""
+        """Write the queue to disk and watch the sender, in a thread; end when all is written after closing."""
         log = Log(self.spool / "main.jsonl")
         events: list[dict[str, Any]] = []
         lines: list[bytes] = []
@@ -243,8 +226,11 @@ class MlflowTracker:
             return b""
 
     def _line(self, event: dict[str, Any], log: Log) -> bytes:
-        """One event as a line of the spool; a picture's bytes go to a file of their own."""
+        """Return an event as a line of the spool; a picture's bytes go to a file of their own."""
         if event["kind"] == "start":
+            copied_from, folder = State.read(self.spool).copied_from, self.spool.parent
+            if copied_from:
+                logger.warning("tracking: %s is a copy of %s, so it gets an MLflow run of its own", folder, copied_from)
             last = log.last() or {}
             self._attempt, self._step = last.get("attempt", 0) + 1, last.get("step", 0)
         if event["kind"] in ("start", "rewound"):
@@ -283,23 +269,21 @@ def open_tracker(
     name: str,
     main: bool,
     *,
-    run_id: str | None = None,
     node: str | None = None,
     local_main: bool = False,
 ) -> Tracker:
-    """The tracker of this rank.
+    """Return the tracker of this rank.
 
     Args:
         enabled: False gives the null tracker to everyone.
         run_folder: the run's folder, shared by all nodes.
         experiment, name: what MLflow calls the experiment and the run.
         main: whether this is rank 0, the only one that reports.
-        run_id: the MLflow run a resumed run goes on with.
         node: this node's name when there are several.
         local_main: whether this is its node's first rank, which samples the system.
     """
     if enabled and main:
-        return MlflowTracker(run_folder, experiment, name, run_id, node=node)
+        return MlflowTracker(run_folder, experiment, name, node=node)
     if enabled and local_main and node is not None:
         return NodeTracker(run_folder, node)
     return NullTracker()

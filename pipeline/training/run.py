@@ -118,7 +118,6 @@ class _Run:
             self.validation = Validation(experiment, self.engine, judge, shards, lambda split: self._open_loader(split, "none"))
         self.position = Position()
         self.salt = 0  # how often the run went back: it then sees other batches
-        self.tracker_run_id: str | None = None
         if resume:
             self._tell_of_other_ranks()
             self._restore()
@@ -199,7 +198,6 @@ class _Run:
         self.position = Position.from_dict(extra["position"])
         self.salt = extra.get("salt", 0)
         self.quarantine = extra.get("quarantine", [])
-        self.tracker_run_id = extra.get("tracker_run_id")
         if self.validation:
             self.validation.standing.load(extra.get("validation"))
         return True
@@ -232,7 +230,7 @@ class _Run:
         experiment = self.experiment
         self.tracker: Tracker = open_tracker(
             experiment.tracking.enabled, self.folder, experiment.tracking.experiment, experiment.name, self.engine.is_main,
-            run_id=self.tracker_run_id, node=self.engine.node, local_main=self.engine.is_local_main,
+            node=self.engine.node, local_main=self.engine.is_local_main,
         )  # fmt: skip
         self.writer: CheckpointWriter | None = None
         if not self.engine.is_main:
@@ -445,7 +443,6 @@ class _Run:
                 "seed": self.experiment.seed,
                 "salt": self.salt,
                 "quarantine": self.quarantine,
-                "tracker_run_id": self.tracker.run_id,
                 "config": self.experiment.to_dict(),
                 "finished": finished,
             }

@@ -22,8 +22,9 @@ from PIL import Image
 
 from pipeline import tracking
 from pipeline.tracking import MlflowTracker, NodeTracker, NullTracker, later, open_tracker
-from pipeline.tracking.sender import Sender, deliver_once, take_lock, try_to_deliver
-from pipeline.tracking.spool import named
+from pipeline.tracking.address import named
+from pipeline.tracking.process import deliver_once, take_lock, try_to_deliver
+from pipeline.tracking.sender import Sender
 from pipeline.tracking.tracker import QUEUE_EVENTS
 from tests.commands import environment
 from tests.runs import make_store
@@ -84,7 +85,6 @@ def test_the_null_tracker_takes_everything(tmp_path):
     tracker.artifact(tmp_path)
     tracker.rewound(0, "why")
     tracker.finish("FINISHED")
-    assert tracker.run_id is None
 
 
 # --- the spool --------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_a_run_killed_and_resumed_is_one_run_with_every_point_once(tmp_path, mon
 
     # resumed from a checkpoint at 800 images, with another λ
     tracker = MlflowTracker(run, "faces", "first")
-    assert tracker.run_id == run_id
+    assert tracking.run_id_of(run) == run_id
     tracker.start(images=800)
     tracker.params({"method": {"name": "fader", "lambda": 2e-4, "new": 1}})
     tracker.log({"autoencoder/mse": 7.0}, 832, 26)
@@ -445,7 +445,7 @@ def test_a_server_absent_stopped_and_killed_costs_no_time_and_no_point(server, t
     costs["absent"] = train(tracker, range(200))
     begin = time.monotonic()
     tracker.finish("FINISHED")
-    assert time.monotonic() - begin < 45 and tracker.run_id is None
+    assert time.monotonic() - begin < 45 and tracking.run_id_of(absent) is None
     with pytest.raises(ValueError, match="takes no points now .connection refused.*run 'fader sync' again"):
         tracking.sync(absent)
     server.start()
@@ -459,7 +459,7 @@ def test_a_server_absent_stopped_and_killed_costs_no_time_and_no_point(server, t
     tracker = MlflowTracker(run, "faces", "run")
     tracker.start()
     costs["there"] = train(tracker, range(100))
-    eventually(lambda: tracker.run_id and tracking.undelivered(run) == 0, 60, "a server that answers gets the points")
+    eventually(lambda: tracking.run_id_of(run) and tracking.undelivered(run) == 0, 60, "a server that answers gets the points")
     server.send(signal.SIGSTOP)
     costs["stopped"] = train(tracker, range(100, 400))
     server.send(signal.SIGCONT)
@@ -470,8 +470,8 @@ def test_a_server_absent_stopped_and_killed_costs_no_time_and_no_point(server, t
     eventually(lambda: len(points(run)) == 600, 60, "points of the outage are replayed")
     tracker.finish("FINISHED", wait_seconds=60)
     assert points(run) == logged(run) and len(points(run)) == 600
-    assert tracking.undelivered(run) == 0 and client.get_run(tracker.run_id).info.status == "FINISHED"
-    assert len(client.list_artifacts(tracker.run_id, "images")) == 6, "three pictures and their thumbnails"
+    assert tracking.undelivered(run) == 0 and client.get_run(tracking.run_id_of(run)).info.status == "FINISHED"
+    assert len(client.list_artifacts(tracking.run_id_of(run), "images")) == 6, "three pictures and their thumbnails"
 
     for state, seconds in costs.items():
         mean, median = statistics.mean(seconds), statistics.median(seconds)
