@@ -47,11 +47,13 @@ class Capability:
 
     takes, gives: the shapes of one row of the two arrays. dtype: of the array that goes in. pictures: a service may give
     pictures of any size instead. sliders: the answer depends on the parameters `sliders` and `attributes`, JSON objects.
+    use: what the model is meant for.
     """
 
     dtype: ClassVar[str] = "float32"
     pictures: ClassVar[bool] = False
     sliders: ClassVar[bool] = False
+    use: ClassVar[str]
     takes: tuple[int, ...]
     gives: tuple[int, ...]
 
@@ -116,6 +118,7 @@ class Capability:
 class Judging(Capability):
     """Read attributes off pictures; a service gets probabilities [N, code_width]."""
 
+    use = "measuring whether edits show what was asked for; not for judging people"
     pictures = True
 
     def __init__(self, method: Method, source: str) -> None:
@@ -155,6 +158,7 @@ class Editing(Capability):
         judge: reads what photos show; without one it is estimated.
     """
 
+    use = "research on editing attributes: photos of people who agreed to it, shown as edited"
     pictures = sliders = True
 
     def __init__(self, method: Method, source: str, judge: Judging | None = None) -> None:
@@ -248,6 +252,7 @@ class Editing(Capability):
 class Sampling(Capability):
     """Make pictures that nobody photographed, each of a seed of its own; a service takes seeds [N] int64."""
 
+    use = "research on editing attributes: pictures shown as made by a model"
     dtype = "int64"
     sliders = True
 
@@ -291,6 +296,7 @@ class Sampling(Capability):
 class Aligning(Capability):
     """Say by which similarity the faces in windows are off; a service gets corrections [N, 4]."""
 
+    use = "cutting faces out of photos as the training pictures were cut"
     gives = (4,)
 
     def __init__(self, method: Method, source: str) -> None:

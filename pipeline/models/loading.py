@@ -23,7 +23,7 @@ from pipeline.files import digest_of
 from pipeline.images import Preprocessing
 from pipeline.models import capabilities
 from pipeline.models import checkpoint as checkpoints
-from pipeline.models.card import FORMAT, LICENCE, about_method, evaluated, versions_here
+from pipeline.models.card import FORMAT, about_method, evaluated, licence, limits, versions_here
 from pipeline.models.model import Model
 from pipeline.models.store import open_store
 
@@ -109,21 +109,24 @@ def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
     _fill(method, checkpoints.read_networks(chosen, ema), source)
     images, averages = checkpoints.images_of(chosen), (chosen / "ema.safetensors").exists()
     variant = variant_of(run, which) + ("-raw" if averages and not ema else "")
-    preprocessing = experiment.data.preprocessing()
+    preprocessing, evaluation = experiment.data.preprocessing(), evaluated(run, chosen, variant)
     card = {
         "format": FORMAT,
         **about_method(method),
         "preprocessing": preprocessing.to_dict(),
         "images_seen": images,
         "ema": ema and averages,
-        "metrics": evaluated(run, chosen, variant),
+        "metrics": evaluation.get("metrics", {}),
+        "intervals": evaluation.get("intervals", {}),
         "config": experiment.to_dict(),
         "config_digest": experiment.digest,
         "data_digest": about.get("data_digest"),
         "commit": about.get("commit"),
         "packages": versions_here(),
-        "licence": LICENCE,
+        "data": about.get("data"),
+        "licence": licence((about.get("data") or {}).get("name")),
     }
+    card["limits"] = limits(card, evaluation)
     judge = None
     if own_judge and experiment.judge:
         if experiment.judge.startswith("models:") or Path(experiment.judge).exists():
@@ -131,7 +134,9 @@ def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
             check_judge(method, preprocessing, judge, source)
         else:
             logger.warning("%s names the judge %s, which is not here: it goes without one", run, experiment.judge)
-    return Model(method, card, method.attributes, preprocessing, judge, source, run, variant)
+    model = Model(method, card, method.attributes, preprocessing, judge, source, run, variant)
+    card["intended_use"] = [capability.use for capability in model.capabilities]
+    return model
 
 
 def _from_export(folder: Path, ema: bool, own_judge: bool) -> Model:

@@ -126,11 +126,17 @@ def _tag(name: str) -> str:
 
 
 def _describe(model: Model) -> str:
-    card = model.card
+    """Return the card in words, as MLflow shows a version's description."""
+    card, first = model.card, model.capabilities[0]
+    numbers = {name: f"{value:.4g}" for name, value in list(card["metrics"].items())[:20]}
+    for name, (low, high) in card.get("intervals", {}).items():
+        if name in numbers:
+            numbers[name] += f" ({low:.4g} to {high:.4g})"
     lines = [
-        f"{card['method']} at {card['image_size']} pixels after {card['images_seen']:,} images; "
-        f"{model.capabilities[0].summary()}.",
-        *(f"{key}: {value:.4g}" for key, value in list(card["metrics"].items())[:20]),
+        f"{card['method']} at {card['image_size']} pixels after {card['images_seen']:,} images; {first.summary()}.",
+        f"Meant for {first.use}.",
+        *(f"{name}: {number}" for name, number in numbers.items()),
+        *(f"Note: {limit}." for limit in card.get("limits", ())),
         card["licence"],
     ]
     return "\n\n".join(lines)

@@ -242,6 +242,7 @@ class _Run:
             "method": experiment.method_name,
             "attributes": self.method.attributes.to_list(),
             "data_digest": shards.digest,
+            "data": {"name": shards.name, "records": {split: entry["records"] for split, entry in shards.info["splits"].items()}},
             "config_digest": experiment.digest,
             "commit": commit(),
             "world_size": self.engine.world_size,

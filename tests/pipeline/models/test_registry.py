@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import config, models
 from pipeline.engine import State
-from pipeline.models import checkpoint
+from pipeline.models import checkpoint, versions
 from pipeline.models.serving import example, signature
 from tests.commands import ROOT, environment
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run, make_store, painter
@@ -96,7 +96,32 @@ def test_the_card_says_what_the_weights_are(runs, tmp_path):
     assert card["images_seen"] == 3200 and card["image_size"] == 32 and card["ema"] is False
     assert card["config_digest"] == experiment.digest and card["config"] == experiment.to_dict()
     assert card["data_digest"] == "d" * 64 and card["commit"] == "c0ffee"
-    assert card["packages"]["torch"] == torch.__version__ and "CelebA" in card["licence"]
+    assert card["packages"]["torch"] == torch.__version__ and "CelebA is for non-commercial research" in card["licence"]
+    assert card["intended_use"] == ["research on editing attributes: photos of people who agreed to it, shown as edited"]
+    assert card["limits"] == [
+        "it reads pictures of 32x32 pixels, cut by the rule 'celeba'",
+        "it was not evaluated: no number says how well it works",
+    ]
+
+
+def test_the_card_says_which_data_its_terms_and_how_far_the_numbers_reach(tmp_path):
+    run = make_run(tmp_path / "run", FADER)
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"data": {"name": "faces", "records": {"train": 3200, "test": 400}}}))
+    report = {
+        "metrics": {"test/mse": 0.25, "test/swap_accuracy": 0.9},
+        "intervals": {"test/swap_accuracy": [0.85, 0.94]},
+        "warnings": ["100 of the 400 records of the test split"],
+    }
+    (run / "report").mkdir()
+    (run / "report" / "evaluation-test.json").write_text(json.dumps(report))
+    model = models.load(models.export(run, tmp_path / "export"))
+    assert (model.card["metrics"], model.card["intervals"]) == (report["metrics"], report["intervals"])
+    assert "(faces). The faces are drawn by this project" in model.card["licence"]
+    assert model.card["limits"][1:] == ["it was trained on 3,200 pictures of faces; others may do worse", *report["warnings"]]
+    words = versions._describe(model)
+    assert "test/swap_accuracy: 0.9 (0.85 to 0.94)" in words and "test/mse: 0.25\n" in words
+    assert "Meant for research" in words and "Note: 100 of the 400 records" in words
 
 
 def test_averaged_weights_are_taken_where_there_are_any(tmp_path):
