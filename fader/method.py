@@ -28,6 +28,12 @@ def identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class SumsOverRanks(nn.Module):
+    """Base of layers that need sums over the global batch; `Context.connect` gives them the function for it."""
+
+    reduce_sum: ReduceSum = staticmethod(identity)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a global batch.
@@ -103,6 +109,12 @@ class Context:
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     reduce_sum: ReduceSum = identity
+
+    def connect(self, networks: nn.Module) -> None:
+        """Let the layers that need sums over ranks take them as the losses do."""
+        for module in networks.modules():
+            if isinstance(module, SumsOverRanks):
+                module.reduce_sum = self.reduce_sum
 
 
 LossFunction = Callable[[Networks, Batch, Context], Loss]

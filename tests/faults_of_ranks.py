@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from fader.method import Batch, identity
+from fader.method import Batch, SumsOverRanks, identity
 from pipeline.engine import Engine
 
 
 def local_batch_norm(engine: Engine) -> None:
     """Every rank normalises with its own share."""
     for module in engine.networks.modules():
-        if hasattr(module, "reduce_sum"):
+        if isinstance(module, SumsOverRanks):
             module.reduce_sum = identity
 
 

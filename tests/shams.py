@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fader.method import METHODS, Loss, Method, Optimizer, Phase, Stage, identity, register
+from fader.method import METHODS, Loss, Method, Optimizer, Phase, Stage, SumsOverRanks, register
 
 SGD = Optimizer(kind="sgd", learning_rate=0.05, clip_norm=0.0)
 
@@ -92,16 +92,16 @@ class Penalised(Method):
         return (Stage("critic", (Phase(("critic",), self.critic_loss),), self.settings.images),)
 
 
-class Dictionary(nn.Module):
+class Dictionary(SumsOverRanks):
     """Keys that follow the sum of all records of the global batch that lie nearest to them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reduce_sum = identity
         self.register_buffer("keys", torch.linspace(-1, 1, 12).view(4, 3))
 
     def forward(self, features):
-        nearest = F.one_hot(torch.cdist(features, self.keys).argmin(1), 4).to(features.dtype)
+        nearest = torch.cdist(features, self.keys).argmin(1)
+        nearest = (nearest[:, None] == torch.arange(4, device=features.device)).to(features.dtype)
         if self.training:
             total = self.reduce_sum(torch.cat([nearest.T @ features, nearest.sum(0)[:, None]], 1).detach())
             mean = total[:, :3] / total[:, 3:].clamp(min=1)

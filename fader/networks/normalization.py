@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fader.method import ReduceSum, identity
+from fader.method import SumsOverRanks, identity
 
 Norm = Literal["global", "local", "instance"]
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(SumsOverRanks):
     """Batch normalisation whose statistics are sums over the records of the global batch.
 
-    On one process it is torch's own batch norm. On several, the engine sets `reduce_sum` to a differentiable sum over
-    ranks, and the sums of all channels travel in one call: output, gradients (of first and second order) and running
-    statistics are then those of one process with the whole batch, and equal on every rank. Statistics are float32
-    under autocast and float64 for float64 input. Parameters and buffers are named as in torch.nn.BatchNorm2d; the
-    running variance is the unbiased one, as there.
+    On one process it is torch's own batch norm. On several, `reduce_sum` is a differentiable sum over ranks, and the
+    sums of all channels travel in one call: output, gradients (of first and second order) and running statistics are
+    then those of one process with the whole batch, and equal on every rank. Statistics are float32 under autocast and
+    float64 for float64 input. Parameters and buffers are named as in torch.nn.BatchNorm2d; the running variance is the
+    unbiased one, as there.
 
     Args:
         channels: C of inputs [N, C, ...].
@@ -30,13 +30,10 @@ class BatchNorm(nn.Module):
     Source: Ioffe, Szegedy 2015, arXiv:1502.03167, algorithm 1; shifted sums: Chan, Golub, LeVeque 1983, eq. 1.7.
     """
 
-    reduce_sum: ReduceSum
-
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         self.momentum = momentum
         self.eps = eps
-        self.reduce_sum = identity
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -67,7 +64,8 @@ class BatchNorm(nn.Module):
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         channels = x.shape[1]
-        # Sums around the running mean, which every rank holds alike: E[d²] - E[d]² loses no digits once it has settled.
+        # The sums are of distances from the running mean, which is the same on every rank, because E[d²] - E[d]² then loses
+        # no digits once the mean has settled.
         shift = self.running_mean.detach().to(wide.dtype, copy=True)
         d = wide - shift.view(shape)
         count = wide.new_full((1,), x.numel() / channels)

@@ -63,8 +63,9 @@ class Engine(Ranks):
         self.seed = seed
         self.settings = settings
         self.networks = nn.ModuleDict(method.networks).to(self.device)
-        self._reduce_sums()
         self.weights = {name: torch.zeros((), device=self.device) for name in method.schedules()}
+        self.context = Context(self.weights, self.reduce_sum)
+        self.context.connect(self.networks)
         deepspeed = settings.backend == "deepspeed" or launcher.deepspeed is not None
         self.backend = "deepspeed" if deepspeed else "ddp" if self.world_size > 1 else "single"
         kind = ZeroGroup if deepspeed else Group
@@ -132,10 +133,9 @@ class Engine(Ranks):
         torch.manual_seed(key_of(self.seed, "dropout", batch.draws.host_key, self.rank))
         for name, schedule in self.method.schedules().items():
             self.weights[name].fill_(schedule.at(clock.images))
-        context = Context(self.weights, self.reduce_sum)
         if not phase.trains:
             with torch.no_grad(), self.accelerator.autocast():
-                report = _detached(phase.loss(self.networks, batch, context).report)
+                report = _detached(phase.loss(self.networks, batch, self.context).report)
             self._average_own_statistics()
             return report
         group = self.groups[phase.trains]
@@ -143,7 +143,7 @@ class Engine(Ranks):
         moving = [network for network in self.networks.values() if network.training]  # in eval mode nothing takes note
         buffers = [buffer for network in moving for buffer in network.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        losses = group.accumulate(phase.loss, _parts(batch, self.settings.accumulation), context)
+        losses = group.accumulate(phase.loss, _parts(batch, self.settings.accumulation), self.context)
         norm, finite = group.step()
         for buffer, old in zip(buffers, before):
             buffer.copy_(torch.where(finite > 0, buffer, old))
@@ -202,13 +202,6 @@ class Engine(Ranks):
                     old.lerp_(new, weight.to(old.dtype))
                 else:
                     old.copy_(new)
-
-    def _reduce_sums(self) -> None:
-        """Layers that need sums over the global batch get them here; on one process they keep the identity."""
-        if self.world_size > 1:
-            for module in self.networks.modules():
-                if hasattr(module, "reduce_sum"):
-                    module.reduce_sum = self.reduce_sum
 
     def _check_phases(self) -> None:
         trained = [name for trains in self.groups for name in trains]

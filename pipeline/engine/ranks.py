@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from fader.method import Batch
+from fader.method import Batch, ReduceSum, identity
 from pipeline.engine.launcher import PRECISION, environment
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,11 @@ class AllReduceSum(torch.autograd.Function):
         return AllReduceSum.apply(gradient)
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, differentiable."""
+    return AllReduceSum.apply(tensor)
+
+
 class Ranks:
     """The processes of a launch: which of them this one is, where it computes, and what all of them know together.
 
@@ -53,6 +58,7 @@ class Ranks:
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.is_local_main = self.accelerator.is_local_main_process
+        self.reduce_sum: ReduceSum = sum_over_ranks if self.world_size > 1 else identity
         self.node = _node()
         if self.is_main and restarts_may_hang(os.environ):
             log.warning(
@@ -72,10 +78,6 @@ class Ranks:
                     InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
                 ],
             )
-
-    def reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, differentiable; the identity on one."""
-        return AllReduceSum.apply(tensor) if self.world_size > 1 else tensor
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Mean over ranks of named scalars; waits for the device once."""
