@@ -48,7 +48,7 @@ BACKENDS = {
 KINDS = ("single", "ddp", "zero1", "zero2")  # whose checkpoints must load each other's
 SAVED_AT = (0, 1, 5, 9)  # steps; the sampler's second stage begins at step 7
 GOES_ON = 3  # steps after a load, so that 5 crosses the stage boundary
-WITH_CRITIC = {"fisher_half_life": 50, "fisher_steps": 1, "ramp_images": 0, "discriminator_others": "train"}
+WITH_CRITIC = {"fisher_half_life": 50, "fisher_steps": 1, "discriminator_others": "train"}
 POISONED = 2  # the draw that is not finite
 
 Draw = Callable[[str, int], Batch]
@@ -124,7 +124,8 @@ def build(case: Case) -> Method:
     small = {"images": images, "init_channels": 4, "max_channels": 8}
     settings = {
         "fader": lambda: kind.Settings(
-            **small, num_layers=2, hidden_channels=8, lambda_max=0.5, ramp_images=GLOBAL_BATCH * FEW_STEPS,
+            **small, num_layers=2, hidden_channels=8, lambda_max=0.5,
+            ramp_images=0 if case.critic else GLOBAL_BATCH * FEW_STEPS,
             latent_dropout=0.0, ema_half_life=64, norm=case.norm, **(WITH_CRITIC if case.critic else {}),
             lambda_fisher=(1.0 if case.heard else 1e-12) if case.critic else 0.0,
         ),
