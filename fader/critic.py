@@ -87,7 +87,7 @@ class FisherCritic(nn.Module):
         latent = self._features(latent).double()
         members = attributes.members(labels).double()
         sums = (
-            latent.new_tensor([len(latent)]), latent.sum(0), latent.T @ latent, members.sum(0), members.T @ latent,
+            latent.new_full((1,), len(latent)), latent.sum(0), latent.T @ latent, members.sum(0), members.T @ latent,
         )  # fmt: skip
         flat = reduce_sum(torch.cat([part.reshape(-1) for part in sums]))
         sound = flat.isfinite().all()  # over all ranks; what is not is left out, without waiting for the device

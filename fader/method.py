@@ -76,7 +76,7 @@ class Loss:
     """value: the scalar to minimise. report: detached scalars to log, each a part of the mean over the global batch."""
 
     value: Tensor
-    report: dict[str, Tensor | float] = field(default_factory=dict)
+    report: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class Phase:
         others: the mode in which the networks that are not trained stand.
         repeat: updates of this phase in each step.
         stream: which sequence of batches it reads; by default its own. Phases that name the same stream share batches.
-        refreshes: networks that stand in train mode although nothing trains them.
+        refreshes: networks that stand in train mode although nothing trains them. An update that is not finite is undone
+            in networks with parameters; one without any guards its own sums.
         name: what reports and streams call it; by default the trained networks joined by "+".
     """
 

@@ -142,7 +142,7 @@ class Aligner(Method):
         s = self.settings
         parts = (draws.uniform("similarity", (_PARAMETERS,)) * 2 - 1) * draws.uniform("strength", (1,))
         limits = (math.log(s.max_zoom), math.radians(s.max_rotation), s.max_shift, s.max_shift)
-        return similarity(parts * torch.tensor(limits, device=parts.device))
+        return similarity(torch.stack([part * limit for part, limit in zip(parts.unbind(1), limits)], 1))
 
     def windows(self, images: Tensor, planted: Similarity, draws: Draws) -> Tensor:
         """Pictures [N, C, S, S] to windows [N, C, S/2, S/2] in which the face is off by the planted similarity.

@@ -254,7 +254,7 @@ class Fader(Method):
         fool = fool_loss(self.attributes, logits, batch.attributes, batch.known, batch.draws, s.head)
         weight = context.weights["latent"]
         loss = s.lambda_reconstruction * mse + weight * fool
-        report: dict[str, Tensor | float] = {"mse": mse.detach(), "fool": fool.detach(), "lambda": weight.clone()}
+        report: dict[str, Tensor] = {"mse": mse.detach(), "fool": fool.detach(), "lambda": weight.clone()}
 
         if "critic" in networks:
             estimates, separations = networks["critic"].read(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fader.draws import key_of
-from fader.method import Batch, Clock, Context, Loss, Method, Phase
-from fader.schedules import ema_decay, ramp
+from fader.method import Batch, Clock, Context, Method, Phase
+from fader.schedules import ramp
 from pipeline.config import EngineConfig
-from pipeline.engine.groups import Group, GroupLoss, LossScale, reduce_in_bf16
+from pipeline.engine.groups import Group, GroupLoss, LossScale, Scalar, reduce_in_bf16
 from pipeline.engine.launcher import Launcher, environment
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.state import State, load_networks, on_cpu
+from pipeline.engine.step import Step, Sums, like, shape_of
 from pipeline.engine.zero import UnfoldedLoss, ZeroGroup, import_deepspeed, zero_settings
 
 log = logging.getLogger(__name__)
@@ -63,9 +63,17 @@ class Engine(Ranks):
         self.seed = seed
         self.settings = settings
         self.networks = nn.ModuleDict(method.networks).to(self.device)
-        self.weights = {name: torch.zeros((), device=self.device) for name in method.schedules()}
-        self.context = Context(self.weights, self.reduce_sum)
+        self.schedules = method.schedules()
+        self.weights = {name: Scalar(self.device) for name in self.schedules}
+        self.context = Context({name: weight.tensor for name, weight in self.weights.items()}, self.reduce_sum)
         self.context.connect(self.networks)
+        self.steps: dict[Hashable, Step] = {}
+        self.inputs: dict[Hashable, Batch] = {}
+        self.sums: dict[Phase, Sums] = {}
+        cuda = self.device.type == "cuda"
+        self._generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+        self.networks.requires_grad_(False)
+        self._requiring: tuple[str, ...] = ()  # networks whose parameters require gradients
         deepspeed = settings.backend == "deepspeed" or launcher.deepspeed is not None
         self.backend = "deepspeed" if deepspeed else "ddp" if self.world_size > 1 else "single"
         kind = ZeroGroup if deepspeed else Group
@@ -119,43 +127,62 @@ class Engine(Ranks):
     def update(self, phase: Phase, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """One update of one phase: its networks move, nothing else does.
 
-        A loss or gradient that is not finite changes nothing, on the device and without waiting for it.
+        What changes from update to update is written into the prepared step's memory; then the step runs. A loss or
+        gradient that is not finite changes nothing, on the device and without waiting for it.
 
         Returns:
-            The loss's report as detached scalars, this rank's parts of means over the global batch; with
+            The loss's report as detached scalars, good until the next update: this rank's parts of means over the global
+            batch; with
             NAME/gradient_norm and NAME/skipped (1 when the update was left out; under fp16, where a scale that is too
-            large costs an update now and then, only when none was too large), and NAME/loss_scale under fp16.
+            large costs an update now and then, only when none was too large), and NAME/loss_scale under fp16. They are
+            also summed on the device, for `read_report`.
 
         Raises:
             ValueError: a rank has fewer records than parts to take them in.
         """
+        step = self._prepared(phase, batch)
         self._stand(phase)
-        torch.manual_seed(key_of(self.seed, "dropout", batch.draws.host_key, self.rank))
-        for name, schedule in self.method.schedules().items():
-            self.weights[name].fill_(schedule.at(clock.images))
-        if not phase.trains:
-            with torch.no_grad(), self.accelerator.autocast():
-                report = _detached(phase.loss(self.networks, batch, self.context).report)
-            self._average_own_statistics()
-            return report
-        group = self.groups[phase.trains]
-        group.set_rate(self._rate_factor(batch.records, clock), clock)
-        moving = [network for network in self.networks.values() if network.training]  # in eval mode nothing takes note
-        buffers = [buffer for network in moving for buffer in network.buffers()]
-        before = [buffer.clone() for buffer in buffers]
-        losses = group.accumulate(phase.loss, _parts(batch, self.settings.accumulation), self.context)
-        norm, finite = group.step()
-        for buffer, old in zip(buffers, before):
-            buffer.copy_(torch.where(finite > 0, buffer, old))
-        self._average_own_statistics()
-        self._follow(group, batch.records, finite)
-        report = _mean_report(losses)
-        report[f"{phase.name}/gradient_norm"] = norm
-        report[f"{phase.name}/skipped"] = 1.0 - finite
-        if group.loss_scale is not None:
-            report[f"{phase.name}/loss_scale"] = group.loss_scale.scale
-            report[f"{phase.name}/skipped"] = group.loss_scale.update(finite)
-        return report
+        self._generator.manual_seed(key_of(self.seed, "dropout", batch.draws.host_key, self.rank))
+        for name, schedule in self.schedules.items():
+            self.weights[name].set(schedule.at(clock.images))
+        if step.group is not None:
+            step.group.set_rates(self._rate_factor(batch.records, clock), clock, batch.records)
+        step.fill(batch)
+        step.sums.updates += 1
+        return step.run()
+
+    def read_report(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Return what updates have reported since the last reading: means over updates and ranks, and numbers of updates.
+
+        All ranks read together, and each waits for its device once.
+        """
+        totals: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for sums in self.sums.values():
+            for name, total in sums.take():
+                totals[name] = totals.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0) + sums.updates
+            sums.updates = 0
+        return self.mean({name: total / counts[name] for name, total in totals.items()}), counts
+
+    def _prepared(self, phase: Phase, batch: Batch) -> Step:
+        """The step of this phase for batches of this shape."""
+        shape = shape_of(batch)
+        if (phase, shape) not in self.steps:
+            if shape not in self.inputs:
+                self.inputs[shape] = like(batch, self.device)
+            self.steps[phase, shape] = Step(
+                phase=phase,
+                group=self.groups.get(phase.trains),
+                inputs=self.inputs[shape],
+                networks=self.networks,
+                context=self.context,
+                sums=self.sums.setdefault(phase, Sums(self.device)),
+                autocast=self.accelerator.autocast,
+                accumulation=self.settings.accumulation,
+                average=self._average_own_statistics,
+            )
+        return self.steps[phase, shape]
 
     def _rate_factor(self, images: int, clock: Clock) -> float:
         """What this batch size, at this moment, makes of the learning rates."""
@@ -164,14 +191,17 @@ class Engine(Ranks):
         return ramp(scale, clock.stage_images + images, over=settings.warmup_images)
 
     def _stand(self, phase: Phase) -> None:
-        """The phase's networks train; the others stand as it says, and hold no gradient."""
+        """Set modes, and which parameters require gradients, where the phase wants them otherwise than they are."""
         for name, network in self.networks.items():
-            network.train(name in phase.trains or name in phase.refreshes or phase.others == "train")
+            training = name in phase.trains or name in phase.refreshes or phase.others == "train"
+            if network.training != training:
+                network.train(training)
         self._require_gradients(phase.trains)
 
-    def _require_gradients(self, trains: Iterable[str]) -> None:
-        for name, network in self.networks.items():
-            network.requires_grad_(name in trains)
+    def _require_gradients(self, trains: tuple[str, ...]) -> None:
+        for name in set(trains) ^ set(self._requiring):
+            self.networks[name].requires_grad_(name in trains)
+        self._requiring = trains
 
     @torch.no_grad()
     def _average_own_statistics(self) -> None:
@@ -183,25 +213,6 @@ class Engine(Ranks):
         sizes = [len(buffer) for buffer in self._own_statistics]
         for buffer, mean in zip(self._own_statistics, (total / self.world_size).split(sizes)):
             buffer.copy_(mean)
-
-    @torch.no_grad()
-    def _follow(self, group: Group, images: int, finite: Tensor) -> None:
-        """The moving average goes a step towards the weights, and its statistics towards theirs.
-
-        Running statistics taken as they are would belong to other weights: on CelebA at 250,000 images the averaged
-        weights with the newest statistics reconstructed at an MSE of 0.186, the raw weights at 0.061.
-        """
-        if not group.ema:
-            return
-        weight = finite * (1.0 - ema_decay(group.settings.ema_half_life, images))
-        for name, average in group.ema.items():
-            for old, new in zip(average.parameters(), self.networks[name].parameters()):
-                old.lerp_(new, weight.to(old.dtype))
-            for old, new in zip(average.buffers(), self.networks[name].buffers()):
-                if old.is_floating_point():
-                    old.lerp_(new, weight.to(old.dtype))
-                else:
-                    old.copy_(new)
 
     def _check_phases(self) -> None:
         trained = [name for trains in self.groups for name in trains]
@@ -244,6 +255,7 @@ class Engine(Ranks):
         Raises:
             ValueError: the state is of other networks.
         """
+        self.steps.clear()  # the optimizers' moments get other memory
         load_networks(self.networks, state.networks, "checkpoint")
         for group in self.groups.values():
             if group.ema:
@@ -262,36 +274,3 @@ class Engine(Ranks):
 def _has_bf16() -> bool:
     """Whether this processor's own instructions compute bf16 convolutions."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _parts(batch: Batch, count: int) -> list[Batch]:
-    """A rank's share in `count` parts whose losses' mean is its loss."""
-    if count == 1:
-        return [batch]
-    records = len(batch.index)
-    if records < count:
-        raise ValueError(f"{records} records of a rank cannot be taken in {count} parts: lower engine.accumulation")
-    cuts = [slice(records * k // count, records * (k + 1) // count) for k in range(count)]
-    return [
-        dataclasses.replace(
-            batch,
-            images=None if batch.images is None else batch.images[cut],
-            attributes=batch.attributes[cut],
-            index=batch.index[cut],
-            draws=dataclasses.replace(batch.draws, index=batch.draws.index[cut]),
-            size=batch.size / count,
-            known=batch.known / count,
-        )
-        for cut in cuts
-    ]
-
-
-def _mean_report(losses: Sequence[Loss]) -> dict[str, Tensor]:
-    reports = [_detached(loss.report) for loss in losses]
-    if len(reports) == 1:
-        return reports[0]
-    return {name: torch.stack([report[name] for report in reports]).mean(0) for name in reports[0]}
-
-
-def _detached(report: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-    return {name: torch.as_tensor(value).detach() for name, value in report.items()}

@@ -1,4 +1,7 @@
-"""A trained group: the loss that is wrapped, its optimizer, its moving average; on one process and under DDP."""
+"""A trained group: the loss that is wrapped, its optimizer, its moving average; on one process and under DDP.
+
+All that changes from one update to the next lies in tensors that stay where they are.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fader.method import Batch, Clock, Context, Loss, LossFunction, Optimizer
+from fader.schedules import ema_decay
 from pipeline.engine.state import like, on_cpu
 
 _NOTHING = contextlib.nullcontext()
+
+
+class Scalar:
+    """A number on the device that the host sets, and writes only when it is another one."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.tensor = torch.zeros((), dtype=dtype, device=device)
+        self._value = 0.0
+
+    def set(self, value: float) -> None:
+        if value != self._value:
+            self.tensor.fill_(value)
+            self._value = value
 
 
 class GroupLoss(nn.Module):
@@ -47,8 +64,8 @@ class LossScale:
         fault = (1.0 - finite) * (self.scale <= 1.0)
         good = (self.good + 1.0) * finite
         grown = torch.where(good >= self.INTERVAL, self.scale * 2.0, self.scale)
-        self.scale = torch.where(finite > 0, grown, self.scale * 0.5).clamp(1.0, 2.0**24)
-        self.good = torch.where(good >= self.INTERVAL, 0.0, good)
+        self.scale.copy_(torch.where(finite > 0, grown, self.scale * 0.5).clamp(1.0, 2.0**24))
+        self.good.copy_(torch.where(good >= self.INTERVAL, 0.0, good))
         return fault
 
 
@@ -60,20 +77,27 @@ class Group:
         self.settings = settings
         self.names = [f"{name}/{key}" for name in trains for key, _ in networks[name].named_parameters()]
         self.parameters = [p for name in trains for p in networks[name].parameters()]
-        self.optimizer = optimizer_of(settings, self.parameters)
+        device = self.parameters[0].device
+        # The fused kernels read a learning rate as float32 on CUDA and as float64 on the CPU.
+        self.rate = Scalar(device, torch.float32 if device.type == "cuda" else torch.float64)
+        self.ema_weight = Scalar(device)
+        self.optimizer = optimizer_of(settings, self.parameters, self.rate.tensor)
+        self._begin_momentum()
         self.wrapped: Any = None
         self.loss_scale: LossScale | None = None
         self.ema: dict[str, nn.Module] = {}
         if settings.ema_half_life:
             self.ema = {name: copy.deepcopy(networks[name]).requires_grad_(False).eval() for name in trains}
 
-    def set_rate(self, factor: float, clock: Clock) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(clock.stage_images) * factor
+    def set_rates(self, factor: float, clock: Clock, images: int) -> None:
+        """Set the learning rate and the moving average's weight for an update by a global batch of so many images."""
+        self.rate.set(self.settings.rate(clock.stage_images) * factor)
+        if self.ema:
+            self.ema_weight.set(1.0 - ema_decay(self.settings.ema_half_life, images))
 
     def accumulate(self, function: LossFunction, parts: Sequence[Batch], context: Context) -> list[Loss]:
         """Leave the gradient of the parts' mean loss, averaged over ranks, where `step` looks for it."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # backward makes them anew, in a capture in the graph's own memory
         losses = []
         for number, part in enumerate(parts, 1):
             with self.wrapped.no_sync() if number < len(parts) and hasattr(self.wrapped, "no_sync") else _NOTHING:
@@ -95,6 +119,33 @@ class Group:
         if self.loss_scale is not None:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1.0 / self.loss_scale.scale)
 
+    @torch.no_grad()
+    def follow(self, networks: nn.ModuleDict, finite: Tensor) -> None:
+        """The moving average goes a step towards the weights, and its statistics towards theirs.
+
+        Running statistics taken as they are would belong to other weights: on CelebA at 250,000 images the averaged
+        weights with the newest statistics reconstructed at an MSE of 0.186, the raw weights at 0.061.
+        """
+        if not self.ema:
+            return
+        averages, news = (
+            [t for name in self.trains for t in (*modules[name].parameters(), *modules[name].buffers())]
+            for modules in (self.ema, networks)
+        )
+        pairs = list(zip(averages, news))
+        for old, new in pairs:
+            if not old.is_floating_point():  # a count
+                old.copy_(new)
+        olds, news = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        weight = finite * self.ema_weight.tensor
+        if weight.is_cuda:  # three kernels
+            steps = torch._foreach_sub(news, olds)
+            torch._foreach_mul_(steps, weight)
+            torch._foreach_add_(olds, steps)
+            return
+        for old, new in zip(olds, news):  # one pass through memory
+            old.lerp_(new, weight.to(old.dtype))
+
     def moments(self) -> dict[str, Tensor]:
         """The optimizer's tensors by name, whole, on the CPU."""
         found = {}
@@ -110,17 +161,20 @@ class Group:
             self.optimizer.state.pop(parameter, None)
             if moments[name]:
                 self.optimizer.state[parameter] = {k: like(parameter, v) for k, v in moments[name].items()}
+        self._begin_momentum()
+
+    def _begin_momentum(self) -> None:
+        """Fused SGD makes its buffers in its first update, and leaves them as memory was when that one is left out."""
+        for parameter in self.parameters if self.settings.momentum else ():
+            self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
-def optimizer_of(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Fused kinds only: they skip an update on the device when `found_inf` is set."""
+def optimizer_of(settings: Optimizer, parameters: list[nn.Parameter], rate: Tensor) -> torch.optim.Optimizer:
+    """Fused kinds only: they read the learning rate on the device, and skip an update there when `found_inf` is set."""
+    options = {"lr": rate, "weight_decay": settings.weight_decay, "fused": True}
     if settings.kind == "sgd":
-        return torch.optim.SGD(
-            parameters, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay, fused=True
-        )
-    return torch.optim.Adam(
-        parameters, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+        return torch.optim.SGD(parameters, momentum=settings.momentum, **options)
+    return torch.optim.Adam(parameters, betas=settings.betas, capturable=rate.is_cuda, **options)
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ class ZeroGroup(Group):
 
     def wrap(self, deepspeed: Any, loss: UnfoldedLoss, settings: dict[str, Any]) -> None:
         self.stage = settings["zero_optimization"]["stage"]
+        if self.stage:
+            self.optimizer.state.clear()  # it belongs to the flat vector
         self.wrapped, *_ = deepspeed.initialize(
             model=loss,
             optimizer=self.optimizer,

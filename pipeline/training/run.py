@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fader.method import Batch, Clock, Decodes, Encodes, Method, Phase
 from pipeline import models
@@ -127,8 +126,6 @@ class _Run:
         self.loader = self._open_loader(self.split, experiment.data.cache)
         self._open_folder(shards)
         self.rate = 0.0
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
         self.nonfinite: dict[str, int] = {}
         self.looked = Looked()
 
@@ -312,7 +309,7 @@ class _Run:
                     self.watchdog.at(f"batch {turn.draw} of {turn.stream}", slow=step.clock == first)
                     batch = self._as_asked(turn.phase, next(batches))
                     self.watchdog.at(f"update {turn.draw} of {turn.stream}", slow=step.clock == first)
-                    self._add(self.engine.update(turn.phase, batch, step.clock))
+                    self.engine.update(turn.phase, batch, step.clock)
                 self.position = step.after
                 self._at_intervals(step.clock, step.after.clock)
                 self._stop_if_told()
@@ -351,14 +348,8 @@ class _Run:
         if better or (looked and run.keep_best) or (_due(before, after, run.checkpoint_images) and not last):
             self._save(better)
 
-    def _add(self, report: Mapping[str, Tensor]) -> None:
-        for name, value in report.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
     def _log(self) -> None:
-        metrics = self.engine.mean({name: total / self.counts[name] for name, total in self.sums.items()})
-        counts, self.sums, self.counts = self.counts, {}, {}
+        metrics, counts = self.engine.read_report()
         now, clock = time.monotonic(), self.position.clock
         self.rate = rate = (clock.images - self.logged_images) / max(now - self.logged_at, 1e-9)
         self.logged_at, self.logged_images = now, clock.images
