@@ -1,9 +1,9 @@
-"""Faces in photos, turned, scaled and cut to CelebA's geometry. OpenCV's home; its cascades lie inside its wheel.
+"""Find faces in photos, and turn, scale and cut them to CelebA's geometry.
 
-Two steps. The cascade: a detector of upright faces looks at the photo turned by several angles, and all windows that it
-takes for the same face vote on its place, size and turn. The aligner, when there is one: a small network
-(fader/methods/aligner.py) that looks at the face as framed so far and says by which similarity it is off, in three
-rounds. Whatever was found, the result is one warp of the photo's own pixels.
+There are two steps. A cascade, which detects upright faces, searches the photo turned by several angles; all windows that
+it takes for the same face vote on its place, size and turn. Then an aligner, where there is one, corrects it: a small
+network (fader/methods/aligner.py) that sees the face as framed so far and says by which similarity it is off, in three
+rounds. The result is always one warp of the photo's own pixels.
 
 Coordinates are pixels as OpenCV and CelebA's landmark file count them: 0 is the centre of the first pixel.
 
@@ -35,10 +35,10 @@ ROUNDS = 3
 _SIDE, _LARGE_SIDE = 400, 1200  # the photo is searched at these sizes of its longer side
 _MIN_FACE = 32  # pixels a side of a face box at that size: 8% and 2.7% of the photo's longer side
 _TURNS = (0, -15, 15, -30, 30, -45, 45)
-_STEP, _FINE_STEP = 1.15, 1.06  # between the scales that are searched, at the first and at the second look
+_STEP, _FINE_STEP = 1.15, 1.06  # between the scales that are searched, in the first and in the fine search
 _SAME_FACE, _SAME_SIDE = 0.4, 1.5  # boxes of one face: centres within this share of a side, sides within this factor
-# Of 100 planted CelebA training pictures most had 17 to 133 votes at the first look, false faces up to 10. At the fine
-# look, which takes place where no face is sure, two true faces had 9 and 18 votes, a false one 12.
+# Of 100 planted CelebA training pictures most had 17 to 133 votes in the first search, and false faces up to 10. In the
+# fine search, which takes place where no face is sure, two true faces had 9 and 18 votes and a false one 12.
 _SURE_VOTES, _FEW_VOTES = 15, 8
 _MAX_SIDE = 32_000  # OpenCV's warp counts pixels in 16 bits
 # Where the eyes stand in a face cascade's box, in shares of its side; medians over 150 CelebA training pictures.
@@ -69,7 +69,7 @@ class Face:
 
 
 def opencv() -> ModuleType:
-    """OpenCV, on this thread alone.
+    """Return OpenCV, which works on this thread alone.
 
     Raises:
         ValueError: it is not installed, or is a version without cascades.
@@ -88,7 +88,7 @@ def opencv() -> ModuleType:
 
 
 def find(photo: np.ndarray, aligner: Model | None = None, detector: Detector | None = None) -> list[Face]:
-    """The faces of a photo, largest first.
+    """Find the faces of a photo, largest first.
 
     Args:
         photo: uint8 [H, W, 3].
@@ -107,19 +107,19 @@ def find(photo: np.ndarray, aligner: Model | None = None, detector: Detector | N
 
 
 def cascade(photo: np.ndarray) -> list[Face]:
-    """What OpenCV's face cascade alone finds in a photo, uint8 [H, W, 3].
+    """Find faces in a photo, uint8 [H, W, 3], with OpenCV's face cascade alone.
 
-    Where no face gets enough votes, it looks again: in a photo twice as large as is searched or more, for small faces;
-    then with finer steps, for the one face that gets some votes at least.
+    Where no face gets enough votes, a photo that is at least twice as large as what is searched is searched again for
+    small faces; then with finer steps for the one face that gets some votes at least.
     """
-    faces = _look(photo, _SIDE, _STEP, _SURE_VOTES)
+    faces = _search(photo, _SIDE, _STEP, _SURE_VOTES)
     if not faces and max(photo.shape[:2]) >= 2 * _SIDE:
-        faces = _look(photo, _LARGE_SIDE, _STEP, _SURE_VOTES)
-    return faces or [Face(face.frame, sure=False) for face in _look(photo, _SIDE, _FINE_STEP, _FEW_VOTES)[:1]]
+        faces = _search(photo, _LARGE_SIDE, _STEP, _SURE_VOTES)
+    return faces or [Face(face.frame, sure=False) for face in _search(photo, _SIDE, _FINE_STEP, _FEW_VOTES)[:1]]
 
 
-def _look(photo: np.ndarray, side: int, step: float, enough: int) -> list[Face]:
-    """Faces of `enough` votes, those of most votes first, in a photo whose longer side is shrunk to `side`."""
+def _search(photo: np.ndarray, side: int, step: float, enough: int) -> list[Face]:
+    """Return faces of at least `enough` votes, the most first, in a photo whose longer side is shrunk to `side`."""
     cv2 = opencv()
     height, width = photo.shape[:2]
     shrink = min(1.0, side / max(height, width))
@@ -146,7 +146,7 @@ def _classifier() -> Any:
 
 
 def _boxes(grey: np.ndarray, degrees: float, step: float) -> list[_Box]:
-    """Faces seen in a picture whose content stands `degrees` clockwise of upright."""
+    """Return the faces in a picture whose content stands `degrees` clockwise of upright."""
     height, width = grey.shape
     factor = cmath.exp(-1j * math.radians(degrees))
     sides = width * abs(factor.real) + height * abs(factor.imag), width * abs(factor.imag) + height * abs(factor.real)
@@ -154,20 +154,21 @@ def _boxes(grey: np.ndarray, degrees: float, step: float) -> list[_Box]:
     middle = complex(width - 1, height - 1) / 2
     back = Similarity(factor, complex(size[0] - 1, size[1] - 1) / 2 - factor * middle).inverse()
     turned = _warp(grey, back, size, mirrored=False)  # a mirrored face is a face too
-    found, votes = _classifier().detectMultiScale2(
+    windows, votes = _classifier().detectMultiScale2(
         turned, scaleFactor=step, minNeighbors=2, minSize=(_MIN_FACE, _MIN_FACE)
     )
     boxes = [
         _Box(back(complex(x + (w - 1) / 2, y + (h - 1) / 2)), float(w), degrees, int(count))
-        for (x, y, w, h), count in zip(found, votes)
+        for (x, y, w, h), count in zip(windows, votes)
     ]
     return [box for box in boxes if 0 <= box.center.real < width and 0 <= box.center.imag < height]
 
 
 def _groups(grey: np.ndarray, step: float) -> list[list[_Box]]:
-    """The boxes of each face together, over all turns; the face of most votes first.
+    """Group the boxes of each face, over all turns; the face of most votes comes first.
 
-    A group around or inside a face of more votes is left out: a cascade takes an eye, or a whole head, for a face too.
+    A group around or inside a face of more votes is left out, because a cascade also takes an eye or a whole head for a
+    face.
     """
     boxes = [box for turn in _TURNS for box in _boxes(grey, turn, step)]
     groups: list[list[_Box]] = []
@@ -192,7 +193,7 @@ def _votes(boxes: Sequence[_Box]) -> int:
 
 
 def _mean(boxes: Sequence[_Box]) -> Similarity:
-    """From CelebA's pixels to a face: place, size and turn are the means of its boxes, each counting its votes."""
+    """Return the similarity from CelebA's pixels to a face: the mean of its boxes, weighted by their votes."""
     votes = [box.votes for box in boxes]
     center, side, turn = (
         sum(value * weight for value, weight in zip(values, votes)) / sum(votes)
@@ -207,7 +208,7 @@ def _mean(boxes: Sequence[_Box]) -> Similarity:
 
 
 def refine(photo: np.ndarray, faces: Sequence[Face], aligner: Model, rounds: int = ROUNDS) -> list[Face]:
-    """Correct faces by what the aligner says of its window on them, `rounds` times.
+    """Correct faces `rounds` times by what the aligner says of its window on them.
 
     Raises:
         ValueError: as `check_aligner`.
@@ -254,7 +255,7 @@ def check_aligner(aligner: Model) -> Aligns:
 
 
 def _square(aligner: Model) -> Similarity:
-    """From coordinates of the aligner's training pictures, edges at -1 and 1, to CelebA's pixels."""
+    """Return the similarity from coordinates of the aligner's training pictures, edges at -1 and 1, to CelebA's pixels."""
     try:
         left, top, right, bottom = aligner.preprocessing.box(*CELEBA_SIZE)
     except ValueError as error:
@@ -264,7 +265,7 @@ def _square(aligner: Model) -> Similarity:
 
 
 def _pixels_of(size: int) -> Similarity:
-    """From pixels of a square to coordinates whose edges are at -1 and 1."""
+    """Return the similarity from pixels of a square to coordinates whose edges are at -1 and 1."""
     return Similarity(complex(2 / size), complex(1, 1) * (1 / size - 1))
 
 
@@ -272,10 +273,10 @@ def _pixels_of(size: int) -> Similarity:
 
 
 def crop(photo: np.ndarray, frame: Similarity, size: tuple[int, int] = CELEBA_SIZE) -> np.ndarray:
-    """One warp of the photo's pixels: uint8 [height, width, 3].
+    """Cut a face out by one warp of the photo's pixels: uint8 [height, width, 3].
 
-    Where the picture shrinks, so many samples are averaged for each pixel that none of the photo's is skipped; where it
-    grows, samples are cubic. Beyond the photo's edge its mirror image is seen.
+    Where the picture shrinks, samples are averaged, enough of them that no pixel of the photo is skipped. Where it grows,
+    they are cubic. Beyond the photo's edge the crop shows its mirror image.
 
     Args:
         photo: uint8 [H, W, 3] or [H, W].
@@ -292,7 +293,7 @@ def crop(photo: np.ndarray, frame: Similarity, size: tuple[int, int] = CELEBA_SI
 def _warp(
     picture: np.ndarray, source: Similarity, size: tuple[int, int], cubic: bool = False, mirrored: bool = True
 ) -> np.ndarray:
-    """A picture of `size` (width, height) whose pixel z shows source(z) of `picture`.
+    """Return a picture of `size` (width, height) whose pixel z shows source(z) of `picture`.
 
     Beyond the edge of `picture` it shows the mirror image, or else the nearest pixel.
     """
@@ -305,7 +306,7 @@ def _warp(
 
 
 def thumbnail(photo: np.ndarray, face: Face, height: int) -> np.ndarray:
-    """A photo made small, uint8 [height, width, 3] in CelebA's proportions on white, with the crop's outline."""
+    """Shrink a photo onto white in CelebA's proportions, uint8 [height, width, 3], and draw the crop's outline."""
     cv2 = opencv()
     width = round(height * CELEBA_SIZE[0] / CELEBA_SIZE[1])
     shrink = min(width / photo.shape[1], height / photo.shape[0])

@@ -1,4 +1,4 @@
-"""How well faces are aligned: aligned pictures, turned, scaled and shifted into a larger canvas, and found again."""
+"""Measure how well faces are aligned: plant aligned pictures in a larger canvas, turned and scaled, and find them again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BLUR = 6  # the canvas is filled with the picture shrunk to so many pixels a si
 
 @dataclass(frozen=True)
 class Errors:
-    """What one way of finding faces came to. pixels: [N] `eye_error` of each picture; inf where no face was found."""
+    """The errors of one way to find faces. pixels: [N] `eye_error` of each picture; inf where no face was found."""
 
     name: str
     pixels: np.ndarray
@@ -42,20 +42,20 @@ class Errors:
 
     @property
     def right(self) -> float:
-        """The share found with an error of at most RIGHT_WITHIN."""
+        """The share of pictures with an error of at most RIGHT_WITHIN."""
         return float((self.pixels <= RIGHT_WITHIN).mean())
 
     def percentile(self, share: float) -> float:
-        """Of the error, over the pictures in which a face was found; nan where there is none."""
+        """Return a percentile of the error over the pictures in which a face was found; nan where there is none."""
         known = self.pixels[np.isfinite(self.pixels)]
         return float(np.percentile(known, share)) if len(known) else math.nan
 
 
 def plant(picture: np.ndarray, draws: Draws) -> tuple[np.ndarray, Similarity]:
-    """An aligned picture somewhere in a larger canvas, and where: from the picture's pixels to the canvas's.
+    """Plant an aligned picture in a larger canvas; return both the canvas and the similarity from picture to canvas.
 
-    It is turned by up to MAX_TURN degrees and scaled within ZOOMS, and lies wholly in the canvas. Around it the canvas
-    shows the picture's own colours, blurred beyond recognition.
+    The picture is turned by up to MAX_TURN degrees and scaled within ZOOMS, and lies wholly in the canvas. Around it the
+    canvas shows the picture's own colours, blurred beyond recognition.
 
     Args:
         picture: uint8 [218, 178, 3].
@@ -79,11 +79,11 @@ def plant(picture: np.ndarray, draws: Draws) -> tuple[np.ndarray, Similarity]:
 
 
 def eye_error(faces: Sequence[Face], place: Similarity) -> float:
-    """Mean distance of the first face's eyes from CelebA's, in pixels of the planted picture; inf where no face is."""
+    """Return the mean distance of the first face's eyes from CelebA's, in the planted picture's pixels; inf without a face."""
     if not faces:
         return math.inf
     back = place.inverse()
-    return sum(abs(back(found) - eye) for found, eye in zip(faces[0].eyes, EYES)) / len(EYES)
+    return sum(abs(back(eye) - planted) for eye, planted in zip(faces[0].eyes, EYES)) / len(EYES)
 
 
 def measure(
@@ -95,7 +95,7 @@ def measure(
     detector: Detector = cascade,
     watch: Callable[[int], None] = lambda done: None,
 ) -> list[Errors]:
-    """The detector alone and, where there is an aligner, refined, over `count` records spread evenly over a split.
+    """Measure the detector alone, and refined where there is an aligner, on `count` records spread evenly over a split.
 
     Raises:
         ValueError: a record is not 178x218, and so not aligned as CelebA's are.
@@ -112,5 +112,5 @@ def measure(
         if aligner is not None:
             refined.append(eye_error(refine(canvas, faces, aligner) if faces else [], place))
         watch(done + 1)
-    found = [Errors("cascade alone", np.array(alone))]
-    return [*found, Errors("refined by the aligner", np.array(refined))] if aligner is not None else found
+    errors = [Errors("cascade alone", np.array(alone))]
+    return [*errors, Errors("refined by the aligner", np.array(refined))] if aligner is not None else errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import cmath
-import io
 import math
 import sys
 
@@ -240,10 +239,8 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def bytes(self, row: int) -> bytes:
-        out = io.BytesIO()
-        Image.fromarray(face_of_spots(Similarity(), self.size)).save(out, "PNG")
-        return out.getvalue()
+    def picture(self, row: int) -> Image.Image:
+        return Image.fromarray(face_of_spots(Similarity(), self.size))
 
 
 def test_planted_faces_lie_where_it_is_said_turned_and_scaled_in_every_way():
