@@ -1,4 +1,4 @@
-"""Weights and decays as functions of images seen, and of nothing else: a resumed run reads them off its clock."""
+"""Weights and decays as functions of images seen alone, so that a resumed run reads them off its clock."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def risen(value: float, images: int, *, rise: Rise, over: int, after: int = 0) -
     """A weight that is 0 for `after` images and then rises to `value` as its shape says.
 
     Args:
-        rise: "linear" as in `ramp`; "cosine" (1 - cos π t)/2, slow at both ends; "step" 0 and then all at once, when
-            the `over` images are through; "constant" all at once, when they begin.
+        rise: "linear" as in `ramp`; "cosine" (1 - cos π t)/2, slow at both ends; "step" is 0 until the `over` images are
+            through, and then the whole weight; "constant" is the whole weight from their beginning.
         over: images from 0 to `value`.
         after: images before them.
 
@@ -52,8 +52,9 @@ def risen(value: float, images: int, *, rise: Rise, over: int, after: int = 0) -
 
 @dataclass(frozen=True)
 class Schedule:
-    """A weight as data: what it is at the end, and how it comes there. A method names its schedules; the engine fills
-    `Context.weights` with a scalar tensor for each before every update.
+    """A weight as data: its value at the end, and how it gets there.
+
+    A method names its schedules. Before every update the engine writes the value of each into `Context.weights`.
 
     Args:
         to: the weight at the end.

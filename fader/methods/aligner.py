@@ -1,7 +1,7 @@
-"""The aligner: looks at a face that is framed nearly as in training, and says by which similarity it is off.
+"""The aligner: a network that sees a face framed nearly as in training, and says by which similarity it is off.
 
-It needs no landmarks: any set whose pictures are aligned teaches it, because the similarity is drawn, applied and asked
-back. Applied again to the window it has corrected, it comes nearer each time.
+It needs no landmarks. Any set whose pictures are aligned teaches it, because a similarity is drawn, applied to the
+picture, and asked back. Applied again to the window that it has corrected, it comes nearer each time.
 
 Source: iterated regression of a residual warp, Lin, Lucey 2017, arXiv:1612.03897 (here trained on planted warps).
 """
@@ -73,7 +73,7 @@ class AlignerSettings:
 class Regressor(nn.Module):
     """Windows [N, C, S, S] to [N, 4]: log scale, turn in radians, shift right and down in half sides of the window.
 
-    Every channel of a window is first brought to mean 0 and variance 1, so that light and tint do not matter.
+    Every channel of a window is first brought to mean 0 and variance 1, because light and tint must not matter.
     """
 
     def __init__(self, size: int, channels: int, settings: AlignerSettings) -> None:
@@ -123,21 +123,21 @@ class Aligner(Method):
         return {("regressor",): Optimizer.of(self.settings)}
 
     def regressor_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """How far four points of the window land from where the planted similarity put them.
+        """The mean distance of four points of the window from where the planted similarity put them, rounded at 0.
 
-        The report's error is their mean distance in pixels of the training pictures.
+        The report's error is the mean distance in pixels of the training pictures.
         """
         planted = self.planted(batch.draws)
-        found = similarity(networks["regressor"](self.windows(batch.images, planted, batch.draws)))
-        off = torch.stack([(found(corner) - planted(corner)).abs() for corner in _CORNERS], 1)
+        predicted = similarity(networks["regressor"](self.windows(batch.images, planted, batch.draws)))
+        off = torch.stack([(predicted(corner) - planted(corner)).abs() for corner in _CORNERS], 1)
         pixels = off.detach().mean(1) * (self.settings.window * self.image_size / 2)
         return Loss(batch.mean(_rounded(off).mean(1)), {"regressor/error": batch.mean(pixels)})
 
     def planted(self, draws: Draws) -> Similarity:
-        """One similarity a record, in window coordinates: where a well-framed face's points are to appear.
+        """Draw one similarity a record, in window coordinates: where a well-framed face's points are to appear.
 
-        All its parts shrink by one factor uniform on [0, 1), so that the small errors left after the first correction
-        are as familiar as the large ones before it.
+        All its parts shrink by one factor uniform on [0, 1), because the small errors that the first correction leaves
+        must be as familiar as the large ones before it.
         """
         s = self.settings
         parts = (draws.uniform("similarity", (_PARAMETERS,)) * 2 - 1) * draws.uniform("strength", (1,))
@@ -145,10 +145,10 @@ class Aligner(Method):
         return similarity(torch.stack([part * limit for part, limit in zip(parts.unbind(1), limits)], 1))
 
     def windows(self, images: Tensor, planted: Similarity, draws: Draws) -> Tensor:
-        """Pictures [N, C, S, S] to windows [N, C, S/2, S/2] in which the face is off by the planted similarity.
+        """Cut pictures [N, C, S, S] to windows [N, C, S/2, S/2] in which the face is off by the planted similarity.
 
-        Beyond the picture's edge, where photos go on and training pictures do not, half of the records see its mirror
-        image and half one flat colour.
+        Photos go on beyond the edge of a training picture. Half of the records see the picture's mirror image there, and
+        half see one flat colour.
         """
         seen = positions(self.window_size, images.device)[None]
         source = self.window @ planted.inverse()
@@ -169,12 +169,10 @@ _CORNERS = tuple(complex(x, y) for x in (-_LEVER, _LEVER) for y in (-_LEVER, _LE
 
 def similarity(parameters: Tensor) -> Similarity:
     """[N, 4] log scale, turn in radians, shift right and down, to N similarities."""
-    wide_ones = wide(parameters)
-    return Similarity(
-        torch.polar(wide_ones[:, 0].exp(), wide_ones[:, 1]), torch.complex(wide_ones[:, 2], wide_ones[:, 3])
-    )
+    log_scale, turn, right, down = wide(parameters).unbind(1)
+    return Similarity(torch.polar(log_scale.exp(), turn), torch.complex(right, down))
 
 
 def _rounded(distance: Tensor, width: float = 0.02) -> Tensor:
-    """A distance, quadratic below `width`: its gradient does not jump where it is nearly right."""
+    """Return a distance that is quadratic below `width`, so that its gradient does not jump at 0."""
     return F.smooth_l1_loss(distance, torch.zeros_like(distance), beta=width, reduction="none")

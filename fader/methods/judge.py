@@ -1,4 +1,4 @@
-"""The judge: an attribute classifier trained on real images, which says whether a swap shows what it was asked for.
+"""The judge: an attribute classifier trained on real images, which says whether a swap shows what was asked for.
 
 Source: the evaluation classifier of facebookresearch/FaderNetworks.
 """
@@ -34,8 +34,8 @@ class JudgeSettings:
         norm: "global" or "local" batch norm (an instance of one pixel cannot be normalised).
         head: "softmax", two logits a binary attribute, or "sigmoid", one.
         dropout: after each convolution.
-        prior: "uniform" takes the training labels' frequencies out of the logits when it judges, so that a rare value
-            is not given away against a common one (it raises balanced accuracy); "data" judges as it was trained.
+        prior: "uniform" takes the training labels' frequencies out of the logits when it judges, which raises balanced
+            accuracy because a rare value is then read as readily as a common one; "data" judges as it was trained.
         clip_norm: L2 norm of all gradients; 0 = no clipping.
     """
 
@@ -68,7 +68,7 @@ class JudgeSettings:
 
 @register
 class Judge(Method):
-    """Networks: classifier, and label_counts, which learns nothing and counts.
+    """Networks: classifier; and label_counts, which has no weights and counts the training labels.
 
     Source of the uniform prior: Menon et al. 2021, arXiv:2007.07314, post-hoc logit adjustment with τ = 1.
     """
@@ -80,7 +80,7 @@ class Judge(Method):
     def __init__(self, settings: JudgeSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
         super().__init__(settings, attributes, image_size, channels)
         if not attributes:
-            raise ValueError("a judge needs at least one attribute to tell; name some")
+            raise ValueError("a judge needs at least one attribute to read; name some")
         norm: Norm = settings.norm
         self.networks = {
             "classifier": Classifier(
@@ -95,13 +95,14 @@ class Judge(Method):
         }
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("judge", (Phase(("classifier",), self.classifier_loss, refreshes=("label_counts",)),), self.settings.images),)
+        phase = Phase(("classifier",), self.classifier_loss, refreshes=("label_counts",))
+        return (Stage("judge", (phase,), self.settings.images),)
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         return {("classifier",): Optimizer.of(self.settings)}
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """Cross-entropy of real images' attributes; unknown labels are left out."""
+        """The classifier learns to read the attributes off real images; unknown labels are left out."""
         networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
         logits = networks["classifier"](batch.images)
         loss = attribute_loss(self.attributes, logits, batch.attributes, batch.known, self.settings.head)

@@ -1,4 +1,6 @@
-"""Accelerate and DeepSpeed behind few verbs: update, mean, largest, state, load. Only this package knows of several processes.
+"""Training on one process or many, behind few verbs: update, read_report, mean, largest, state, load.
+
+Only this package knows of several processes.
 
 A phase's loss is what gets wrapped. For each trained group the engine builds one module whose forward runs a whole loss
 with the raw networks inside, while only the group's parameters require gradients; the back end wraps *that*. So no
@@ -9,10 +11,11 @@ Accelerate makes the process group and names device and rank on every back end. 
 or by Accelerate's launcher (`--use_deepspeed`, `distributed_type: DEEPSPEED`); the engine reads what that launcher left
 in the environment and starts DeepSpeed itself, because Accelerate's own way takes one model and needs transformers.
 
-    engine     the engine: one update of one phase, the moving averages, state and load
-    groups     a trained group on one process and under DDP: its wrapped loss, optimizer, loss scale
+    engine     the engine: which step comes next and what it is given, state and load
+    step       one prepared update of a phase, with the guard against updates that are not finite, and summed reports
+    groups     a trained group on one process and under DDP: its wrapped loss, optimizer, moving average, loss scale
     zero       a trained group behind a DeepSpeed engine, and DeepSpeed's settings
-    ranks      the processes of a launch and what they say to each other
+    ranks      the processes of a launch: sums, means and agreements over them
     launcher   what the launcher left in the environment
     state      what a run must restore
 """

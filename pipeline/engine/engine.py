@@ -125,17 +125,16 @@ class Engine(Ranks):
     # --- one update -------------------------------------------------------------------------------------------------
 
     def update(self, phase: Phase, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """One update of one phase: its networks move, nothing else does.
+        """Make one update of one phase, in which its networks move and nothing else does.
 
-        What changes from update to update is written into the prepared step's memory; then the step runs. A loss or
-        gradient that is not finite changes nothing, on the device and without waiting for it.
+        The host writes what changes from update to update into the prepared step's memory; then the step runs. A loss
+        or gradient that is not finite changes nothing, and the host does not wait to learn of it.
 
         Returns:
-            The loss's report as detached scalars, good until the next update: this rank's parts of means over the global
-            batch; with
+            The loss's report as detached scalars, which are this rank's parts of means over the global batch; with
             NAME/gradient_norm and NAME/skipped (1 when the update was left out; under fp16, where a scale that is too
             large costs an update now and then, only when none was too large), and NAME/loss_scale under fp16. They are
-            also summed on the device, for `read_report`.
+            valid until the next update, and summed on the device for `read_report`.
 
         Raises:
             ValueError: a rank has fewer records than parts to take them in.
@@ -185,7 +184,7 @@ class Engine(Ranks):
         return self.steps[phase, shape]
 
     def _rate_factor(self, images: int, clock: Clock) -> float:
-        """What this batch size, at this moment, makes of the learning rates."""
+        """Return the factor on all learning rates that this batch size and the warm-up give."""
         settings = self.settings
         scale = (images / settings.reference_batch_size) ** _LR_POWER[settings.lr_scaling]
         return ramp(scale, clock.stage_images + images, over=settings.warmup_images)
@@ -205,7 +204,7 @@ class Engine(Ranks):
 
     @torch.no_grad()
     def _average_own_statistics(self) -> None:
-        """Running statistics that each rank keeps of its own share (`norm: local`) become their mean over ranks."""
+        """Replace running statistics that each rank keeps of its own share (`norm: local`) by their mean over ranks."""
         if not self._own_statistics:
             return
         total = torch.cat(self._own_statistics)
@@ -226,7 +225,7 @@ class Engine(Ranks):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """While it lasts the method's networks are their moving averages, where a group keeps them."""
+        """While this lasts, the method's networks are their moving averages, where a group keeps them."""
         raw = dict(self.method.networks)
         for group in self.groups.values():
             self.method.networks.update(group.ema)
@@ -238,7 +237,7 @@ class Engine(Ranks):
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """A copy on the CPU that further training leaves alone. All ranks ask for it together; all get the whole."""
+        """Return a copy on the CPU that further training leaves alone. All ranks call it together and get the whole."""
         networks = {f"{n}/{k}": on_cpu(v) for n, m in self.networks.items() for k, v in m.state_dict().items()}
         ema, optimizers = {}, {}
         for trains, group in self.groups.items():
@@ -272,5 +271,5 @@ class Engine(Ranks):
 
 
 def _has_bf16() -> bool:
-    """Whether this processor's own instructions compute bf16 convolutions."""
+    """Return whether this processor has instructions that compute bf16 convolutions."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

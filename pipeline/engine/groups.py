@@ -48,7 +48,7 @@ class GroupLoss(nn.Module):
 class LossScale:
     """fp16's factor on one group's loss: halved when a gradient overflows, doubled after 2,000 updates without that.
 
-    It lives on the device and is never waited for.
+    It lives on the device, and the host never waits for it.
 
     Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
     """
@@ -60,7 +60,7 @@ class LossScale:
         self.good = torch.zeros((), device=device)
 
     def update(self, finite: Tensor) -> Tensor:
-        """Take note of an update. finite: 1 or 0. Returns 1 where it overflowed although nothing was scaled."""
+        """Follow an update that was finite (1) or not (0). Return 1 where it was not although nothing was scaled."""
         fault = (1.0 - finite) * (self.scale <= 1.0)
         good = (self.good + 1.0) * finite
         grown = torch.where(good >= self.INTERVAL, self.scale * 2.0, self.scale)
@@ -96,7 +96,7 @@ class Group:
             self.ema_weight.set(1.0 - ema_decay(self.settings.ema_half_life, images))
 
     def accumulate(self, function: LossFunction, parts: Sequence[Batch], context: Context) -> list[Loss]:
-        """Leave the gradient of the parts' mean loss, averaged over ranks, where `step` looks for it."""
+        """Compute the gradient of the parts' mean loss, averaged over ranks, and leave it where `step` looks for it."""
         self.optimizer.zero_grad(set_to_none=True)  # backward makes them anew, in a capture in the graph's own memory
         losses = []
         for number, part in enumerate(parts, 1):
@@ -108,7 +108,11 @@ class Group:
         return losses
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """Clip, and move unless a gradient is not finite. Returns the norm before clipping, and 1 or 0: finite."""
+        """Clip the gradients, and move the weights unless a gradient is not finite.
+
+        Returns:
+            The gradients' norm before clipping; and 1 for an update that was finite, 0 for one that was left out.
+        """
         self._unscale()
         norm, finite = clip(self.parameters, self.settings.clip_norm)
         self.optimizer.found_inf = 1.0 - finite
@@ -121,10 +125,10 @@ class Group:
 
     @torch.no_grad()
     def follow(self, networks: nn.ModuleDict, finite: Tensor) -> None:
-        """The moving average goes a step towards the weights, and its statistics towards theirs.
+        """Move the average a step towards the weights, and its running statistics towards theirs.
 
-        Running statistics taken as they are would belong to other weights: on CelebA at 250,000 images the averaged
-        weights with the newest statistics reconstructed at an MSE of 0.186, the raw weights at 0.061.
+        The newest statistics would not fit the averaged weights: together they reconstructed CelebA at 250,000 images with
+        an MSE of 0.186, the raw weights with 0.061.
         """
         if not self.ema:
             return
@@ -148,12 +152,12 @@ class Group:
 
     def moments(self) -> dict[str, Tensor]:
         """The optimizer's tensors by name, whole, on the CPU."""
-        found = {}
-        for name, parameter in zip(self.names, self.parameters):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    found[f"{name}/{key}"] = on_cpu(value)
-        return found
+        return {
+            f"{name}/{key}": on_cpu(value)
+            for name, parameter in zip(self.names, self.parameters)
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
 
     def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restore what `moments` gave, by parameter; the weights have been loaded before."""
@@ -170,16 +174,18 @@ class Group:
 
 
 def optimizer_of(settings: Optimizer, parameters: list[nn.Parameter], rate: Tensor) -> torch.optim.Optimizer:
-    """Fused kinds only: they read the learning rate on the device, and skip an update there when `found_inf` is set."""
+    """Make a fused optimizer, because these read the learning rate and skip an update (`found_inf`) on the device."""
     options = {"lr": rate, "weight_decay": settings.weight_decay, "fused": True}
     if settings.kind == "sgd":
         return torch.optim.SGD(parameters, momentum=settings.momentum, **options)
-    return torch.optim.Adam(parameters, betas=settings.betas, capturable=rate.is_cuda, **options)
+    adam = torch.optim.Adam(parameters, betas=settings.betas, capturable=rate.is_cuda, **options)
+    adam._warned_capturable_if_run_uncaptured = True  # it would warn of steps that no capture holds, which are meant
+    return adam
 
 
 @torch.no_grad()
 def clip(parameters: list[nn.Parameter], clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale all gradients to an L2 norm of at most `clip_norm` (0 = leave them). Returns norm before; 1 if finite."""
+    """Scale all gradients to an L2 norm of at most `clip_norm` (0 = leave them). Return the norm before; 1 if finite."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if clip_norm:
@@ -188,7 +194,7 @@ def clip(parameters: list[nn.Parameter], clip_norm: float) -> tuple[Tensor, Tens
 
 
 def reduce_in_bf16(state, bucket):
-    """DDP's hook for bf16 gradients on any back end (torch's own takes NCCL only, and reads annotations as objects)."""
+    """Reduce DDP's gradients in bf16 on any back end; torch's own hook takes NCCL only."""
     small = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
     reduced = dist.all_reduce(small, async_op=True).get_future()
     return reduced.then(lambda future: bucket.buffer().copy_(future.value()[0]))

@@ -1,4 +1,4 @@
-"""The processes of a launch, and what they say to each other."""
+"""The processes of a launch, and the sums, means and agreements that they make together."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Ranks:
             )
 
     def _start_accelerate(self, precision: str, cpu: bool) -> None:
-        """Process group and device. Accelerate hears nothing of DeepSpeed: it would ask for transformers."""
+        """Make the process group and find the device. Accelerate is not told of DeepSpeed: it would ask for transformers."""
         AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
         with environment("ACCELERATE_USE_DEEPSPEED", "false"):
             self.accelerator = Accelerator(
@@ -80,7 +80,7 @@ class Ranks:
             )
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean over ranks of named scalars; waits for the device once."""
+        """Return the mean over ranks of named scalars; it waits for the device once."""
         if not values:
             return {}
         stacked = torch.stack([torch.as_tensor(v, device=self.device).double().reshape(()) for v in values.values()])
@@ -89,7 +89,7 @@ class Ranks:
         return dict(zip(values, (stacked / self.world_size).tolist()))
 
     def largest(self, value: float) -> float:
-        """The largest over ranks, on every rank."""
+        """Return the largest over ranks, on every rank."""
         if self.world_size == 1:
             return value
         values = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -97,52 +97,54 @@ class Ranks:
         return values.item()
 
     def on_node(self, value: Any) -> list[Any]:
-        """What every rank of this machine gave, in the order of ranks; all ranks of the run call it together.
+        """Return what every rank of this machine gave, in the order of ranks; all ranks of the run call it together.
 
-        Of this machine are those whose processes see each other; in a container of its own a rank is alone.
+        Ranks are on one machine when their processes see each other; a rank in a container of its own is alone.
         """
         if self.world_size == 1:
             return [value]
         place = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino)
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, (place, value))
-        return [theirs for where, theirs in found if where == place]
+        given: list[Any] = [None] * self.world_size
+        dist.all_gather_object(given, (place, value))
+        return [theirs for where, theirs in given if where == place]
 
     def union(self, words: Iterable[str]) -> list[str]:
-        """All words that any rank gave, sorted; all ranks call it together."""
-        found: list[list[str]] = [sorted(set(words))] * self.world_size
+        """Return all words that any rank gave, sorted; all ranks call it together."""
+        given: list[list[str]] = [sorted(set(words))] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(found, found[self.rank])
-        return sorted({word for part in found for word in part})
+            dist.all_gather_object(given, given[self.rank])
+        return sorted({word for part in given for word in part})
 
     def count_known(self, batch: Batch) -> Batch:
-        """The batch with `known` counted by all ranks together, which on each was counted from the plan: for labels that
-        depend on what another rank could decode."""
+        """Return the batch with `known` counted over the records that all ranks have.
+
+        Each rank counted it by the plan, which is wrong where another rank put one record in the place of another.
+        """
         known = (batch.attributes >= 0).sum(0).to(batch.known.dtype)
         return dataclasses.replace(batch, known=self.reduce_sum(known) / self.world_size)
 
     def wait(self) -> None:
-        """A barrier."""
+        """Wait until every rank has come here."""
         self.accelerator.wait_for_everyone()
 
 
 def leave() -> None:
-    """End this process's part in its group, if it has one, when nothing is to be said to other ranks any more.
+    """Leave the process group, if there is one; after it this process cannot reach other ranks.
 
-    A process that exits while the group stands may abort in the group's threads, which a launcher takes for a crash.
+    A process that exits without leaving may abort in the group's threads, which a launcher takes for a crash.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _node() -> str | None:
-    """This machine's name, as Slurm says it or else the machine; None for a run of one machine."""
+    """Return this machine's name by Slurm or else its own; None for a run on one machine."""
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:  # the launcher counts machines there
         return None
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def restarts_may_hang(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that restarts shares one store between all its rounds, as torch 2.13 does unless told otherwise."""
+    """Return whether a launcher that restarts shares one store between its rounds, which torch 2.13 does by default."""
     restarts, ranks = (int(environment.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "WORLD_SIZE"))
     return restarts > 0 and ranks > 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-0, 1, 2 behind a trained group, and its settings. It is imported when it is asked for, not before."""
+"""DeepSpeed's ZeRO-0, 1, 2 behind a trained group, and its settings. DeepSpeed is imported only when it is asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.engine.state import on_cpu
 
 
 class UnfoldedLoss(GroupLoss):
-    """What DeepSpeed wraps: it finds tensors in tuples but not in dataclasses, and turns an outer autocast off."""
+    """The module that DeepSpeed wraps, which finds tensors in tuples but not in dataclasses, and turns autocast off."""
 
     def __init__(self, networks: nn.ModuleDict, autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
         super().__init__(networks)
@@ -28,8 +28,8 @@ class UnfoldedLoss(GroupLoss):
 
     def forward(self, loss: LossFunction, batch: Batch, context: Context) -> tuple[Tensor, Mapping[str, Any]]:
         with self.autocast():
-            found = loss(self.networks, batch, context)
-        return found.value, found.report
+            value_and_report = loss(self.networks, batch, context)
+        return value_and_report.value, value_and_report.report
 
 
 class ZeroGroup(Group):
@@ -86,12 +86,12 @@ class ZeroGroup(Group):
 
     @property
     def _slice(self) -> Tensor:
-        """This rank's float32 part of the flat vector: what the optimizer really moves."""
+        """This rank's float32 part of the flat vector, which is what the optimizer really moves."""
         (held,) = self.wrapped.optimizer.single_partition_of_fp32_groups
         return held
 
     def _cut(self, tensors: Sequence[Tensor]) -> Tensor:
-        """This rank's slice of the flat vector of one tensor a parameter."""
+        """Cut this rank's slice out of the flat vector of one tensor a parameter."""
         held = self._slice
         flat = held.new_zeros(held.numel() * dist.get_world_size())
         torch.cat([t.reshape(-1).to(flat) for t in tensors], out=flat[: sum(t.numel() for t in tensors)])
@@ -100,19 +100,19 @@ class ZeroGroup(Group):
     def moments(self) -> dict[str, Tensor]:
         if not self.stage:
             return super().moments()
-        held, found = self._slice, {}
+        held, tensors = self._slice, {}
         for key, value in sorted(self.optimizer.state.get(held, {}).items()):  # every rank gathers in the same order
             if not isinstance(value, Tensor):
                 continue
             if value.shape != held.shape:  # the step count, one for all
-                found |= {f"{name}/{key}": on_cpu(value) for name in self.names}
+                tensors |= {f"{name}/{key}": on_cpu(value) for name in self.names}
                 continue
             slices = [torch.empty_like(value) for _ in range(dist.get_world_size())]
             dist.all_gather(slices, value.contiguous())
             sizes = [p.numel() for p in self.parameters]
             whole = torch.cat(slices)[: sum(sizes)].split(sizes)
-            found |= {f"{n}/{key}": on_cpu(v.view(p.shape)) for n, p, v in zip(self.names, self.parameters, whole)}
-        return found
+            tensors |= {f"{n}/{key}": on_cpu(v.view(p.shape)) for n, p, v in zip(self.names, self.parameters, whole)}
+        return tensors
 
     def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         if not self.stage:
@@ -135,7 +135,7 @@ class ZeroGroup(Group):
         self.optimizer.state[held] = entries
 
 
-_OWNED = {  # keys of a DeepSpeed file that say what the experiment says already
+_OWNED = {  # keys of a DeepSpeed file, and which of the experiment's own says the same
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "batch_size",
     "optimizer": "the method's optimizers",
@@ -150,7 +150,7 @@ _REFUSED = ("offload_optimizer", "offload_param", "round_robin_gradients", "para
 def zero_settings(
     launched: Mapping[str, Any], settings: EngineConfig, clip_norms: Iterable[float]
 ) -> dict[str, Any]:
-    """DeepSpeed's settings but for what differs between groups.
+    """Return DeepSpeed's settings that are the same for all groups.
 
     Raises:
         ValueError: the launcher says something that the experiment says otherwise, or that cannot be.
@@ -197,7 +197,7 @@ def zero_settings(
 
 @contextlib.contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """Who imports this module meanwhile is told that there is none, unless it is there already."""
+    """While this lasts, importing this module fails, unless it was imported before."""
     if module in sys.modules:
         yield
         return
@@ -209,7 +209,7 @@ def _hidden(module: str) -> Iterator[None]:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told before where it is to compute, and quiet."""
+    """Import DeepSpeed, told beforehand where to compute, without its messages."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with _hidden("mlflow"):  # DeepSpeed's autotuner would import it on every rank: 1.8 of its 2.2 seconds

@@ -1,6 +1,6 @@
-"""How records become a Batch: draws, flip, normalisation and augmentation.
+"""Records become a Batch: draws, flip, normalisation and augmentation.
 
-They stand here, once, after every decoder, so that decoders differ in nothing but decoding.
+This comes after every decoder, so that decoders differ in nothing but decoding.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def finish(
     world_size: int,
     buffers: Buffers,
 ) -> Batch:
-    """One rank's Batch of pixels and labels: draws, flip, normalisation, augmentation. The same for every decoder.
+    """Make one rank's Batch of pixels and labels, in the same way for every decoder.
 
     Args:
-        request: what was asked.
+        request: the records of the global batch, and what is wanted of them.
         pixels: [N, S, S, C] uint8, this rank's share; None when the request has no images.
         labels: [n, A] float, of the whole split.
         rows: [B] int64, `request.rows` on the device of `labels`.
@@ -68,14 +68,17 @@ def finish(
 
 
 class Buffers:
-    """Memory for batches of floats on the CPU, given out again when nobody holds the batch any more: a page that is new
-    to the process costs more than the floats that are written to it. Safe from several threads."""
+    """Memory for batches of floats on the CPU, which is lent again when nobody holds the batch any more.
+
+    It is kept because a page that is new to the process costs more than the floats that are written to it. Several
+    threads may use it.
+    """
 
     def __init__(self) -> None:
         self._free: deque[np.ndarray] = deque(maxlen=_BUFFERS_KEPT)
 
     def floats(self, *shape: int) -> np.ndarray:
-        """An array of any content; its memory is lent until the last reference to it is gone."""
+        """Return an array of any content, whose memory is lent until the last reference to it is gone."""
         size = math.prod(shape)
         if not size:
             return np.empty(shape, np.float32)
@@ -91,11 +94,12 @@ class Buffers:
 
 
 def normalised(pixels: Pixels, mirrored: Tensor | None, buffers: Buffers) -> Tensor:
-    """`to_float` of the pictures, those marked mirrored left to right.
+    """Return `to_float` of the pictures, with the marked ones mirrored left to right.
 
-    On the CPU it goes picture by picture, which stays in the core's cache. What was decoded just now is done in the
-    calling thread alone: torch's threads, spinning while they wait for a core that a decoder has, cut streaming to a
-    third. What was kept is done with all of torch's threads, for nobody decodes then.
+    On the CPU it goes picture by picture, because a picture stays in the core's cache. Pictures that were decoded just
+    now are done in the calling thread alone, because torch's threads spin while they wait for a core that a decoder
+    has, which cut streaming to a third. Pictures that were kept are done by all of torch's threads, because nobody
+    decodes then.
 
     Args:
         pixels: [N, S, S, C] uint8; on the CPU a tensor was decoded just now, a sequence of arrays was kept.
@@ -132,10 +136,10 @@ def _normalised_by_all_threads(pictures: Sequence[np.ndarray], sides: list[bool]
 
 
 def _mirror(picture: np.ndarray) -> np.ndarray:
-    """A uint8 picture [S, S, C] left to right, in the calling thread.
+    """Mirror a uint8 picture [S, S, C] left to right, in the calling thread.
 
-    By torch, which does it eight times as fast as numpy where channels stand side by side; in parts so small that it
-    leaves its other threads asleep.
+    Torch does it, eight times as fast as numpy where channels lie side by side, in parts so small that its other
+    threads stay asleep.
     """
     whole = torch.from_numpy(picture)
     rows = len(picture) if torch.get_num_threads() == 1 else max(1, _ALONE // picture[0].size)
@@ -144,5 +148,5 @@ def _mirror(picture: np.ndarray) -> np.ndarray:
 
 
 def _flipped(picture: Tensor) -> Tensor:
-    """[S, S, C] left to right; seen as a batch in channels-last order, which torch has a fast kernel for."""
+    """Mirror [S, S, C] left to right as a batch in channels-last order, for which torch has a fast kernel."""
     return picture.permute(2, 0, 1)[None].flip(-1)[0].permute(1, 2, 0)
