@@ -16,6 +16,7 @@ from launch.output import failures, make_tolerant
 ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+LARGEST_SEED = 2**63 - 1  # that torch takes
 
 
 def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> None:

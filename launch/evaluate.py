@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch import judges
-from launch.command import main
+from launch.command import LARGEST_SEED, main
 from launch.progress import progress_bar
 from pipeline.files import write_whole
 
@@ -52,7 +52,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="records encoded at a time", min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU when there is one")] = "auto",
     threads: Annotated[int, typer.Option(help="decoding threads", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="of the bootstrap and of the probe")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="of the bootstrap and of the probe")] = 0,
     report_page: Annotated[
         bool, typer.Option("--report", help="also a page with sweeps, best and worst cases and curves into RUN/report")
     ] = False,

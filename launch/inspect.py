@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.command import main
+from launch.command import LARGEST_SEED, main
 
 if TYPE_CHECKING:
     from pipeline.data.inspection import Inspection
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def inspect(
     out: Annotated[Path, typer.Argument(help="Folder of a finished shard set.")],
     to: Annotated[Path | None, typer.Option(help="Folder for what it writes; OUT/inspect by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed shows other records on the contact sheet.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="another one shows other records")] = 0,
     log: Annotated[str | None, typer.Option(help="MLflow experiment to log it to.", metavar="EXPERIMENT")] = None,
 ) -> None:
     """Counts, balance, co-occurrence, sizes, JPEG quality, duplicates and a contact sheet of a shard set."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launch.command import main
+from launch.command import LARGEST_SEED, main
 from launch.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def wds(
 def faces(
     out: Out,
     count: Annotated[int, typer.Option(min=10, help="Faces to draw: 80% train, 10% valid, 10% test.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Another seed draws other people.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Another seed draws other people.")] = 0,
     workers: Workers = None,
     shard_records: ShardRecords = 4096,
 ) -> None:

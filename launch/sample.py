@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launch import values
-from launch.command import main
+from launch.command import LARGEST_SEED, main
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _ACROSS = 8
@@ -18,7 +18,7 @@ _ACROSS = 8
 def sample(
     model: Annotated[str, typer.Argument(help="models:/NAME@alias, an export or a run", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="the folder to write pictures into", metavar="DIR")],
-    seed: Annotated[int, typer.Option(help="of the first picture; the next has the next seed")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="of the first picture; the next has the next seed")] = 0,
     count: Annotated[int, typer.Option(help="pictures", min=1, max=1_000)] = 16,
     set_: Annotated[
         list[str] | None,

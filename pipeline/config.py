@@ -191,7 +191,7 @@ class Experiment(BaseModel):
     data: DataConfig
     batch_size: int = Field(32, ge=1, description="records of one step over all ranks")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp16 scales its losses and needs CUDA")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything that is drawn")
     judge: str | None = Field(None, description="run, export or models:/ address that evaluates this run")
     engine: EngineConfig = EngineConfig()
     run: RunConfig = RunConfig()

@@ -47,7 +47,7 @@ class BatchNorm(SumsOverRanks):
         """[N, C, ...] to the same shape, each channel with mean `bias` and standard deviation `weight`.
 
         Raises:
-            ValueError: the number of channels is wrong; or, on one process, one value a channel has no variance.
+            ValueError: the number of channels is wrong; or, on one process, a channel has one value, so no variance.
         """
         if x.ndim < 2 or x.shape[1] != len(self.weight):
             raise ValueError(f"input is {tuple(x.shape)}; this batch norm takes [N, {len(self.weight)}, ...]")
@@ -55,6 +55,7 @@ class BatchNorm(SumsOverRanks):
             self.num_batches_tracked.add_(1)
             if self.reduce_sum is not identity:
                 return self._global(x)
+            check_variance(x)
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
@@ -81,6 +82,24 @@ class BatchNorm(SumsOverRanks):
         return torch.addcmul((self.bias - mean * scale).view(shape), d, scale.view(shape)).to(x.dtype)
 
 
+class LocalBatchNorm(nn.BatchNorm2d):
+    """torch's own batch norm, over the records of this rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            check_variance(x)
+        return super().forward(x)
+
+
+def check_variance(x: Tensor) -> None:
+    """Raise ValueError when each channel of a batch [N, C, ...] has one value, and so no variance."""
+    if x.numel() <= x.shape[1]:
+        raise ValueError(
+            f"batch norm needs two values a channel to learn, and a batch of {len(x)} whose maps are one pixel has no two: "
+            "raise batch_size, or take fewer processes or parts (engine.accumulation)"
+        )
+
+
 def norm(kind: Norm, channels: int) -> nn.Module:
     """The normalisation layer of [N, channels, H, W] called `kind`.
 
@@ -93,7 +112,7 @@ def norm(kind: Norm, channels: int) -> nn.Module:
     if kind == "global":
         return BatchNorm(channels)
     if kind == "local":
-        return nn.BatchNorm2d(channels)
+        return LocalBatchNorm(channels)
     if kind == "instance":
         return nn.InstanceNorm2d(channels, affine=True)
     raise ValueError(f"norm {kind!r} is none of {', '.join(get_args(Norm))}")

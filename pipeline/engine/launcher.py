@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+OTHER_WAYS = {  # what Accelerate's launcher sets for ways of training that this system does not know: words and variables
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+    "a parallelism config": "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "torch.compile (dynamo)": "ACCELERATE_DYNAMO_BACKEND",
+}
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's words
 
 
@@ -54,6 +60,19 @@ class Launcher:
                     f"{who} {what}, the experiment says precision: {precision}; leave it out of the launcher, "
                     "the experiment owns it"
                 )
+
+
+def refuse_other_ways() -> None:
+    """Raise ValueError when the launcher asks for a way of training that this system does not know.
+
+    Mostly nobody meant it: without --config_file Accelerate takes the answers that were once given to `accelerate config`.
+    """
+    for way, name in OTHER_WAYS.items():
+        if os.environ.get(name, "").lower() not in ("", "no", "false", "0"):
+            raise ValueError(
+                f"the launcher asks for {way} ({name}={os.environ[name]}), which this system does not know; if nobody asked, "
+                "it is a default that `accelerate config` left: name a file, as --config_file launch/accelerate/one_node.yaml"
+            )
 
 
 @contextlib.contextmanager

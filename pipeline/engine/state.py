@@ -35,10 +35,22 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def load_networks(networks: nn.ModuleDict, state: Mapping[str, Tensor], what: str) -> None:
+    """Load what a state holds of each network.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape, or no network has it. No network was changed.
+    """
+    own = {f"{name}/{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
+    for key in sorted(own.keys() | state.keys()):
+        there, here = _shape(state.get(key)), _shape(own.get(key))
+        if there != here:
+            raise ValueError(
+                f"the {what} is of other networks: {key} is {there} there and {here} here. A run goes on with the networks "
+                "that it began with: leave the settings of method and data as they were, or begin a run in another folder"
+            )
     for name, network in networks.items():
-        prefix = f"{name}/"
-        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        try:
-            network.load_state_dict(part)
-        except RuntimeError as error:
-            raise ValueError(f"the {what} does not fit network {name}: {' '.join(str(error).split())[:300]}") from None
+        network.load_state_dict({k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")})
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else "×".join(map(str, tensor.shape)) or "a number"

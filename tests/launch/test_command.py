@@ -8,6 +8,7 @@ import typer
 from launch import command
 from launch.cli import COMMANDS
 from tests.commands import launch
+from tests.test_docs_commands import read_by_its_parser
 
 
 def test_help_names_every_command():
@@ -29,6 +30,15 @@ def test_a_missing_argument_or_unknown_option_is_no_traceback(name):
     for words in ([], ["--no-such-option"]):
         done = launch("launch.cli", name, *words, code=2)
         assert "Traceback" not in done.stderr and done.stderr.strip()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inspect", "sample", "prepare"])
+def test_a_seed_that_torch_does_not_take_is_refused(name):
+    before = ["faces"] if name == "prepare" else []
+    for seed in ("-1", str(10**30)):
+        with pytest.raises(command.ClickException) as error:
+            read_by_its_parser(name, [*before, "--seed", seed, "x"])
+        assert "--seed" in error.value.format_message()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fader.attributes import Attribute, Attributes
 from fader.method import METHODS, Batch, Clock, Loss, Method, Optimizer, Phase, Stage
 from pipeline.config import EngineConfig
 from pipeline.engine import Engine, LossScale
+from pipeline.engine.launcher import OTHER_WAYS
 from pipeline.engine.ranks import restarts_may_hang
 from tests.shams import SGD, SHAMS, ShamSettings, registered
 
@@ -37,7 +38,7 @@ def tiny(name: str, **settings) -> Method:
     if kind.Settings is ShamSettings:
         return kind(ShamSettings(), ATTRIBUTES, SIZE)
     extra = {"num_layers": 2, "lambda_patch": 0.1, "lambda_classifier": 0.1, "lambda_max": 0.1, "ramp_images": 0}
-    return kind(kind.Settings(images=64, **SMALL, **(extra if name == "fader" else {}), **settings), ATTRIBUTES, SIZE)
+    return kind(kind.Settings(**{"images": 64, **SMALL, **(extra if name == "fader" else {}), **settings}), ATTRIBUTES, SIZE)
 
 
 def batch(seed: int = 0, records: int = 8) -> Batch:
@@ -209,8 +210,35 @@ def test_state_comes_back_in_another_engine(name):
 
 def test_a_state_of_other_networks_is_refused():
     state = Engine(tiny("sham_quantised")).state()
-    with pytest.raises(ValueError, match="does not fit network critic"):
+    with pytest.raises(ValueError, match="of other networks: autoencoder/1.bias is 3 there and missing here"):
         Engine(tiny("sham_penalised")).load(state)
+
+
+def test_a_state_of_another_shape_is_refused_in_words_and_changes_nothing():
+    small, large = Engine(tiny("fader", init_channels=4)), Engine(tiny("fader", init_channels=8))
+    before = {name: value.clone() for name, value in large.networks.state_dict().items()}
+    with pytest.raises(ValueError, match=r"\S+ is [\d×]+ there and [\d×]+ here.*begin a run in another folder") as error:
+        large.load(small.state())
+    assert "state_dict" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in large.networks.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["global", "local"])
+def test_a_batch_without_variance_is_refused_in_words(norm):
+    """One record that the encoder halves down to one pixel."""
+    engine = Engine(tiny("fader", num_layers=5, norm=norm))
+    phase = engine.method.stages()[0].phases[-1]
+    with pytest.raises(ValueError, match="raise batch_size"):
+        engine.update(phase, batch(records=1), Clock())
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_a_way_of_training_that_a_launcher_asks_for_and_nobody_knows_is_refused(monkeypatch, way):
+    monkeypatch.setenv(OTHER_WAYS[way], "inductor" if "DYNAMO" in OTHER_WAYS[way] else "true")
+    with pytest.raises(ValueError, match="name a file, as --config_file launch/accelerate/one_node.yaml"):
+        Engine(tiny("sham_quantised"))
+    monkeypatch.setenv(OTHER_WAYS[way], "no" if "DYNAMO" in OTHER_WAYS[way] else "false")
+    Engine(tiny("sham_quantised"))
 
 
 def test_a_network_in_two_groups_is_refused():
