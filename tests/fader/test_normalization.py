@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fader.method import Context, identity
 from fader.networks.normalization import BatchNorm, norm
 
 TOLERANCE = 1e-12
@@ -138,6 +139,13 @@ def test_a_large_mean_costs_no_digits_once_the_running_mean_has_settled():
     x = torch.randn(32, 2, 4, 4) + 1000
     want = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
     assert (layer(x).double() - want).abs().max() < 1e-3
+
+
+def test_layers_take_the_sum_over_ranks_from_the_context():
+    nets = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 2, 1), BatchNorm(2)), "b": nn.BatchNorm2d(2)})
+    Context({}, one_rank).connect(nets)
+    assert nets["a"][1].reduce_sum is one_rank and not hasattr(nets["b"], "reduce_sum")
+    assert BatchNorm(2).reduce_sum is identity
 
 
 @pytest.mark.parametrize("reduce_sum", [None, one_rank])

@@ -260,6 +260,18 @@ def test_a_batch_of_another_size_is_taken_by_a_step_of_its_own():
     assert len(engines[0].steps) == 2 * len(engines[0].method.stages()[0].phases)
 
 
+def test_no_gradient_of_an_update_before_is_read():
+    """So backward may make gradients anew, in memory that a capture owns."""
+    engines = [Engine(build("fader", "everything"), settings=EngineConfig(accumulation=2)) for _ in range(2)]
+    for draw in range(2):
+        for engine in engines:
+            update_all(engine, draw)
+        for parameter in engines[1].networks.parameters():
+            parameter.grad.fill_(torch.nan)
+    a, b = (engine.state().networks for engine in engines)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_the_report_is_the_mean_of_what_updates_reported_and_then_begins_anew():
     engine = Engine(build("fader", "everything"))
     for draws in ((0, 1, 2), (3,)):
