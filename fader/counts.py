@@ -10,7 +10,10 @@ from fader.method import ReduceSum
 
 
 class LabelCounts(nn.Module):
-    """How often training saw each value of each attribute, over all ranks; starts at one each, so that none is 0."""
+    """Counts how often training saw each value of each attribute, over all ranks. An observer.
+
+    The counts start at one each, so that none is 0.
+    """
 
     def __init__(self, attributes: Attributes) -> None:
         super().__init__()
@@ -19,10 +22,9 @@ class LabelCounts(nn.Module):
 
     @torch.no_grad()
     def add(self, attributes: Attributes, labels: Tensor, reduce_sum: ReduceSum) -> None:
-        """Count a batch of labels [N, A] of every rank, in train mode; unknown ones are left out."""
-        if not self.training:
-            return
-        self.counts += reduce_sum(attributes.members(labels).sum(0).to(self.counts.dtype))
+        """Count a batch of labels [N, A] of every rank; unknown ones, and a batch that is not finite, are left out."""
+        counts = reduce_sum(attributes.members(labels).sum(0).to(self.counts.dtype))
+        self.counts += torch.where(counts.isfinite().all(), counts, 0.0)
 
     def log_frequencies(self) -> list[Tensor]:
         """One [k] float32 block an attribute."""

@@ -126,17 +126,17 @@ class Phase:
     """One update of one trained group.
 
     Args:
-        trains: names of the networks trained: a key of the method's `optimizers()`; empty for a phase that only
-            refreshes statistics (its loss runs without gradients, the networks it names in `refreshes` in train mode).
+        trains: names of the networks trained: a key of the method's `optimizers()`; empty for a phase whose loss runs
+            without gradients, so that observers take note or running statistics are refreshed (others: "train").
         loss: what to minimise.
         source: "images" reads images and labels; "labels" reads labels only (no image is decoded); None reads nothing
             and receives a batch of zero records of labels with `size` records of draws.
         others: the mode in which the networks that are not trained stand.
         repeat: updates of this phase in each step.
         stream: which sequence of batches it reads; by default its own. Phases that name the same stream share batches.
-        refreshes: networks that stand in train mode although nothing trains them. An update that is not finite is undone
-            in networks with parameters; one without any guards its own sums.
-        name: what reports and streams call it; by default the trained networks joined by "+".
+        observers: names of networks without weights that take note of the batch. The engine does not undo what they noted
+            when an update is not finite, so they leave out by themselves what is not finite.
+        name: what reports and streams call it; by default the trained networks, or the observers, joined by "+".
     """
 
     trains: tuple[str, ...]
@@ -145,12 +145,12 @@ class Phase:
     others: Literal["eval", "train"] = "eval"
     repeat: int = 1
     stream: str = ""
-    refreshes: tuple[str, ...] = ()
+    observers: tuple[str, ...] = ()
     name: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", "+".join(self.trains or self.refreshes))
+            object.__setattr__(self, "name", "+".join(self.trains or self.observers))
         if not self.stream:
             object.__setattr__(self, "stream", self.name)
         if self.repeat < 1:

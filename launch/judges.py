@@ -103,7 +103,7 @@ def _same_sight(folder: Path, model: Model) -> None:
     """Raises ValueError when the judge kept there sees pictures otherwise than this model."""
     from pipeline import config
 
-    sees = config.load(folder / "config.yaml").data.preprocessing()
+    sees = config.load_run(folder).data.preprocessing()
     if sees != model.preprocessing:
         raise ValueError(
             f"the judge kept in {folder} sees pictures as {sees}, {model.source} makes them as {model.preprocessing}: "

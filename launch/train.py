@@ -63,16 +63,16 @@ def train(
 
 def _what_to_train(words: list[str], resume: Path | None, go_on: bool) -> tuple[Experiment, Path, bool]:
     """The experiment, its run's folder, and whether that holds a run to go on with."""
-    from pipeline.config import load
+    from pipeline.config import load, load_run
 
     if resume is not None:
         if not (resume / "config.yaml").exists():
             raise ValueError(f"{resume} holds no run to resume (no config.yaml in it)")
-        return load(resume / "config.yaml", words), resume, True
+        return load_run(resume, words), resume, True
     given = load(words[0], words[1:])
     if not (go_on and (given.folder / "run.json").exists()):
         return given, given.folder, False
-    kept = load(given.folder / "config.yaml", words[1:])
+    kept = load_run(given.folder, words[1:])
     if kept.digest != given.digest and is_first_rank():
         log.warning("%s says otherwise than the run it began; %s goes on as it began", words[0], given.folder)
     return kept, given.folder, True

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attributes
 from fader.method import METHODS, Method
 from pipeline.images import CROPS, Preprocessing
+from pipeline.settings import check_keys, describe, method_settings, nearest, translated
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 WHY_NOT_ZERO_3 = (
@@ -248,11 +247,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ValueError: unreadable file, unknown key (the nearest known one is offered), wrong type, unknown method.
     """
-    path = Path(path)
+    return _overridden(_read(Path(path), ()), overrides, str(path))
+
+
+def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run's folder; settings of a run by an earlier version are translated. Else as `load`."""
+    path = Path(run) / "config.yaml"
     tree = _read(path, ())
+    if isinstance(tree.get("method"), Mapping):
+        tree["method"] = translated(str(tree["method"].get("name")), tree["method"], str(run))
+    return _overridden(tree, overrides, str(path))
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Experiment:
     for override in overrides:
         tree = _override(tree, override)
-    return build(tree, str(path))
+    return build(tree, source)
 
 
 def build(tree: Mapping[str, Any], source: str) -> Experiment:
@@ -263,23 +273,13 @@ def build(tree: Mapping[str, Any], source: str) -> Experiment:
     settings = dict(tree.pop("method"))
     name = settings.pop("name")
     if name not in METHODS:
-        raise ValueError(f"{source}: unknown method {name!r}{_nearest(name, METHODS)}")
-    strict = _settings_type(METHODS[name].Settings)
-    _check_keys(settings, set(strict.__dataclass_fields__), "method.", source)
+        raise ValueError(f"{source}: unknown method {name!r}{nearest(name, METHODS)}")
     _check_tree(tree, Experiment, "", source)
-    try:
-        method = pydantic.TypeAdapter(strict).validate_json(json.dumps(settings))
-        method = METHODS[name].Settings(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
-    except pydantic.ValidationError as error:
-        raise ValueError(_describe(error, source, "method.")) from None
-    except TypeError as error:
-        raise ValueError(f"{source}: method: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{source}: method: {error}") from None
+    method = method_settings(name, settings, source)
     try:
         shell = Experiment.model_validate_json(json.dumps({**tree, "method_name": name, "method": None}))
     except pydantic.ValidationError as error:
-        raise ValueError(_describe(error, source, "")) from None
+        raise ValueError(describe(error, source)) from None
     augment = shell.data.augment
     if METHODS[name].learns_geometry and (augment.rotation_degrees or augment.translation):
         raise ValueError(
@@ -298,13 +298,6 @@ def build_method(experiment: Experiment, available: Attributes) -> Method:
     names = available.names if experiment.data.attributes == ("*",) else experiment.data.attributes
     kind = METHODS[experiment.method_name]
     return kind(experiment.method, available.select(names), experiment.data.image_size, experiment.data.channels)
-
-
-@lru_cache
-def _settings_type(settings: type) -> Any:
-    """The method's plain dataclass, read as strictly as the rest."""
-    frozen = settings.__dataclass_params__.frozen
-    return pydantic.dataclasses.dataclass(settings, frozen=frozen, config=ConfigDict(extra="forbid", strict=True))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -349,28 +342,8 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
 
 def _check_tree(tree: Mapping[str, Any], model: type[BaseModel], prefix: str, source: str) -> None:
     known = {name for name in model.model_fields if name != "method_name"}
-    _check_keys(tree, known, prefix, source)
+    check_keys(tree, known, prefix, source)
     for name, field in model.model_fields.items():
         nested = field.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel) and isinstance(tree.get(name), Mapping):
             _check_tree(tree[name], nested, f"{prefix}{name}.", source)
-
-
-def _check_keys(tree: Mapping[str, Any], known: set[str], prefix: str, source: str) -> None:
-    for key in tree:
-        if key not in known:
-            raise ValueError(f"{source}: unknown key {prefix}{key}{_nearest(str(key), known, prefix)}")
-
-
-def _nearest(name: str, known: Any, prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; there are: {', '.join(sorted(known))}"
-
-
-def _describe(error: pydantic.ValidationError, source: str, prefix: str) -> str:
-    first = error.errors()[0]
-    place = prefix + ".".join(str(part) for part in first["loc"])
-    what = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] == "missing" else f" (found {first['input']!r})"
-    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return f"{source}: {place}: {what}{found}{more}"

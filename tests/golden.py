@@ -36,8 +36,13 @@ SMALL = {
 
 def small(settings: object) -> object:
     """A method's settings with small networks, a short ramp and a short life; all else as it is."""
-    names = {field.name for field in dataclasses.fields(settings)}
-    return dataclasses.replace(settings, **{name: value for name, value in SMALL.items() if name in names})
+    changes = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    for name, value in changes.items():
+        if dataclasses.is_dataclass(value):
+            changes[name] = small(value)
+        elif name in SMALL:
+            changes[name] = SMALL[name]
+    return type(settings)(**changes)
 
 
 def families() -> dict[str, Callable[[], Method]]:

@@ -28,8 +28,8 @@ from tests.cells import CELLS, cell, run_cells
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # the CPU only where a test tries a cell
 SWEEP = ("method.images=1600", "tracking.enabled=false")
-SWEPT = ("run.evaluate_images=800", "method.lambda_max=0,1e-3")
-SWEPT_RUN = "lambda_max-1e-3"  # the second of them
+SWEPT = ("run.evaluate_images=800", "method.latent.weight=0,1e-3")
+SWEPT_RUN = "latent.weight-1e-3"  # the second of them
 WARM_STEPS = 5  # before the clock runs
 FP16 = ("precision=fp16", "method.images=3200", "run.evaluate_images=0", "judge=null", "tracking.enabled=false")
 
@@ -63,13 +63,15 @@ def marked_tests() -> dict[str, Any]:
 
 def _training_rate(preset: str, image_size: int, batch_size: int, precision: str, seconds: float = 4.0) -> dict[str, Any]:
     import fader.methods  # noqa: F401  fills METHODS
+    from fader.adversaries.latent import LatentSettings
     from fader.attributes import Attribute, Attributes
     from fader.method import METHODS, Batch, Clock
     from pipeline.engine import Engine
 
     kind = METHODS["fader"]
     torch.manual_seed(0)
-    method = kind(kind.Settings(preset=preset, ramp_images=0, lambda_max=1e-3), Attributes([Attribute("Smiling")]), image_size)
+    settings = kind.Settings(preset=preset, latent=LatentSettings(ramp_images=0, weight=1e-3))
+    method = kind(settings, Attributes([Attribute("Smiling")]), image_size)
     engine = Engine(method, precision=precision)
     images = torch.rand(batch_size, 3, image_size, image_size, device=engine.device) * 2 - 1
     labels = torch.randint(0, 2, (batch_size, 1), device=engine.device).float()

@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fader.methods  # noqa: F401  fills METHODS
+from fader.adversaries.latent import LatentSettings
+from fader.adversaries.solved import SolvedSettings
 from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
 from fader.method import METHODS, Batch, Method
@@ -48,7 +50,6 @@ BACKENDS = {
 KINDS = ("single", "ddp", "zero1", "zero2")  # whose checkpoints must load each other's
 SAVED_AT = (0, 1, 5, 9)  # steps; the sampler's second stage begins at step 7
 GOES_ON = 3  # steps after a load, so that 5 crosses the stage boundary
-WITH_CRITIC = {"fisher_half_life": 50, "fisher_steps": 1, "discriminator_others": "train"}
 POISONED = 2  # the draw that is not finite
 
 Draw = Callable[[str, int], Batch]
@@ -124,10 +125,12 @@ def build(case: Case) -> Method:
     small = {"images": images, "init_channels": 4, "max_channels": 8}
     settings = {
         "fader": lambda: kind.Settings(
-            **small, num_layers=2, hidden_channels=8, lambda_max=0.5,
-            ramp_images=0 if case.critic else GLOBAL_BATCH * FEW_STEPS,
-            latent_dropout=0.0, ema_half_life=64, norm=case.norm, **(WITH_CRITIC if case.critic else {}),
-            lambda_fisher=(1.0 if case.heard else 1e-12) if case.critic else 0.0,
+            **small, num_layers=2, ema_half_life=64, norm=case.norm,
+            latent=LatentSettings(
+                weight=0.5, ramp_images=0 if case.critic else GLOBAL_BATCH * FEW_STEPS, hidden_channels=8, dropout=0.0
+            ),
+            solved=SolvedSettings(weight=(1.0 if case.heard else 1e-12) if case.critic else 0.0, half_life=50, steps=1),
+            discriminator_others="train" if case.critic else "eval",
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
     }.get(case.method, lambda: ShamSettings(images))()  # fmt: skip

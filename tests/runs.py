@@ -33,7 +33,7 @@ FADER = {
     "init_channels": 4,
     "max_channels": 8,
     "num_layers": 3,
-    "hidden_channels": 8,
+    "latent": {"hidden_channels": 8},
 }
 JUDGE = {"name": "judge", "preset": "small", "init_channels": 4, "max_channels": 8, "hidden_channels": 8}
 

@@ -55,7 +55,12 @@ GOOD = "name: x\nmethod: {name: fader, preset: small}\ndata: {path: d, attribute
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method.lamda_max=1"], "unknown key method.lamda_max; did you mean method.lambda_max?"),
+        (["method.lattent.weight=1"], "unknown key method.lattent; did you mean method.latent?"),
+        (["method.latent.wieght=1"], "unknown key method.latent.wieght; did you mean method.latent.weight?"),
+        (["method.latent=1"], "method.latent has keys of its own, such as method.latent.weight (found 1)"),
+        (["method.latent.weight=much"], "method.latent.weight: Input should be a valid number"),
+        (["method.latent.ramp_images=null"], "method.latent.ramp_images: Input should be a valid integer"),
+        (["method.latent.rise=wild"], "method.latent.rise: Input should be 'linear'"),
         (["data.atributes=[Male]"], "unknown key data.atributes; did you mean data.attributes?"),
         (["bach_size=3"], "unknown key bach_size; did you mean batch_size?"),
         (["run.kep=3"], "unknown key run.kep; did you mean run.keep?"),
@@ -64,8 +69,11 @@ GOOD = "name: x\nmethod: {name: fader, preset: small}\ndata: {path: d, attribute
         (["seed=-1"], "seed: Input should be greater than or equal to 0"),
         (["seed=1000000000000000000000000000000"], "seed: Input should be less than 9223372036854775808"),
         (["method.images=[1]"], "method.images"),
+        (["method.lambda_max=1"], "x.yaml: method.lambda_max is now method.latent.weight"),
+        (["method.hidden_channels=8"], "is now method.latent.hidden_channels and method.classifier.hidden_channels"),
+        (["method.fisher_ridge=1e-3"], "method.fisher_ridge is no more: this was taken back, see docs/log.md"),
         (["method.preset=tiny"], "method.preset"),
-        (["method.lambda_max=-1"], "must not be negative"),
+        (["method.latent.weight=-1"], "method.latent: weight is -1.0; it must be at least 0"),
         (["method.name=fadr"], "unknown method 'fadr'; did you mean fader?"),
         (["data.image_size='64'"], "data.image_size"),
         (["data.crop=round"], "data.crop"),
@@ -87,17 +95,17 @@ def test_a_wrong_value_is_named_with_its_remedy(tmp_path, overrides, says):
 
 
 def test_an_override_reaches_its_place(tmp_path):
-    experiment = config.load(write(tmp_path, GOOD), ["method.lambda_max=1e-4", "run.folder=there", "data.flip=false"])
-    assert experiment.method.lambda_max == 1e-4
+    experiment = config.load(write(tmp_path, GOOD), ["method.latent.weight=2e-4", "run.folder=there", "data.flip=false"])
+    assert experiment.method.latent.weight == 2e-4 and experiment.method.latent.ramp_images == 16_000_000
     assert str(experiment.folder) == "there"
     assert experiment.data.flip is False
 
 
 def test_a_base_is_overridden_key_by_key_and_must_not_lead_back(tmp_path):
     (tmp_path / "base.yaml").write_text(GOOD + "seed: 4\n")
-    path = write(tmp_path, "base: base.yaml\nname: top\nmethod: {lambda_max: 0.5}\n")
+    path = write(tmp_path, "base: base.yaml\nname: top\nmethod: {latent: {weight: 0.5}}\n")
     experiment = config.load(path)
-    assert (experiment.name, experiment.seed, experiment.method.lambda_max) == ("top", 4, 0.5)
+    assert (experiment.name, experiment.seed, experiment.method.latent.weight) == ("top", 4, 0.5)
     assert experiment.method.preset == "small"
     (tmp_path / "base.yaml").write_text("base: x.yaml\n" + GOOD)
     with pytest.raises(ValueError, match="leads back to itself"):

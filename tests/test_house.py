@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fader", "pipeline", "launch")
-FLOOR = ("files", "ownership", "images", "metrics", "config")  # of pipeline: files that stand in no wing, one way along this line
+FLOOR = ("files", "ownership", "images", "metrics", "settings", "config")  # files of pipeline that stand in no wing, in order
 WINGS = ("data", "loading", "engine", "tracking", "models", "evaluation", "training", "faces", "app")  # one way along this line
 HOMES = {
     "accelerate": {"engine"},

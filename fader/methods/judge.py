@@ -68,7 +68,7 @@ class JudgeSettings:
 
 @register
 class Judge(Method):
-    """Networks: classifier; and label_counts, which has no weights and counts the training labels.
+    """Networks: classifier, and the observer label_counts.
 
     Source of the uniform prior: Menon et al. 2021, arXiv:2007.07314, post-hoc logit adjustment with τ = 1.
     """
@@ -95,7 +95,7 @@ class Judge(Method):
         }
 
     def stages(self) -> tuple[Stage, ...]:
-        phase = Phase(("classifier",), self.classifier_loss, refreshes=("label_counts",))
+        phase = Phase(("classifier",), self.classifier_loss, observers=("label_counts",))
         return (Stage("judge", (phase,), self.settings.images),)
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:

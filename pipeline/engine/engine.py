@@ -192,7 +192,7 @@ class Engine(Ranks):
     def _stand(self, phase: Phase) -> None:
         """Set modes, and which parameters require gradients, where the phase wants them otherwise than they are."""
         for name, network in self.networks.items():
-            training = name in phase.trains or name in phase.refreshes or phase.others == "train"
+            training = name in phase.trains or phase.others == "train"
             if network.training != training:
                 network.train(training)
         self._require_gradients(phase.trains)

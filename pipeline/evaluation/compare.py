@@ -63,7 +63,7 @@ def read(source: str, split: str = "test", report: Path | None = None) -> Compar
 
 
 def _from_folder(source: str, run: Path, split: str, path: Path) -> Compared:
-    settings = dict(tracking.flatten(config.load(run / "config.yaml").to_dict()))
+    settings = dict(tracking.flatten(config.load_run(run).to_dict()))
     losses: dict[str, float] = {}
     if (run / "spool" / "main.jsonl").is_file():
         losses = {point.name: point.value for point in tracking.points(run) if not point.superseded}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # a served model needs no engine and none of its libraries
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # since 2 random numbers have another key
 _PREFIX = "images-"
 _BEST = "best.json"
 _PARTS = ("networks", "ema", "optimizers")

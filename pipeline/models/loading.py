@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
@@ -26,6 +25,7 @@ from pipeline.models import checkpoint as checkpoints
 from pipeline.models.card import FORMAT, about_method, evaluated, licence, limits, versions_here
 from pipeline.models.model import Model
 from pipeline.models.store import open_store
+from pipeline.settings import method_settings, translated
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def variant_of(run: Path, which: str) -> str:
 
 
 def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
-    experiment = config.load(run / "config.yaml")
+    experiment = config.load_run(run)
     chosen = checkpoints.named(run, which)
     about = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
     if "attributes" in about:
@@ -157,13 +157,13 @@ def _from_export(folder: Path, ema: bool, own_judge: bool) -> Model:
     kind = METHODS.get(card["method"])
     if kind is None:
         raise ValueError(f"{folder}: unknown method {card['method']!r}; there are: {', '.join(sorted(METHODS))}")
-    known = {field.name for field in dataclasses.fields(kind.Settings)}
-    extra = sorted(set(card["settings"]) - known)
-    if extra:
-        raise ValueError(f"{folder}: {card['method']} has no setting {extra[0]!r} here: upgrade to use this model")
-    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in card["settings"].items()}
+    settings = translated(kind.name, card["settings"], str(folder))
+    try:
+        settings = method_settings(kind.name, settings, str(folder))
+    except ValueError as error:
+        raise ValueError(f"{error} (a later version may know it: upgrade)") from None
     attributes = Attributes.from_list(card["attributes"])
-    method = kind(kind.Settings(**settings), attributes, card["image_size"], card["channels"])
+    method = kind(settings, attributes, card["image_size"], card["channels"])
     networks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(weights).items():
         network, _, key = name.partition("/")

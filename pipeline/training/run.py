@@ -192,6 +192,11 @@ class _Run:
             return False
         state, extra = checkpoint.read(checkpoint.at(self.folder, images))
         self.engine.load(state)
+        if extra["format"] < 2 and self.engine.is_main:
+            log.warning(
+                "%s was begun by an earlier version: flips, noise and swaps are drawn anew from here on, so it will not "
+                "repeat an unbroken run of that version", self.folder,
+            )  # fmt: skip
         self.position = Position.from_dict(extra["position"])
         self.salt = extra.get("salt", 0)
         self.quarantine = extra.get("quarantine", [])

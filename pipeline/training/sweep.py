@@ -18,7 +18,7 @@ from pipeline.evaluation.compare import Compared
 from pipeline.evaluation.report import Table
 
 MSE_FACTOR = 1.25  # the chosen point's MSE may exceed the reference's by this
-_LAMBDA = "method.lambda_max"
+_LAMBDA = "method.latent.weight"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def plan(path: str | Path, words: Sequence[str], folder: Path | None = None) -> 
     axes = {key: values for key, values in given.items() if len(values) > 1}
     fixed = [f"{key}={values[0]}" for key, values in given.items() if len(values) == 1]
     if not axes:
-        raise ValueError("nothing is swept: give a key several values, as method.lambda_max=1e-4,1e-3,1e-2")
+        raise ValueError("nothing is swept: give a key several values, as method.latent.weight=1e-4,1e-3,1e-2")
     for key in axes:
         if key in ("name", "run.folder"):
             raise ValueError(f"{key} cannot be swept: a sweep names its children itself")
@@ -105,11 +105,14 @@ def _values(text: str) -> tuple[str, ...]:
 
 
 def _label(settings: Mapping[str, str]) -> str:
-    """`lambda_max-1e-3--seed-1`: the last part of each key, the whole key where that says too little."""
-    short = [key.rpartition(".")[2] for key in settings]
-    keys = short if len(set(short)) == len(short) else [key.replace(".", "_") for key in settings]
-    pairs = zip(keys, settings.values())
+    """`latent.weight-1e-3--seed-1`: each key without its section, the whole key where two are then the same."""
+    short = [_short(key) for key in settings]
+    pairs = zip(short if len(set(short)) == len(short) else settings, settings.values())
     return "--".join(f"{key}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', value).strip('_')}" for key, value in pairs)
+
+
+def _short(key: str) -> str:
+    return key.partition(".")[2] or key
 
 
 def has_begun(child: Child) -> bool:
@@ -121,7 +124,7 @@ def has_begun(child: Child) -> bool:
     if not (child.folder / "run.json").is_file():
         return False
     about, data = json.loads((child.folder / "run.json").read_text()), child.experiment.data.path
-    if config.load(child.folder / "config.yaml").digest != child.experiment.digest:
+    if config.load_run(child.folder).digest != child.experiment.digest:
         raise ValueError(f"{child.folder} holds a run of other settings; give this sweep another --folder")
     if about["data_digest"] != ShardSet.open(data).digest:
         raise ValueError(f"{child.folder} holds a run of other data than {data}; give this sweep another --folder")
@@ -197,7 +200,7 @@ def table(sweep: Sweep, found: Sequence[Compared | None], split: str) -> Table:
             ]
         )
     note = f"*: the highest balanced swap accuracy at an MSE of at most {why}." if best else f"None is chosen: {why}."
-    keys = " ".join(key.rpartition(".")[2] for key in sweep.axes)
+    keys = " ".join(_short(key) for key in sweep.axes)
     header = [keys, "images", "MSE", "swap accuracy", *names, *(["leak, mean"] if leaky else [])]
     return Table(f"{sweep.name}, {split} split", header, rows, note)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fader.adversaries.latent as latent_file
 import fader.losses.attributes
 import fader.methods.fader as method_file
 import fader.networks.autoencoder
@@ -38,7 +39,7 @@ RAMP = 16_000_000
 
 def code_enters_every_layer_as_it_is() -> None:
     """While training as in use, each decoder layer reads [features, code planes, …], the code being exactly 0 and 1."""
-    method, batch = tiny_fader(lambda_patch=0.1, num_skips=1), planted()
+    method, batch = tiny_fader(patch={"weight": 0.1}, num_skips=1), planted()
     seen: list[list[Tensor]] = []
     decoder = method.networks["decoder"]
     decoder.register_forward_pre_hook(lambda module, inputs: seen.append([inputs[1]]))
@@ -71,20 +72,20 @@ def output_is_tanh_alone() -> None:
 
 
 def lambda_follows_the_clock() -> None:
-    """One method, asked out of order as after resumes: λ = λ_max · min(images / 16 M, 1), in loss and report."""
-    lambda_max = 1e-4
-    assert FaderSettings().lambda_max == lambda_max and FaderSettings().ramp_images == RAMP
-    method = tiny_fader(lambda_max=lambda_max, ramp_images=RAMP, lambda_reconstruction=0.0)
+    """One method, asked out of order as after resumes: λ = weight · min(images / 16 M, 1), in loss and report."""
+    weight = 1e-4
+    assert FaderSettings().latent.weight == weight and FaderSettings().latent.ramp_images == RAMP
+    method = tiny_fader(latent={"weight": weight, "ramp_images": RAMP}, reconstruction={"weight": 0.0})
     for images in (0, RAMP // 4, 32, 50_000, 50_032, RAMP, 3 * RAMP, RAMP // 2):
         loss = loss_of(method, "encoder+decoder", planted(), images)
-        want = lambda_max * min(images / RAMP, 1.0)
+        want = weight * min(images / RAMP, 1.0)
         assert float(loss.report["autoencoder/lambda"]) == pytest.approx(want, rel=1e-6), images
         assert loss.value.item() == pytest.approx(want * float(loss.report["autoencoder/fool"]), rel=1e-5), images
 
 
 def encoder_works_against_the_discriminator() -> None:
     """A step down the encoder's objective is a step up the discriminator's: their gradients oppose each other."""
-    method, batch = tiny_fader(lambda_reconstruction=0.0, lambda_max=1.0), planted()
+    method, batch = tiny_fader(reconstruction={"weight": 0.0}, latent={"weight": 1.0}), planted()
     stand(method, phases(method)["encoder+decoder"])
     weights = list(method.networks["encoder"].parameters())
     value = phases(method)["encoder+decoder"].loss(method.networks, batch, context(method)).value
@@ -98,11 +99,11 @@ def encoder_works_against_the_discriminator() -> None:
 
 
 def fool_gradient_reaches_the_encoder() -> None:
-    method = tiny_fader(lambda_max=1.0)
+    method = tiny_fader(latent={"weight": 1.0})
     loss = loss_of(method, "encoder+decoder", planted())
     encoder = list(method.networks["encoder"].parameters())
     whole = torch.autograd.grad(loss.value, encoder)
-    method = tiny_fader(lambda_max=0.0)
+    method = tiny_fader(latent={"weight": 0.0})
     alone = torch.autograd.grad(
         loss_of(method, "encoder+decoder", planted()).value, list(method.networks["encoder"].parameters())
     )
@@ -148,7 +149,7 @@ def latent_discriminator_has_batch_norm_in_every_convolution() -> None:
 
 def dropout_zeroes_elements() -> None:
     """0.3 of the elements, not whole channels, at train time; nothing at eval time. 0.3 is the default."""
-    assert FaderSettings().latent_dropout == 0.3
+    assert FaderSettings().latent.dropout == 0.3
     layout = Layout(64, 3, 16, 64, 3)  # its latent discriminator's first maps are 4×4
     network = LatentDiscriminator(layout, 2, hidden_channels=8)
     latent = Latent(torch.randn(64, 64, 8, 8))
@@ -160,7 +161,7 @@ def dropout_zeroes_elements() -> None:
 
 
 def optimizers_are_the_papers() -> None:
-    groups = tiny_fader(lambda_patch=1.0, lambda_classifier=1.0).optimizers()
+    groups = tiny_fader(patch={"weight": 1.0}, classifier={"weight": 1.0}).optimizers()
     assert set(groups) == {("latent_discriminator",), ("patch_discriminator",), ("classifier",), ("encoder", "decoder")}
     for group in groups.values():
         assert (group.kind, group.learning_rate, group.betas, group.clip_norm) == ("adam", 2e-4, (0.5, 0.999), 5.0)
@@ -289,8 +290,8 @@ def lambda_without_a_ramp(patch: Patch) -> None:
 
 def wrong_sign(patch: Patch) -> None:
     """rec - w · BCE(1 - y, prediction): the encoder is rewarded when the discriminator is right."""
-    real = method_file.fool_loss
-    patch.setattr(method_file, "fool_loss", lambda *arguments: -real(*arguments))
+    real = latent_file.fool_loss
+    patch.setattr(latent_file, "fool_loss", lambda *arguments: -real(*arguments))
 
 
 def unflipped(patch: Patch) -> None:

@@ -13,9 +13,9 @@ from fader.attributes import Attribute, Attributes
 from fader.method import METHODS, Aligns, Batch, Decodes, Encodes, Judges
 from tests.fader.tiny import MIXED, changed, context, loss_of, phases, planted, stand, tiny, tiny_fader, weights
 
-FULL = {"lambda_patch": 0.1, "lambda_classifier": 0.1}
+FULL = {"patch": {"weight": 0.1}, "classifier": {"weight": 0.1}}
 CASES = [(name, {}) for name in sorted(METHODS)] + [("fader", FULL), ("fader", {"head": "sigmoid", "num_skips": 1})]
-CASES.append(("fader", {"lambda_fisher": 0.1, "fisher_steps": 1}))
+CASES.append(("fader", {"solved": {"weight": 0.1, "steps": 1}}))
 
 
 def cases(wanted=lambda changes, phase: True) -> list:
@@ -40,7 +40,7 @@ def test_each_phase_moves_only_its_networks(name, changes, phase):
         assert all(held) if network in trains else not any(held), network
     parameters = [p for n in trains for p in method.networks[n].parameters()]
     torch.optim.SGD(parameters, 0.1).step()
-    assert changed(before, method) == {*trains, *phases(method)[phase].refreshes}
+    assert changed(before, method) == {*trains, *phases(method)[phase].observers}
 
 
 @pytest.mark.parametrize("name, changes, phase", cases())
@@ -157,13 +157,13 @@ def test_a_loss_repeats_itself_on_the_same_batch_and_draws(name, changes, phase)
 
 def reads_labels_only(changes: dict, phase: str) -> bool:
     """Verdicts on images decoded with random codes, and the aligner, read no label, so every record counts in them."""
-    return phase not in ("patch_discriminator", "regressor") and not (phase == "encoder+decoder" and "lambda_patch" in changes)
+    return phase not in ("patch_discriminator", "regressor") and not (phase == "encoder+decoder" and "patch" in changes)
 
 
 @pytest.mark.parametrize("name, changes, phase", cases(reads_labels_only))
 def test_unknown_labels_count_for_nothing(name, changes, phase):
     """With eval-mode networks, records of unknown labels leave every attribute loss as it is without them."""
-    changes = {**changes, **({"lambda_reconstruction": 0.0, "lambda_max": 1.0} if name == "fader" else {})}
+    changes = {**changes, **({"reconstruction": {"weight": 0.0}, "latent": {"weight": 1.0}} if name == "fader" else {})}
     method, batch = tiny(name, **changes), planted()
     labels = batch.attributes.clone()
     labels[6:] = -1
@@ -216,7 +216,7 @@ def test_a_batch_in_uneven_shares_averages_to_the_whole(name, changes, phase):
 
 
 def test_the_phases_are_the_official_ones_in_their_order():
-    (stage,) = tiny_fader(**FULL, discriminator_steps=2).stages()
+    (stage,) = tiny_fader(**FULL, latent={"steps": 2}).stages()
     names = ["latent_discriminator", "patch_discriminator", "classifier", "encoder+decoder"]
     assert [phase.name for phase in stage.phases] == names
     assert [phase.repeat for phase in stage.phases] == [2, 1, 1, 1]
@@ -241,7 +241,7 @@ def test_a_discriminator_phase_in_train_mode_refreshes_the_encoders_statistics()
 
 def test_optional_networks_exist_only_with_their_weight():
     assert list(tiny_fader().networks) == ["encoder", "decoder", "latent_discriminator"]
-    method = tiny_fader(**FULL, classifier_learning_rate=1e-3)
+    method = tiny_fader(patch=FULL["patch"], classifier={"weight": 0.1, "learning_rate": 1e-3})
     assert set(method.optimizers()) == {
         ("latent_discriminator",),
         ("patch_discriminator",),
@@ -262,7 +262,7 @@ def test_only_the_autoencoder_keeps_a_moving_average():
 
 def test_the_autoencoders_loss_is_its_formula():
     """mse + λ fool, and with the options on, λ_patch and λ_classifier of their own terms, all on the one ramp."""
-    method = tiny_fader(**FULL, lambda_reconstruction=2.0, lambda_max=0.3, ramp_images=1000)
+    method = tiny_fader(**FULL, reconstruction={"weight": 2.0}, latent={"weight": 0.3, "ramp_images": 1000})
     for images, share in ((0, 0.0), (250, 0.25), (1000, 1.0), (9000, 1.0)):
         loss = loss_of(method, "encoder+decoder", planted(), images)
         part = {key.split("/")[1]: float(value) for key, value in loss.report.items()}
@@ -273,7 +273,7 @@ def test_the_autoencoders_loss_is_its_formula():
 
 def test_lambda_rises_in_the_shape_that_is_asked_for_after_a_warmup():
     for shape, share in (("linear", 0.25), ("cosine", (1 - math.cos(math.pi / 4)) / 2), ("step", 0.0), ("constant", 1.0)):
-        method = tiny_fader(**FULL, lambda_max=0.3, lambda_shape=shape, ramp_images=400, warmup_images=100)
+        method = tiny_fader(**FULL, latent={"weight": 0.3, "rise": shape, "ramp_images": 400, "warmup_images": 100})
         for images, part in ((99, 0.0), (200, share), (500, 1.0)):
             loss = loss_of(method, "encoder+decoder", planted(), images)
             r = {key.split("/")[1]: float(value) for key, value in loss.report.items()}
@@ -284,17 +284,17 @@ def test_lambda_rises_in_the_shape_that_is_asked_for_after_a_warmup():
 
 
 def test_the_autoencoders_rate_falls_to_nothing_at_the_end_and_the_discriminators_stays():
-    method = tiny_fader(images=1000, decay_share=0.4, learning_rate=2e-3, latent_discriminator_learning_rate=5e-3)
+    method = tiny_fader(images=1000, decay_share=0.4, learning_rate=2e-3, latent={"learning_rate": 5e-3})
     rates = {trains[0]: [o.rate(images) for images in (0, 600, 800, 1000)] for trains, o in method.optimizers().items()}
     assert rates["encoder"] == pytest.approx([2e-3, 2e-3, 1e-3, 0.0])
     assert rates["latent_discriminator"] == [5e-3] * 4
-    with pytest.raises(ValueError, match="decay_share is 1.5"):
+    with pytest.raises(ValueError, match="decay_share is 1.5; it must be at most 1"):
         tiny_fader(decay_share=1.5)
 
 
 def test_a_shape_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="lambda_shape 'wild' is none of linear"):
-        tiny_fader(lambda_shape="wild")
+    with pytest.raises(ValueError, match="rise 'wild' is none of linear"):
+        tiny_fader(latent={"rise": "wild"})
 
 
 def test_reports_carry_the_names_the_tracker_shows():
@@ -306,7 +306,7 @@ def test_reports_carry_the_names_the_tracker_shows():
 
 
 def test_lambda_zero_still_trains_the_discriminator_and_leaves_the_encoder_to_reconstruction():
-    method = tiny_fader(lambda_max=0.0)
+    method = tiny_fader(latent={"weight": 0.0})
     assert "latent_discriminator" in {n for phase in phases(method).values() for n in phase.trains}
     loss = loss_of(method, "encoder+decoder", planted())
     assert torch.equal(loss.value, loss.report["autoencoder/mse"])
@@ -331,8 +331,8 @@ def test_the_adversary_drives_planted_attributes_out_of_the_latent():
     """Two runs that differ in λ only: with it, a fresh discriminator learns less from the latents than without."""
     attributes = Attributes([Attribute("Smiling")])
 
-    def leak(lambda_max: float) -> float:
-        method = tiny_fader(attributes, 16, lambda_max=lambda_max, num_layers=2)
+    def leak(weight: float) -> float:
+        method = tiny_fader(attributes, 16, latent={"weight": weight}, num_layers=2)
         batch = planted(attributes, 16, 16)
         optimizers = {
             trains: torch.optim.Adam([p for n in trains for p in method.networks[n].parameters()], 3e-3, (0.5, 0.999))
@@ -355,7 +355,7 @@ def test_the_adversary_drives_planted_attributes_out_of_the_latent():
 
 
 def test_images_of_one_channel():
-    method = METHODS["fader"](dataclasses.replace(tiny_fader().settings, lambda_patch=0.1), MIXED, 32, channels=1)
+    method = METHODS["fader"](tiny_fader(patch={"weight": 0.1}).settings, MIXED, 32, channels=1)
     images = torch.zeros(2, 1, 32, 32)
     assert method.decode(method.encode(images, torch.zeros(2, 3)), torch.zeros(2, 7)).shape == images.shape
 
@@ -396,11 +396,11 @@ def test_a_judges_uniform_prior_takes_the_label_frequencies_out_of_its_logits():
     labels = torch.zeros(99, len(MIXED))
     labels[:9, 0] = 1
     labels[:50, 1] = -1
-    counts.train().add(MIXED, labels, lambda total: total)
+    counts.add(MIXED, labels, lambda total: total)
     assert counts.counts[:2].tolist() == [91, 10]
     logits = torch.cat(counts.log_frequencies())[None].repeat(2, 1)
     method.networks["classifier"] = lambda images: logits
     for p in MIXED.probabilities(method.judge(torch.zeros(2, 3, 32, 32)), "softmax"):
         torch.testing.assert_close(p, torch.full_like(p, 1 / p.shape[1]))
-    counts.eval().add(MIXED, labels, lambda total: total)
-    assert counts.counts[:2].tolist() == [91, 10], "counting stops in eval mode"
+    counts.add(MIXED, torch.full((5, len(MIXED)), torch.nan), lambda total: total + torch.nan)
+    assert counts.counts[:2].tolist() == [91, 10], "a batch that is not finite is left out"

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fader.adversaries.image import PatchSettings
+from fader.adversaries.latent import LatentSettings
 from fader.attributes import Attribute, Attributes
 from fader.methods import Fader, FaderSettings, Judge, JudgeSettings
 from fader.networks.autoencoder import Decoder, Encoder, Latent, Layout
@@ -136,7 +138,7 @@ def test_the_latent_discriminator_goes_on_to_one_pixel():
 
 
 def test_an_instance_normed_fader_still_has_batch_norm_in_its_discriminators():
-    method = tiny_fader(norm="instance", lambda_patch=1.0, lambda_classifier=1.0)
+    method = tiny_fader(norm="instance", patch={"weight": 1.0}, classifier={"weight": 1.0})
     for name in ("latent_discriminator", "patch_discriminator", "classifier"):
         assert not [m for m in method.networks[name].modules() if isinstance(m, nn.InstanceNorm2d)]
     assert [m for m in method.networks["encoder"].modules() if isinstance(m, nn.InstanceNorm2d)]
@@ -144,7 +146,7 @@ def test_an_instance_normed_fader_still_has_batch_norm_in_its_discriminators():
 
 def test_heads_have_the_attributes_width():
     for head, width in (("softmax", 2 + 3 + 2), ("sigmoid", 1 + 3 + 1)):
-        networks = tiny_fader(head=head, lambda_classifier=1.0).networks
+        networks = tiny_fader(head=head, classifier={"weight": 1.0}).networks
         assert networks["latent_discriminator"].head.out_features == width
         assert networks["classifier"].head.out_features == width
 
@@ -190,8 +192,8 @@ def test_maps_stay_channels_last_through_the_autoencoder():
         (lambda: doubling(64, 32, 3), "do not exist"),
         (lambda: Encoder(Layout(16, 3, 4, 8, 4), "instance"), "more than one pixel"),
         (lambda: FaderSettings(preset="big"), "none of paper, official, small"),
-        (lambda: FaderSettings(lambda_max=-1.0), "must not be negative"),
-        (lambda: FaderSettings(smooth_label=0.5), "below 0.5"),
+        (lambda: LatentSettings(weight=-1.0), "weight is -1.0; it must be at least 0"),
+        (lambda: PatchSettings(smooth_label=0.6), "smooth_label is 0.6; it must be at most 0.5"),
         (lambda: JudgeSettings(norm="instance"), "one pixel"),
         (lambda: JudgeSettings(preset="paper"), "none of official, small"),
         (lambda: Fader(FaderSettings(), Attributes([]), 64), "at least one attribute"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +18,34 @@ SMALL = {
     "max_channels": 8,
     "num_layers": 3,
     "hidden_channels": 16,
-    "latent_dropout": 0.0,
+    "dropout": 0.0,
     "images": 1000,
     "ramp_images": 0,
 }
 
 
 def tiny(name: str, attributes: Attributes = MIXED, image_size: int = 32, **changes) -> Method:
-    """A method of METHODS with the smallest networks its settings allow, the same at every call."""
+    """A method of METHODS with the smallest networks its settings allow, the same at every call.
+
+    changes: settings; of a nested one, a dictionary of what changes in it.
+    """
     kind = METHODS[name]
-    known = {field.name for field in dataclasses.fields(kind.Settings)}
-    settings = kind.Settings(**{**{key: value for key, value in SMALL.items() if key in known}, **changes})
+    settings = small(kind.Settings(), **changes)
     torch.manual_seed(11)
     return kind(settings, attributes, image_size)
+
+
+def small(settings: Any, **changes: Any) -> Any:
+    """Settings with the smallest sizes, in their parts, too, and some changes."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            values[name] = small(value, **changes.get(name, {}))
+        else:
+            follows = name == "ramp_images" and value is None  # the latent adversary's
+            values[name] = changes.get(name, value if follows else SMALL.get(name, value))
+    assert changes.keys() <= values.keys(), changes
+    return type(settings)(**values)
 
 
 def tiny_fader(attributes: Attributes = MIXED, image_size: int = 32, **changes) -> Fader:
@@ -51,7 +67,7 @@ def planted(attributes: Attributes = MIXED, count: int = 12, image_size: int = 3
 def stand(method: Method, phase: Phase) -> None:
     """Modes and frozen networks as the engine sets them."""
     for name, network in method.networks.items():
-        network.train(name in phase.trains or name in phase.refreshes or phase.others == "train")
+        network.train(name in phase.trains or phase.others == "train")
         network.requires_grad_(name in phase.trains)
 
 

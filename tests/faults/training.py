@@ -34,8 +34,8 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 def experiment(faces: Path, images: int = 10_000_000, **run: object) -> Experiment:
     """A small Fader run with dropout, moving average and flips, that saves every few steps and says each step."""
     settings = {
-        "name": "fader", "preset": "small", "init_channels": 4, "max_channels": 16, "hidden_channels": 16, "num_layers": 3,
-        "images": images, "lambda_max": 0.01, "ramp_images": 1000, "ema_half_life": 200, "encoder_dropout": 0.1,
+        "name": "fader", "preset": "small", "init_channels": 4, "max_channels": 16, "num_layers": 3,
+        "images": images, "latent": {"weight": 0.01, "ramp_images": 1000, "hidden_channels": 16}, "ema_half_life": 200, "encoder_dropout": 0.1,
     }  # fmt: skip
     tree = {
         "name": "faults",

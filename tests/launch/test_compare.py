@@ -32,8 +32,8 @@ def evaluated(run, swap, mse, judge="judge"):
 @pytest.fixture
 def runs(tmp_path):
     """Two runs that differ in λ alone; the first was tracked, and rewound once."""
-    first = make_run(tmp_path / "first", FADER | {"lambda_max": 1e-3}, run={"folder": "a"})
-    second = make_run(tmp_path / "second", FADER | {"lambda_max": 1e-2})
+    first = make_run(tmp_path / "first", FADER | {"latent": {"weight": 1e-3}}, run={"folder": "a"})
+    second = make_run(tmp_path / "second", FADER | {"latent": {"weight": 1e-2}})
     tracker = tracking.MlflowTracker(first, "experiment", "first", deliver=False)
     tracker.start()
     tracker.log({"autoencoder/mse": 0.5, "autoencoder/skipped": 0.0}, 32, 1)
@@ -55,7 +55,7 @@ def test_what_differs_stands_side_by_side(runs, tmp_path):
     found = [comparison.read(str(run)) for run in runs]
     settings, losses, metrics = comparison.as_tables(found)
     assert settings.header == ["", "first", "second"]
-    assert settings.rows == [["method.lambda_max", "0.001", "0.01"]], "names and places are no settings"
+    assert settings.rows == [["method.latent.weight", "0.001", "0.01"]], "names and places are no settings"
     assert losses.rows == [["autoencoder/mse", "0.5", "–"]], "what a rewind superseded is no last loss"
     rows = {row[0]: row[1:] for row in metrics.rows}
     assert rows["swap_accuracy"] == ["0.7", "0.9"] and rows["mse"] == ["0.01", "0.02"]
@@ -70,7 +70,7 @@ def test_the_command_writes_the_plot_and_says_what_cannot_be_compared(runs, tmp_
     assert code == 0 and f"wrote {plot}" in out and "different judges" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [run["metrics"]["mse"] for run in json.loads(file.read_text())] == [0.01, 0.02, 0.03]
-    assert "first" in out and "method.lambda_max" in out
+    assert "first" in out and "method.latent.weight" in out
     code, out, _ = command(capsys, monkeypatch, *runs, "--split", "valid")
     assert code == 0 and "was not evaluated on the valid split" in out and "no plot" in out
 
@@ -82,8 +82,8 @@ def test_what_is_no_run_is_said(tmp_path, capsys, monkeypatch):
 
 def test_a_run_is_read_from_mlflow_by_its_id(monkeypatch):
     metrics = {"test/mse": 0.1, "test/swap_accuracy": 0.8, "autoencoder/mse": 0.2, "system/cpu": 1.0}
-    stored = tracking.Stored("a" * 32, "name", {"method.lambda_max": "0.1"}, metrics)
+    stored = tracking.Stored("a" * 32, "name", {"method.latent.weight": "0.1"}, metrics)
     monkeypatch.setattr(tracking, "stored", lambda run_id: stored)
     found = comparison.read("a" * 32)
     assert found.metrics == {"mse": 0.1, "swap_accuracy": 0.8} and found.losses == {"autoencoder/mse": 0.2}
-    assert found.settings == {"method.lambda_max": "0.1"} and comparison.plot([found]) is not None
+    assert found.settings == {"method.latent.weight": "0.1"} and comparison.plot([found]) is not None

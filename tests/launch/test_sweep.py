@@ -16,8 +16,8 @@ from tests.runs import JUDGE, make_run, make_store
 
 CONFIG = """
 name: tiny
-method: {name: fader, preset: small, init_channels: 4, max_channels: 8, hidden_channels: 8, num_layers: 3, images: 800,
-         ramp_images: 200}
+method: {name: fader, preset: small, init_channels: 4, max_channels: 8, num_layers: 3, images: 800,
+         latent: {hidden_channels: 8, ramp_images: 200}}
 data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1}
 batch_size: 8
 judge: JUDGE
@@ -38,7 +38,7 @@ def test_a_sweep_goes_on_where_it_was_broken_off_and_ends_with_a_table_a_plot_an
     import mlflow
 
     folder, store = tmp_path / "sweep", make_store(tmp_path)
-    words = [config, "method.lambda_max=0,0.01", "--folder", folder, "--tables", "swap,fidelity"]
+    words = [config, "method.latent.weight=0,0.01", "--folder", folder, "--tables", "swap,fidelity"]
     line = command("launch.sweep", *words)
     process = subprocess.Popen(
         line,
@@ -50,7 +50,7 @@ def test_a_sweep_goes_on_where_it_was_broken_off_and_ends_with_a_table_a_plot_an
         start_new_session=True,
         preexec_fn=interruptible,
     )
-    first, second = folder / "lambda_max-0", folder / "lambda_max-0.01"
+    first, second = folder / "latent.weight-0", folder / "latent.weight-0.01"
     deadline = time.monotonic() + 600
     while not list((second / "checkpoints").glob("images-*")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -59,8 +59,8 @@ def test_a_sweep_goes_on_where_it_was_broken_off_and_ends_with_a_table_a_plot_an
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 130 and "the same command goes on with the sweep" in output, output
     done = launch("launch.sweep", *words, MLFLOW_TRACKING_URI=store)
-    assert "lambda_max-0: trained already" in done.stdout and "lambda_max-0: evaluated already" in done.stdout
-    assert "lambda_max-0.01 (2 of 2): resuming" in done.stdout
+    assert "latent.weight-0: trained already" in done.stdout and "latent.weight-0: evaluated already" in done.stdout
+    assert "latent.weight-0.01 (2 of 2): resuming" in done.stdout
     drawn = (folder / "report" / "sweep-valid.md").read_text()
     assert "tiny sweep, valid split" in drawn and "MSE of λ = 0" in drawn and drawn.count("\n| ") >= 3
     assert (folder / "report" / "sweep-valid.png").read_bytes().startswith(b"\x89PNG")
@@ -70,9 +70,9 @@ def test_a_sweep_goes_on_where_it_was_broken_off_and_ends_with_a_table_a_plot_an
     runs = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     (parent,) = [run for run in runs if run not in children]
-    assert {run.info.run_name for run in children} == {"tiny lambda_max-0", "tiny lambda_max-0.01"}
+    assert {run.info.run_name for run in children} == {"tiny latent.weight-0", "tiny latent.weight-0.01"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert "valid/mse" in children[0].data.metrics and parent.data.params["sweep.method.lambda_max"] == "('0', '0.01')"
+    assert "valid/mse" in children[0].data.metrics and parent.data.params["sweep.method.latent.weight"] == "('0', '0.01')"
     assert any(name.startswith("chosen/") for name in parent.data.metrics)
-    done = launch("launch.sweep", config, "method.lambda_max=0,0.01", "method.images=900", "--folder", folder, code=2)
+    done = launch("launch.sweep", config, "method.latent.weight=0,0.01", "method.images=900", "--folder", folder, code=2)
     assert "holds a run of other settings" in done.stderr

@@ -23,8 +23,8 @@ from tests.warm import forked
 
 CONFIG = """
 name: tiny
-method: {name: fader, preset: small, init_channels: 4, max_channels: 16, hidden_channels: 16, num_layers: 3,
-         images: 1200, lambda_max: 0.01, ramp_images: 1000, ema_half_life: 200, encoder_dropout: 0.1}
+method: {name: fader, preset: small, init_channels: 4, max_channels: 16, num_layers: 3,
+         images: 1200, latent: {weight: 0.01, ramp_images: 1000, hidden_channels: 16}, ema_half_life: 200, encoder_dropout: 0.1}
 data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1,
        balance: {Smiling: 0.6, Eyeglasses: 0.3}, augment: {rotation_degrees: 5, translation: 0.03, hue: 0.02}}
 batch_size: 8
@@ -135,7 +135,7 @@ def test_bf16_trains(config, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["CONFIG", "method.lambda_mx=1"], "did you mean method.lambda_max?"),
+        (["CONFIG", "method.latent.wieght=1"], "did you mean method.latent.weight?"),
         (["CONFIG", "batch_size=big"], "batch_size"),
         (["CONFIG", "data.attributes=[Smilling]"], "did you mean 'Smiling'?"),
         (["CONFIG", "data.path=nowhere"], "nowhere"),

@@ -25,20 +25,20 @@ def config(tmp_path: Path, faces: Path) -> Path:
 
 def test_an_array_trains_the_children_and_the_table_comes_behind_them(cluster, config, tmp_path):
     folder = tmp_path / "sweep"
-    words = [config, "method.lambda_max=0,0.01", "method.images=12000", "--folder", folder, "--tables", "swap,fidelity"]
+    words = [config, "method.latent.weight=0,0.01", "method.images=12000", "--folder", folder, "--tables", "swap,fidelity"]
     done = launch(
         "launch.sweep", *words, "--slurm", "--sbatch", f"--output={cluster.folder}/job-%A-%a.log", **cluster.environment
     )
     array, table = re.search(r"array job (\d+), their table as job (\d+)", done.stdout).groups()
-    first = folder / "lambda_max-0"
+    first = folder / "latent.weight-0"
     cluster.until((first / "run.json").exists, 300, "the first child to begin", array, every=0.02)
     (first / "stop").touch()  # what a time limit's USR1 does, without waiting for one
     cluster.start_again(f"{array}_0")
     assert cluster.wait(table, 600) == "COMPLETED", cluster.output(array) + cluster.output(table)
     said = cluster.output(array)
     assert cluster.state(array) == "COMPLETED" and "it goes on when Slurm starts it again" in said, said
-    assert "lambda_max-0 (1 of 2): resuming" in said
-    for run in (first, folder / "lambda_max-0.01"):
+    assert "latent.weight-0 (1 of 2): resuming" in said
+    for run in (first, folder / "latent.weight-0.01"):
         assert checkpoint.finished(run)
     drawn = (folder / "report" / "sweep-valid.md").read_text()
     assert "tiny sweep, valid split" in drawn and drawn.count(" 12,000 ") == 2

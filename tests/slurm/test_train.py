@@ -24,8 +24,8 @@ from tests.slurm.cluster import Cluster
 IMAGES, BETWEEN = 3200, 160
 CONFIG = f"""
 name: tiny
-method: {{name: fader, preset: small, init_channels: 4, max_channels: 16, hidden_channels: 16, num_layers: 3,
-         images: {IMAGES}, lambda_max: 0.01, ramp_images: 1000, ema_half_life: 200, encoder_dropout: 0.1}}
+method: {{name: fader, preset: small, init_channels: 4, max_channels: 16, num_layers: 3,
+         images: {IMAGES}, latent: {{weight: 0.01, ramp_images: 1000, hidden_channels: 16}}, ema_half_life: 200, encoder_dropout: 0.1}}
 data: {{path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1}}
 batch_size: 8
 run: {{log_images: 800, checkpoint_images: {BETWEEN}, picture_images: 0}}

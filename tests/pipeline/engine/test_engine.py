@@ -18,6 +18,7 @@ from pipeline.config import EngineConfig
 from pipeline.engine import Engine, LossScale
 from pipeline.engine.launcher import OTHER_WAYS
 from pipeline.engine.ranks import restarts_may_hang
+from tests.fader.tiny import small
 from tests.shams import SGD, SHAMS, ShamSettings, registered
 
 ATTRIBUTES = Attributes([Attribute("Smiling"), Attribute("Beard", "k-way", ("none", "short", "long"))])
@@ -37,8 +38,10 @@ def tiny(name: str, **settings) -> Method:
     torch.manual_seed(1)
     if kind.Settings is ShamSettings:
         return kind(ShamSettings(), ATTRIBUTES, SIZE)
-    extra = {"num_layers": 2, "lambda_patch": 0.1, "lambda_classifier": 0.1, "lambda_max": 0.1, "ramp_images": 0}
-    return kind(kind.Settings(**{"images": 64, **SMALL, **(extra if name == "fader" else {}), **settings}), ATTRIBUTES, SIZE)
+    if name == "fader":
+        more = {"num_layers": 2, "patch": {"weight": 0.1}, "classifier": {"weight": 0.1}, "latent": {"weight": 0.1}}
+        return kind(small(kind.Settings(), **{"images": 64, **more, **settings}), ATTRIBUTES, SIZE)
+    return kind(kind.Settings(**{"images": 64, **SMALL, **settings}), ATTRIBUTES, SIZE)
 
 
 def batch(seed: int = 0, records: int = 8) -> Batch:
@@ -62,7 +65,7 @@ def moved(before: dict, method: Method, parameters_only: bool = True) -> set[str
 
 
 def test_a_solved_critic_notes_batches_of_its_own_beside_the_discriminators():
-    method = tiny("fader", lambda_fisher=0.1, fisher_steps=3, fisher_half_life=10**9)
+    method = tiny("fader", solved={"weight": 0.1, "steps": 3, "half_life": 10**9})
     engine, (stage,) = Engine(method), method.stages()
     (looks,) = [phase for phase in stage.phases if not phase.trains]
     assert (looks.name, looks.repeat) == ("critic", 3)
@@ -72,7 +75,7 @@ def test_a_solved_critic_notes_batches_of_its_own_beside_the_discriminators():
     for phase in (phase for phase in stage.phases if phase.trains):
         engine.update(phase, batch(1), Clock())
     assert critic.count.item() == pytest.approx(2 * 8)
-    alone = tiny("fader", lambda_fisher=0.1)
+    alone = tiny("fader", solved={"weight": 0.1})
     assert not [phase for phase in alone.stages()[0].phases if not phase.trains]
 
 

@@ -16,25 +16,26 @@ from pipeline.config import EngineConfig
 from pipeline.engine import Engine, LossScale, State
 from pipeline.engine.step import Step
 from tests.capture import Refused, refusing
+from tests.fader.tiny import small
 from tests.shams import SGD, SHAMS, ShamSettings, registered
 
 SIZE, RECORDS = 32, 8
 MIXED = Attributes(
     [Attribute("Smiling"), Attribute("Beard", "k-way", ("none", "short", "long")), Attribute("Age", "continuous")]
 )
-SMALL = {"init_channels": 4, "max_channels": 8, "num_layers": 2, "hidden_channels": 8, "ema_half_life": 20}
+SMALL = {"init_channels": 4, "max_channels": 8, "hidden_channels": 8, "ema_half_life": 20}
 FADER = {
     "by default": {},
-    "a patch discriminator": {"lambda_patch": 0.1},
-    "a classifier": {"lambda_classifier": 0.1},
-    "a solved critic": {"lambda_fisher": 0.1},
-    "a solved critic with batches of its own": {"lambda_fisher": 0.1, "fisher_steps": 2, "fisher_hidden": 0},
+    "a patch discriminator": {"patch": {"weight": 0.1}},
+    "a classifier": {"classifier": {"weight": 0.1}},
+    "a solved critic": {"solved": {"weight": 0.1}},
+    "a solved critic with batches of its own": {"solved": {"weight": 0.1, "steps": 2, "num_hidden": 0}},
     "everything": {
-        "lambda_patch": 0.1, "lambda_classifier": 0.1, "lambda_fisher": 0.1, "fisher_steps": 1, "shared_batch": True,
+        "patch": {"weight": 0.1}, "classifier": {"weight": 0.1}, "solved": {"weight": 0.1, "steps": 1}, "shared_batch": True,
         "discriminator_others": "train", "autoencoder_others": "train", "head": "sigmoid", "num_skips": 1,
-        "ramp_images": 100, "warmup_images": 8, "lambda_shape": "cosine", "decay_share": 0.5, "encoder_dropout": 0.1,
+        "latent": {"ramp_images": 100, "warmup_images": 8, "rise": "cosine"}, "decay_share": 0.5, "encoder_dropout": 0.1,
     },
-    "instance norm": {"norm": "instance", "lambda_patch": 0.1},
+    "instance norm": {"norm": "instance", "patch": {"weight": 0.1}},
     "local norm": {"norm": "local"},
     "upsampling": {"deconv": "upsampling"},
     "pixel shuffle": {"deconv": "pixelshuffle"},
@@ -60,7 +61,9 @@ def build(name: str, case: str = "by default", **changes) -> Method:
         return kind(ShamSettings(), MIXED, SIZE)
     known = {field.name for field in dataclasses.fields(kind.Settings)}
     settings = {key: value for key, value in SMALL.items() if key in known} | {"images": 64}
-    return kind(kind.Settings(**{**settings, **{"fader": FADER, **OTHERS}[name][case], **changes}), MIXED, SIZE)
+    if name == "fader":
+        settings |= {"num_layers": 2, "latent": {"dropout": 0.3, "ramp_images": 16_000_000}}
+    return kind(small(kind.Settings(), **{**settings, **{"fader": FADER, **OTHERS}[name][case], **changes}), MIXED, SIZE)
 
 
 def batch(phase: Phase, draw: int, records: int = RECORDS) -> Batch:

@@ -230,7 +230,7 @@ def run(data: Path, folder: Path, images: int, **options) -> dict[str, torch.Ten
     method = {"name": "fader", "preset": "small", "init_channels": 4, "max_channels": 8, "num_layers": 3}
     tree = {
         "name": "sequential",
-        "method": {**method, "hidden_channels": 8, "images": images, "ramp_images": 100},
+        "method": {**method, "latent": {"hidden_channels": 8, "ramp_images": 100}, "images": images},
         "data": {"path": str(data), "attributes": ["Odd"], "image_size": 16, "loader": "sequential", "threads": 1},
         "batch_size": 8,
         "run": {"log_images": 16, "checkpoint_images": 48, "picture_images": 0},

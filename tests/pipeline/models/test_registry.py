@@ -70,7 +70,7 @@ def test_an_export_is_the_run_without_its_run(runs, tmp_path):
 
 def test_an_export_holds_what_use_needs_and_one_from_before_is_read(runs, tmp_path):
     """Nothing of discriminators, nor of the critic, which keeps sums over training pictures."""
-    critic = {"lambda_fisher": 1, "fisher_hidden": 8, "fisher_steps": 1}
+    critic = {"solved": {"weight": 1, "num_hidden": 8, "steps": 1}}
     export = models.export(make_run(tmp_path / "run", FADER | critic), tmp_path / "out")
     path, card = export / "model.safetensors", json.loads((export / "card.json").read_text())
     held = load_file(path)
@@ -183,7 +183,7 @@ def test_what_cannot_be_loaded_says_why(runs, tmp_path):
     for change, match in [
         ({"format": 99}, "upgrade"),
         ({"method": "vqgan"}, "unknown method 'vqgan'"),
-        ({"settings": {"wings": 2}}, "no setting 'wings'"),
+        ({"settings": {"wings": 2}}, "unknown key method.wings.*upgrade"),
         ({"channels": 1}, "does not take these weights"),
     ]:
         (export / "card.json").write_text(json.dumps(json.loads(card) | change))

@@ -26,12 +26,12 @@ def config(tmp_path) -> Path:
 
 
 def test_a_grid_is_every_combination_with_a_folder_each(config):
-    words = ["method.lambda_max=0,1e-3,0.01", "seed=0,1", "batch_size=16"]
+    words = ["method.latent.weight=0,1e-3,0.01", "seed=0,1", "batch_size=16"]
     asked = sweep.plan(config, words, Path("out"))
     assert [child.number for child in asked.children] == list(range(6)) and len(asked.axes) == 2
     third = asked.children[3]
-    assert (third.experiment.method.lambda_max, third.experiment.seed, third.experiment.batch_size) == (1e-3, 1, 16)
-    assert str(third.folder) == "out/lambda_max-1e-3--seed-1" and third.experiment.name == "base lambda_max-1e-3--seed-1"
+    assert (third.experiment.method.latent.weight, third.experiment.seed, third.experiment.batch_size) == (1e-3, 1, 16)
+    assert str(third.folder) == "out/latent.weight-1e-3--seed-1" and third.experiment.name == "base latent.weight-1e-3--seed-1"
     assert len({child.folder for child in asked.children}) == 6
     assert sweep.plan(config, words).folder == Path("runs/base_sweep")
     nested = sweep.with_parent(third, "abc")
@@ -50,7 +50,7 @@ def test_sets_may_be_swept(config):
 
 def test_keys_that_end_alike_are_told_apart():
     label = sweep._label({"method.images": "1", "other.images": "2"})
-    assert label == "method_images-1--other_images-2"
+    assert label == "method.images-1--other.images-2"
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_keys_that_end_alike_are_told_apart():
         (["seed=1,2", "seed=3"], "seed stands twice"),
         (["seed"], "is not a setting"),
         (["seed=1,,2"], "a value is empty"),
-        (["method.lamda_max=1,2"], "did you mean method.lambda_max?"),
-        (["method.lambda_max=1e-3,0.001"], "are the same experiment"),
+        (["method.latent.wieght=1,2"], "did you mean method.latent.weight?"),
+        (["method.latent.weight=1e-3,0.001"], "are the same experiment"),
         (["run.log_images=1,2"], "are the same experiment"),
         (["data.threads=1,2"], "are the same experiment"),
         (["name=a,b"], "cannot be swept"),
@@ -96,24 +96,24 @@ def found(**metrics) -> Compared:
 
 
 def test_the_highest_accuracy_within_the_bound_of_no_lambda_is_chosen(config):
-    asked = sweep.plan(config, ["method.lambda_max=0,1e-3,1e-2,1e-1"])
+    asked = sweep.plan(config, ["method.latent.weight=0,1e-3,1e-2,1e-1"])
     runs = [
         found(mse=0.02, swap_accuracy=0.3),
         found(mse=0.01, swap_accuracy=0.5),
         found(mse=0.025, swap_accuracy=0.8, **{"swap_accuracy.Smiling": 0.8, "leak.Smiling": 0.7, "leak.Male": 0.9}),
         found(mse=0.0251, swap_accuracy=0.99),
     ]
-    assert sweep.bound(asked, runs)[0] == 0.025 and sweep.chosen(asked, runs).label == "lambda_max-1e-2"
+    assert sweep.bound(asked, runs)[0] == 0.025 and sweep.chosen(asked, runs).label == "latent.weight-1e-2"
     drawn = sweep.table(asked, runs, "valid")
-    assert drawn.header == ["lambda_max", "images", "MSE", "swap accuracy", "Smiling", "leak, mean"]
+    assert drawn.header == ["latent.weight", "images", "MSE", "swap accuracy", "Smiling", "leak, mean"]
     assert drawn.rows[2] == ["* 1e-2", "100", "0.02500", "0.800", "0.800", "0.800"]
     assert drawn.rows[3][0] == "1e-1" and "MSE of λ = 0 (0.02000)" in drawn.note
 
 
 def test_without_a_run_at_no_lambda_the_lowest_error_is_the_measure(config):
-    asked = sweep.plan(config, ["method.lambda_max=1e-4,1e-3,1e-2"])
+    asked = sweep.plan(config, ["method.latent.weight=1e-4,1e-3,1e-2"])
     runs = [None, found(mse=0.02, swap_accuracy=0.5), found(mse=0.026, swap_accuracy=0.9)]
-    assert sweep.chosen(asked, runs).label == "lambda_max-1e-3"
+    assert sweep.chosen(asked, runs).label == "latent.weight-1e-3"
     assert sweep.table(asked, runs, "valid").rows[0] == ["1e-4", "–", "–", "–"]
     assert sweep.chosen(asked, [None, None, None]) is None
     assert "None is chosen: no MSE is known" in sweep.table(asked, [None] * 3, "valid").note

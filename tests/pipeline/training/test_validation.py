@@ -112,8 +112,8 @@ def test_every_promised_name_is_one_that_looks_have(tmp_path):
 
 CONFIG = """
 name: tiny
-method: {name: fader, preset: small, init_channels: 4, max_channels: 8, hidden_channels: 8, num_layers: 3, images: 640,
-         lambda_max: 0.1, ramp_images: 200, ema_half_life: 100}
+method: {name: fader, preset: small, init_channels: 4, max_channels: 8, num_layers: 3, images: 640,
+         latent: {weight: 0.1, ramp_images: 200, hidden_channels: 8}, ema_half_life: 100}
 data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1}
 batch_size: 8
 judge: JUDGE
