@@ -102,6 +102,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def file_name(text: str) -> str:
+    """Any text, as an attribute's name, as the name of a file: other letters than those of words, - and . become _."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)
+
+
 def digest_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:

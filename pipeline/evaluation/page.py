@@ -26,7 +26,7 @@ from pipeline import tracking
 from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.measure import JudgedBy, decoded, evaluating
 from pipeline.evaluation.report import SLIDER_POSITIONS, Report, Score, Table, as_tables
-from pipeline.files import write_whole
+from pipeline.files import file_name, write_whole
 from pipeline.images import png_bytes, to_uint8
 from pipeline.loading.pillow import PillowLoader
 from pipeline.loading.plan import sequential
@@ -211,12 +211,8 @@ def _sweeps(model: Model, split: Split, device: torch.device, threads: int) -> l
             name = attribute.name if category is None else f"{attribute.name}.{attribute.value_name(value)}"
             positions = [f"{position:+g}" if position else "0" for position in SLIDER_POSITIONS]
             above = ["picture", "reconstruction", *positions]
-            found.append(Picture(f"sweep-{_file(name)}", name, _sheet(list(zip(*columns)), above, gaps=(2,))))
+            found.append(Picture(f"sweep-{file_name(name)}", name, _sheet(list(zip(*columns)), above, gaps=(2,))))
     return found
-
-
-def _file(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
 def _cases(
@@ -253,7 +249,7 @@ def _cases(
                 rows.append([case.after for case in kept])
             ends = f"{name}; lowest: {', '.join(case.key for case in kept[:3])}"
             gaps = (SIDE_BY_SIDE,) if len(kept) > SIDE_BY_SIDE else ()
-            found.append(Picture(f"cases-{_file(name)}", ends, _sheet(rows, above, gaps)))
+            found.append(Picture(f"cases-{file_name(name)}", ends, _sheet(rows, above, gaps)))
     return found
 
 

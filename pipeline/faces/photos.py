@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fader.similarity import Similarity
 from pipeline.faces.alignment import NO_FACE, Face, crop, find
-from pipeline.files import write_all
+from pipeline.files import file_name, write_all
 from pipeline.images import Preprocessing, decode, grid, png_bytes, preprocess, to_float, to_uint8
 from pipeline.models import Editing, Model, Slider
 
@@ -153,9 +153,9 @@ def edited(
                 made.add(f"{stem}-pasted", paste(cut, pixels_of(row[-1])))
     for name, steps in sweeps.items():
         rows = _rows(editing, images, labels, [[*sliders, step] for step in steps])
-        made.add(f"sweep-{name}", grid(rows))
+        made.add(f"sweep-{file_name(name)}", grid(rows))
         for stem, row in zip(stems, rows):
-            made.add(f"{stem}-{name}", grid(row[None]))
+            made.add(f"{stem}-{file_name(name)}", grid(row[None]))
     return made
 
 

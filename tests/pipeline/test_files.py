@@ -86,3 +86,9 @@ def test_files_are_all_written_or_none(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         files.write_all(tmp_path / "out", {"a": b"new", "b": b"new"})
     assert names(tmp_path) == ["a", "b", "out"] and (tmp_path / "out" / "a").read_bytes() == b"old"
+
+
+def test_any_name_of_an_attribute_makes_the_name_of_one_file():
+    assert [files.file_name(name) for name in ("hair/blond", "../a b", "Smiling", "größe-1.5")] == [
+        "hair_blond", ".._a_b", "Smiling", "größe-1.5",
+    ]  # fmt: skip
