@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,35 +15,66 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    out: Annotated[Path, typer.Argument(help="Folder of a finished shard set.")],
-    to: Annotated[Path | None, typer.Option(help="Folder for what it writes; OUT/inspect by default.")] = None,
+    out: Annotated[str, typer.Argument(help="Folder or address of a finished shard set.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Folder for what it writes; by default OUT/inspect, or inspect-OUT here where OUT is read-only."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="another one shows other records")] = 0,
     log: Annotated[str | None, typer.Option(help="MLflow experiment to log it to.", metavar="EXPERIMENT")] = None,
 ) -> None:
     """Counts, balance, co-occurrence, sizes, JPEG quality, duplicates and a contact sheet of a shard set."""
     from pipeline.data import inspection
+    from pipeline.data.shards import ShardSet
+    from pipeline.files import write_whole
 
-    to = to or out / "inspect"
-    found = inspection.inspect(out, seed=seed)
+    whole = ShardSet.open(out)
+    name = out.rstrip("/").rpartition("/")[2]
+    to = _writable(to) if to else _folder_for(whole.path, name, local=whole.remote is None)
+    found = inspection.inspect(whole, seed=seed)
+    write_whole(to / "inspect.txt", found.text + "\n", durable=False)
+    for picture, png in found.pictures.items():
+        write_whole(to / f"{picture}.png", png, durable=False)
     typer.echo(found.text)
-    to.mkdir(parents=True, exist_ok=True)
-    (to / "inspect.txt").write_text(found.text + "\n", encoding="utf-8")
-    for name, png in found.pictures.items():
-        (to / f"{name}.png").write_bytes(png)
     if log:
-        _log(found, to, log, out)
-    typer.echo(f"\nwrote {', '.join(f'{name}.png' for name in found.pictures)} and inspect.txt to {to}")
+        _log(found, to, log, name)
+    typer.echo(f"\nwrote {', '.join(f'{picture}.png' for picture in found.pictures)} and inspect.txt to {to}")
     typer.echo("next: write a config whose data.path is this folder (docs/data.md), then fader train CONFIG")
 
 
-def _log(found: Inspection, to: Path, experiment: str, out: Path) -> None:
+def _folder_for(whole: Path, name: str, local: bool) -> Path:
+    """The set's own folder `inspect`, or a folder here where the set cannot be written to."""
+    if local:
+        try:
+            return _writable(whole / "inspect")
+        except ValueError:
+            pass
+    return _writable(Path(f"inspect-{name}"))
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        ValueError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made: {error.strerror}; name another folder with --to") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to; name another folder with --to")
+    return folder
+
+
+def _log(found: Inspection, to: Path, experiment: str, name: str) -> None:
     from pipeline import tracking
 
-    tracker = tracking.open_tracker(True, to, experiment, f"inspect {out.name}", True)
+    tracker = tracking.open_tracker(True, to, experiment, f"inspect {name}", True)
     tracker.start()
     tracker.log(found.metrics, 0, 0)
-    for name, png in found.pictures.items():
-        tracker.picture(name, png, 0)
+    for picture, png in found.pictures.items():
+        tracker.picture(picture, png, 0)
     tracker.artifact(to / "inspect.txt")
     tracker.finish("FINISHED")
 

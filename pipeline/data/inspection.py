@@ -6,7 +6,6 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,17 +48,15 @@ class _Values:
     held: np.ndarray
 
 
-def inspect(path: Path | str, *, seed: int = 0) -> Inspection:
+def inspect(whole: ShardSet, *, seed: int = 0) -> Inspection:
     """Look through a finished shard set. Labels of all records are read, and the tables of at most 20,000 JPEGs.
 
     Args:
-        path: the set's folder.
         seed: which pictures the contact sheet shows.
 
     Raises:
-        ValueError: as `ShardSet.open`, or a picture on the contact sheet does not decode.
+        ValueError: a picture on the contact sheet does not decode.
     """
-    whole = ShardSet.open(path)
     splits = [whole.split(name) for name in SPLITS if whole.info["splits"][name]["records"]]
     values = {split.name: _values(split) for split in splits}
     together = _Values(values[splits[0].name].names, np.concatenate([values[s.name].held for s in splits]))

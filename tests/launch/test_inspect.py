@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from pipeline.data import inspection
 from pipeline.data.datasets import DATASETS
-from pipeline.data.shards import prepare
+from pipeline.data.shards import ShardSet, prepare
 from tests.commands import launch
 
 COUNT = 60
@@ -38,7 +39,7 @@ def planted(tmp_path_factory) -> Path:
 
 
 def test_counts_rarity_sizes_quality_and_duplicates_are_true(planted):
-    found = inspection.inspect(planted)
+    found = inspection.inspect(ShardSet.open(planted))
     text = found.text
     assert "table: 60 records" in text and "train 30 (50%), valid 15 (25%), test 15 (25%)" in text
     line = next(line for line in text.splitlines() if line.startswith("age > 0.5"))
@@ -50,7 +51,7 @@ def test_counts_rarity_sizes_quality_and_duplicates_are_true(planted):
     assert found.metrics["duplicates/across_splits"] == 1 and found.metrics["train/records"] == 30
     for name in ("attributes", "cooccurrence", "sizes", "contact"):
         assert min(Image.open(io.BytesIO(found.pictures[name])).size) > 100
-    assert inspection.inspect(planted).pictures["contact"] == found.pictures["contact"]
+    assert inspection.inspect(ShardSet.open(planted)).pictures["contact"] == found.pictures["contact"]
 
 
 def test_cooccurrence_is_conditional_and_leaves_out_the_unknown():
@@ -81,3 +82,20 @@ def test_the_command_writes_text_and_pictures_and_logs_them(planted, tmp_path):
         assert database.execute("select count(*) from metrics where key = 'train/records' and value = 30").fetchone()[0]
     wrong = launch("launch.inspect", tmp_path / "nowhere", code=2).stderr.strip()
     assert "is not there" in wrong and "\n" not in wrong
+
+
+def test_a_set_that_cannot_be_written_to_is_inspected_from_a_folder_here(planted, tmp_path):
+    """A file where the folder should stand refuses it as a read-only set does, also when root runs the test."""
+    copy = Path(shutil.copytree(planted, tmp_path / "set", ignore=shutil.ignore_patterns("inspect")))
+    (copy / "inspect").write_text("")
+    done = launch("launch.inspect", copy, cwd=tmp_path)
+    assert "wrote" in done.stdout and (tmp_path / "inspect-set/contact.png").is_file()
+    refused = launch("launch.inspect", copy, "--to", copy / "inspect/x", code=2).stderr.strip()
+    assert "name another folder with --to" in refused and "\n" not in refused
+
+
+def test_a_set_at_an_address_is_inspected(planted, tmp_path):
+    done = launch(
+        "launch.inspect", planted.as_uri(), "--to", tmp_path / "report", FADER_CACHE=tmp_path / "cache", cwd=tmp_path
+    )
+    assert "table: 60 records" in done.stdout and (tmp_path / "report/contact.png").is_file()
