@@ -91,7 +91,7 @@ class ShardSet:
         """Open a set; sizes of all files and the manifest's digest are checked, the tars are not read (`verify` does).
 
         Args:
-            path: a folder, or an address that fsspec knows.
+            path: a folder, which may begin with ~, or an address that fsspec knows.
 
         Raises:
             ValueError: not there, not finished, or damaged.
@@ -99,7 +99,7 @@ class ShardSet:
         """
         if is_remote(path):
             return _open_remote(Place(os.fspath(path)))
-        path = Path(path)
+        path = Path(path).expanduser()
         info = read_description(path)
         faults = [size_fault(path / shard["file"], shard["size"]) for shard in shards_of(info)]
         faults.append(size_fault(path / MANIFEST, info["manifest"]["size"]))

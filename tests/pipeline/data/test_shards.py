@@ -243,6 +243,11 @@ def test_an_absent_or_unfinished_set_does_not_open(tmp_path, finished):
             read(half)
 
 
+def test_a_path_may_begin_with_the_home_folder(finished, monkeypatch):
+    monkeypatch.setenv("HOME", str(finished.parent))
+    assert ShardSet.open("~/set").path == finished
+
+
 def test_unknown_and_empty_splits_are_refused(source, tmp_path, finished):
     with pytest.raises(ValueError, match="unknown split 'validation'"):
         ShardSet.open(finished).split("validation")
