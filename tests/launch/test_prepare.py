@@ -123,7 +123,7 @@ def test_a_second_prepare_into_the_same_folder_is_refused(source, unbroken, tmp_
 def test_a_finished_set_says_so_and_another_source_gets_one_line(source, unbroken, tmp_path):
     again = launch("launch.prepare", "celeba", source, unbroken, "--shard-records", 16)
     assert "is already complete; nothing to do" in again.stderr
-    other = write_celeba(tmp_path, 5)
+    other = write_celeba(tmp_path, 12)
     refused = launch("launch.prepare", "celeba", other, unbroken, code=2).stderr.strip().splitlines()
     assert len(refused) == 1 and "already holds a finished set of another source" in refused[0]
 

@@ -71,6 +71,8 @@ class Dataset:
             raise ValueError(
                 f"labels are {self.labels.shape}; {shape[0]} records with {shape[1]} attributes need {shape}"
             )
+        if len({*self.keys}) == len(self.keys) and {*self.splits} <= {*SPLITS} and all(map(_KEY.fullmatch, self.keys)):
+            return
         first: dict[str, int] = {}
         for row, (key, split) in enumerate(zip(self.keys, self.splits, strict=True)):
             if split not in SPLITS:

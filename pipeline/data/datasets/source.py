@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 RETRIES, FIRST_WAIT_SECONDS = 6, 0.5  # 15 seconds of pauses in all
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 """Extensions of what counts as a picture when a folder is listed."""
+_PART = 1 << 16
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
 """Names, in small letters, of what operating systems leave in folders."""
 
@@ -91,8 +92,7 @@ class Place:
         """
         if self.remote:
             return self._asked(lambda system, path: system.cat_file(path))
-        with open(self.address, "rb", buffering=0) as file:
-            return file.read()
+        return _read(self.address)
 
     def open(self) -> BinaryIO:
         """The file, to be read part by part.
@@ -246,7 +246,24 @@ class Reader:
     folder: Place
 
     def __call__(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        if self.folder.remote or is_remote(name) or name.startswith("~"):
+            return (self.folder / name).read_bytes()
+        return _read(os.path.join(self.folder.address, name))
+
+
+def _read(path: str) -> bytes:
+    """A local file; in half the time that `open` takes for a small one."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        data = os.read(handle, _PART)
+        if len(data) < _PART:
+            return data
+        parts = [data]
+        while part := os.read(handle, 1 << 20):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(handle)
 
 
 def unpacked(place: Place, head_size: int, size_of: Callable[[bytes], int]) -> BinaryIO:

@@ -58,7 +58,8 @@ class Rows:
         self.locations.append(location)
         self.places.append(place)
         self.splits.append(split if split is None else NAMES[split.lower()])
-        self.groups.append(None if is_unknown(group) else plain(group))
+        if self.grouped:
+            self.groups.append(None if is_unknown(group) else plain(group))
         for column, cell in zip(self.columns, cells, strict=True):
             column.add(cell)
         return True
@@ -77,13 +78,11 @@ class Rows:
         for row in sorted(bad):
             self.faults.add(self.keys[row], self.places[row], bad[row])
         rows = [row for row in range(len(self.keys)) if row not in bad]
-        keys, locations, places, given, groups = (
-            [part[row] for row in rows]
-            for part in (self.keys, self.locations, self.places, self.splits, self.groups)
+        keys, locations, places, given = (
+            [part[row] for row in rows] for part in (self.keys, self.locations, self.places, self.splits)
         )
-        splits, how = assign(
-            keys, given=None if None in given else given, groups=groups if self.grouped else None, shares=shares
-        )
+        groups = [self.groups[row] for row in rows] if self.grouped else None
+        splits, how = assign(keys, given=None if None in given else given, groups=groups, shares=shares)
         return Dataset(
             name=name,
             source={**source, "split": how},

@@ -89,6 +89,7 @@ def spread(
     total: int,
     progress: Progress,
     few: int = 50_000,
+    meanwhile: Callable[[], Any] = lambda: None,
 ) -> list[Result]:
     """`function` of every job, in the order of the jobs: in processes, or in threads where records are few.
 
@@ -101,6 +102,7 @@ def spread(
         total: records in all, for `progress`.
         few: fewer than these are few. A process takes as long to start as a thread takes for some 10,000 small pictures;
             0 where `function` holds the interpreter's lock.
+        meanwhile: what this thread does when the jobs have begun, before it waits for them.
 
     Raises:
         whatever `function` raises, and KeyboardInterrupt, after the other workers have stopped; OSError when one of
@@ -118,6 +120,7 @@ def spread(
     try:
         with _ignoring_interrupts():
             futures = [executor.submit(_call, function, job) for job in jobs]
+        meanwhile()
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)

@@ -9,9 +9,8 @@ dealt to shards by position in a fixed shuffle before anything is read, so that 
 While it is being written OUT/.prepare holds a lock, unfinished files and a note on each finished shard.
 """
 
-from pipeline.data.shards.parts import finish, write_part
+from pipeline.data.shards.preparing import finish, prepare, write_part
 from pipeline.data.shards.reading import ShardSet, Split, upload
 from pipeline.data.shards.verifying import Report, verify
-from pipeline.data.shards.writing import prepare
 
 __all__ = ["Report", "ShardSet", "Split", "finish", "prepare", "upload", "verify", "write_part"]

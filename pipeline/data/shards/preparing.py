@@ -1,0 +1,288 @@
+"""A shard set from a data set: by one command, or by tasks on several machines and a finisher.
+
+Every task reads the same source and deals the same records to the same shards; task I of N writes every N-th of them.
+OUT/.prepare holds a note on each finished shard, so whoever was killed goes on where it stopped. The finisher holds every
+shard against its note, names the tasks whose shards are missing, and writes what no task can know: the manifest and
+dataset.json. Every byte is the one that a single command writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.data.datasets import SPLITS, Dataset
+from pipeline.data.datasets.workers import Progress, silent, spread, tick
+from pipeline.data.shards.describing import describe_set
+from pipeline.data.shards.files import DESCRIPTION, FIXED_COLUMNS, FORMAT, ORIENTATION, WORK
+from pipeline.data.shards.reading import ShardSet
+from pipeline.data.shards.writing import ShardJob, Written, finished_shard, shard
+from pipeline.files import write_json, write_whole
+from pipeline.images import Check
+from pipeline.ownership import owned
+
+Result = TypeVar("Result")
+
+_MOST_NAMED = 3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a set is written.
+
+    shard_records: records a tar. workers: processes; None: one a core. skip_bad: leave out pictures that are missing or
+    cannot be decoded and list them in dataset.json. check: how each picture is proven to be sound; see `images.check`; the
+    set is the same. progress: called now and then with (records done, records in all).
+    """
+
+    shard_records: int = 4096
+    workers: int | None = None
+    skip_bad: bool = False
+    check: Check = "full"
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        if self.shard_records < 1 or (self.workers is not None and self.workers < 1):
+            raise ValueError(f"shard_records {self.shard_records} and workers {self.workers} must be at least 1")
+
+
+def prepare(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
+    """Write a shard set, or go on with one that was interrupted. Every byte is the same however often that happens.
+
+    Args:
+        dataset: the index of what to write.
+        out: a folder that is absent, empty, or holds an unfinished set of the same source.
+        settings: see `Settings`.
+
+    Returns:
+        The finished set; also when it was finished before.
+
+    Raises:
+        ValueError: the folder holds something else, another process is writing to it, or a picture is bad; the message
+            names file and line.
+    """
+
+    def write(jobs: list[ShardJob]) -> list[Written]:
+        for stale in (Path(out) / WORK).glob("*.part"):
+            stale.unlink()
+        return _each_shard(shard, jobs, how, partial(import_module, "pyarrow.parquet"))  # which takes a while
+
+    how = Settings(**settings)
+    return _complete(dataset, Path(out), how, write)
+
+
+def finish(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
+    """Make one set of what all tasks wrote.
+
+    Raises:
+        ValueError: as `prepare`; a task still runs; or one has not finished or has failed: it is named, with its
+            reason, and nothing is written.
+    """
+    out, how = Path(out), Settings(**settings)
+
+    def collect(jobs: list[ShardJob]) -> list[Written]:
+        results = _each_shard(_written_by_task, jobs, how)
+        _refuse_missing(out, jobs, [job for job, written in zip(jobs, results) if written is None])
+        return [written for written in results if written is not None]
+
+    if not (out / WORK).is_dir() and not (out / DESCRIPTION).is_file():
+        raise ValueError(f"{out} holds nothing that a task wrote; run the tasks first")
+    return _complete(dataset, out, how, collect)
+
+
+def write_part(dataset: Dataset, out: Path | str, task: int, tasks: int, **settings: Any) -> list[str]:
+    """Write the shards of one task, or those that an interrupted one left. Tasks may run at the same time.
+
+    Args:
+        task: which one, counted from 0.
+        tasks: how many there are; every task must be told the same.
+        settings: see `Settings`.
+
+    Returns:
+        The names of the task's shards.
+
+    Raises:
+        ValueError: as `prepare`; the task runs already; or others were told another number of tasks.
+    """
+    out, how = Path(out), Settings(**settings)
+    if not 0 <= task < tasks:
+        raise ValueError(f"task {task} of {tasks}: tasks are counted from 0 to {tasks - 1}")
+    source = _source_digest(dataset, how)
+    mine = _of_task(_jobs_of(dataset, out, how), task, tasks)
+    if (out / DESCRIPTION).is_file():
+        _finished_set(out, source)
+        return [job.name for job in mine]
+    _claim(out)
+    work, who = out / WORK, f"{out} as task {task} of {tasks}"
+    with owned(work / "lock", str(out), shared=True), owned(work / f"task-{task}.lock", who):
+        _finished_set(out, source)
+        _agree_on_tasks(out, tasks)
+        _failure(out, task).unlink(missing_ok=True)
+        for stale in (path for job in mine for path in work.glob(f"{job.name}*.part")):
+            stale.unlink()
+        try:
+            _each_shard(shard, mine, how)
+        except (OSError, ValueError) as error:
+            write_json(_failure(out, task), {"reason": str(error)}, work=work)
+            raise
+    return [job.name for job in mine]
+
+
+def _complete(dataset: Dataset, out: Path, how: Settings, write: Callable[[list[ShardJob]], list[Written]]) -> ShardSet:
+    """The finished set, which `write` gives the shards of unless it is finished already."""
+    source = _source_digest(dataset, how)
+    _claim(out)
+    with owned(out / WORK / "lock", str(out)):
+        finished = _finished_set(out, source)
+        if finished is None:
+            jobs = _jobs_of(dataset, out, how)
+            finished = describe_set(dataset, out, source, how.shard_records, jobs, write(jobs))
+        shutil.rmtree(out / WORK)
+    return finished
+
+
+def _each_shard(
+    function: Callable[[ShardJob], Result], jobs: list[ShardJob], how: Settings, meanwhile: Callable[[], Any] = lambda: None
+) -> list[Result]:
+    """`function` of every job, in the order of the jobs; large ones begin first, so that the last to end is small."""
+    order = sorted(range(len(jobs)), key=lambda k: -len(jobs[k].keys))
+    total = sum(len(job.keys) for job in jobs)
+    done = spread(function, [jobs[k] for k in order], how.workers, total, how.progress, meanwhile=meanwhile)
+    results = dict(zip(order, done))
+    return [results[k] for k in range(len(jobs))]
+
+
+def _jobs_of(dataset: Dataset, out: Path, how: Settings) -> list[ShardJob]:
+    """Records dealt to shards: inside each split in the order of a digest of their keys, which is a fixed shuffle."""
+    order = [hashlib.blake2b(key.encode(), digest_size=16).digest() for key in dataset.keys]
+    jobs = []
+    for split in SPLITS:
+        rows = sorted((row for row, s in enumerate(dataset.splits) if s == split), key=order.__getitem__)
+        for number, start in enumerate(range(0, len(rows), how.shard_records)):
+            part = rows[start : start + how.shard_records]
+            jobs.append(
+                ShardJob(
+                    out=out,
+                    name=f"{split}-{number:06d}.tar",
+                    names=[entry["name"] for entry in dataset.attribute_list],
+                    kinds=[entry["kind"] for entry in dataset.attribute_list],
+                    keys=[dataset.keys[row] for row in part],
+                    locations=[dataset.locations[row] for row in part],
+                    labels=dataset.labels[part],
+                    places=[dataset.places[row] for row in part],
+                    read=dataset.read,
+                    skip_bad=how.skip_bad,
+                    check=how.check,
+                )
+            )
+    return jobs
+
+
+def _source_digest(dataset: Dataset, how: Settings) -> str:
+    """What decides a set's bytes.
+
+    Raises:
+        ValueError: it cannot be written so.
+    """
+    if not len(dataset):
+        raise ValueError(f"{dataset.name}: not one record to write; is the source empty?")
+    reserved = [e["name"] for e in dataset.attribute_list if e["name"] in (*FIXED_COLUMNS, ORIENTATION)]
+    if reserved:
+        raise ValueError(f"attribute {reserved[0]!r} is called like a column of the manifest; rename it")
+    return hashlib.sha256(f"{FORMAT} {dataset.digest()} {how.shard_records}".encode()).hexdigest()
+
+
+def _claim(out: Path) -> None:
+    """Make the folder, or see that what lies in it is ours."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; a folder is needed")
+    ours = (out / WORK).is_dir() or (out / DESCRIPTION).is_file()
+    foreign = [] if ours or not out.exists() else [p.name for p in out.iterdir() if p.is_file()]
+    if foreign:
+        raise ValueError(f"{out} holds {foreign[0]} and no shard set; choose a folder that is absent or empty")
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+
+
+def _finished_set(out: Path, source: str) -> ShardSet | None:
+    """The finished set that lies in `out`, when it is of this source; None when there is none yet."""
+    started = out / WORK / "source"
+    other = "of another source or shard size; choose another folder, or remove it first"
+    if (out / DESCRIPTION).exists():
+        finished = ShardSet.open(out)
+        if finished.info.get("source_digest") != source:
+            shutil.rmtree(out / WORK, ignore_errors=True)
+            raise ValueError(f"{out} already holds a finished set {other}")
+        logger.info("%s is already complete; nothing to do", out)
+        return finished
+    if started.exists() and started.read_text() != source:
+        raise ValueError(f"{out} holds an unfinished set {other}")
+    if not started.exists():
+        write_whole(started, source)
+    return None
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def _of_task(jobs: list[ShardJob], task: int, tasks: int) -> list[ShardJob]:
+    return jobs[task::tasks]
+
+
+def _written_by_task(job: ShardJob) -> Written | None:
+    """What a task wrote; with bad records left out only where that is allowed."""
+    written = finished_shard(job, short=job.skip_bad)
+    for _ in job.keys:
+        tick()
+    return written
+
+
+def _failure(out: Path, task: int) -> Path:
+    return out / WORK / f"task-{task}.failed"
+
+
+def _agree_on_tasks(out: Path, tasks: int) -> None:
+    """Note the number of tasks, or hold it against the note."""
+    note = out / WORK / "tasks"
+    if not note.exists():
+        write_whole(note, str(tasks))
+    before = int(note.read_text())
+    if before != tasks:
+        raise ValueError(
+            f"{out} is being written by {before} tasks, not by {tasks}: give all of them the same number, "
+            "or remove the folder and start again"
+        )
+
+
+def _refuse_missing(out: Path, jobs: list[ShardJob], missing: list[ShardJob]) -> None:
+    """Raises ValueError that names the tasks whose shards are missing, when some are."""
+    if not missing:
+        return
+    note = out / WORK / "tasks"
+    if not note.is_file():
+        raise ValueError(f"{out} holds no shards of tasks; run the tasks first")
+    tasks, absent, faults = int(note.read_text()), {job.name for job in missing}, []
+    for task in range(tasks):
+        theirs = [job for job in _of_task(jobs, task, tasks) if job.name in absent]
+        names = [job.name for job in theirs]
+        if names:
+            failed, why = _failure(out, task), "did not finish"
+            if failed.is_file():
+                why = f"failed: {json.loads(failed.read_text())['reason']}"
+            elif any(job.note.is_file() for job in theirs):
+                why = "wrote shards that are damaged, or left bad records out, which --skip-bad must allow here too"
+            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+            faults.append(f"task {task} of {tasks} {why} ({', '.join(names[:_MOST_NAMED])}{more})")
+    raise ValueError(
+        f"{out} lacks {len(missing)} of {len(jobs)} shards: {'; '.join(faults)}; run those tasks again, "
+        "then the finisher"
+    )
