@@ -6,11 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from launch.output import failures, make_tolerant
+
+if TYPE_CHECKING:
+    from pipeline.evaluation import Table
 
 # Some versions of typer bring their own copy of click; this is the one that the installed typer raises.
 ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -47,6 +50,24 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
     for failure in failures():
         print(failure, file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def show(table: Table) -> None:
+    """Draw a table in the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Drawn
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)
+    drawn = Drawn(title=table.title, caption=table.note, box=box.SIMPLE_HEAD)
+    drawn.title_justify = drawn.caption_justify = "left"
+    for i, name in enumerate(table.header):
+        drawn.add_column(name, justify="left" if i == 0 else "right")
+    for row in table.rows:
+        drawn.add_row(*row)
+    console.print(drawn)
 
 
 def describe(error: BaseException) -> str:

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.command import main
-from launch.evaluate import show
+from launch.command import main, show
 from pipeline.files import write_whole
 
 
@@ -22,15 +21,15 @@ def compare(
     """Settings that differ, last losses and evaluated numbers, a column a run; a plot of MSE against swap accuracy."""
     from pipeline.evaluation import compare as comparison
 
-    found = [comparison.read(source, split) for source in runs]
-    for table in comparison.as_tables(found, split):
+    compared = [comparison.read(source, split) for source in runs]
+    for table in comparison.as_tables(compared, split):
         show(table)
-    for warning in comparison.warnings(found, split):
+    for warning in comparison.warnings(compared, split):
         typer.echo(f"note: {warning}")
     if json_file:
-        content = [run.to_dict() for run in found]
+        content = [run.to_dict() for run in compared]
         typer.echo(f"wrote {write_whole(json_file, json.dumps(content, indent=1, allow_nan=False))}")
-    png = comparison.plot(found, split)
+    png = comparison.plot(compared, split)
     if png is None:
         typer.echo("no plot: no run has both a reconstruction MSE and a swap accuracy")
         typer.echo(f"next: fader evaluate {' '.join(runs)}")

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+import logging
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import judges
-from launch.command import LARGEST_SEED, main
+from launch.command import LARGEST_SEED, main, show
 from launch.progress import progress_bar
+from launch.train import exit_code
 from pipeline.files import write_whole
 
 if TYPE_CHECKING:
     from pipeline.data.shards import ShardSet
     from pipeline.engine import Ranks
-    from pipeline.evaluation import Report, Table
+    from pipeline.evaluation import Report, Specification
     from pipeline.models import Model
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -41,7 +43,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
     tables: Annotated[
-        str, typer.Option(help="swap, fidelity, leak, distribution, cost: joined by commas")
+        str, typer.Option(help="swap, error, fidelity, leak, distribution, cost: joined by commas")
     ] = "swap,fidelity,leak,cost",
     checkpoint: Annotated[str, typer.Option(help="of runs: latest, best or images-N")] = "latest",
     raw: Annotated[bool, typer.Option("--raw", help="runs' weights as trained, not their moving averages")] = False,
@@ -60,48 +62,104 @@ def evaluate(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the tables here")] = None,
 ) -> None:
     """Swap accuracy by attribute and direction, fidelity, leak and cost, judged on images the model has not seen."""
-    from pipeline import models as registry
-    from pipeline.data.shards import ShardSet
-    from pipeline.engine import leave
-    from pipeline.evaluation import markdown
+    from pipeline.evaluation import Specification
 
-    if report_page:
-        _only_runs(models)
-    ranks = open_ranks(device)
-    loaded = [
-        registry.load(source, checkpoint=checkpoint, ema=not raw, own_judge=judge is None) for source in models
-    ]
-    path = data or data_path(loaded[0])
-    way = Way(
-        shards=ShardSet.open(path),
+    specification = Specification(
+        models=tuple(models),
+        checkpoint=checkpoint,
+        averaged=not raw,
+        judge=judge,
+        judge_images=judge_images,
+        data=data,
         split=split,
-        tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
-        ranks=ranks,
-        device=str(ranks.device) if device in ("auto", "cuda") else device,
         limit=limit,
+        tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
         inception=inception,
-        classes=tuple(tuple(names.split("+")) for names in classes.split(",")) if classes else None,
-        batch_size=batch_size,
-        threads=threads,
+        classes=tuple(tuple(names.split("+")) for names in classes.split(",")) if classes else (),
         seed=seed,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
     )
-    seer = _seer(loaded, judge, path, judge_images, way)
-    reports = [measure(model, seer, way) for model in loaded]
+    _evaluate(specification, report_page, json_file, markdown_file)
+
+
+def _evaluate(specification: Specification, page: bool, json_file: Path | None, markdown_file: Path | None) -> None:
+    """Measure every model, and show and write what was measured."""
+    from pipeline.engine import leave, open_ranks
+    from pipeline.evaluation import keeping, makes_pictures, markdown
+
+    if page:
+        keeping.check_runs(specification.models)
+    ranks = open_ranks(specification.device)
+    if specification.device in ("auto", "cuda"):
+        specification = dataclasses.replace(specification, device=str(ranks.device))
+    models = specification.load()
+    shards = specification.open(models[0])
+    judge = find_judge(models, shards, specification, ranks)
+    reports = [measure(model, judge, shards, specification, ranks) for model in models]
     leave()
     if not ranks.is_main:
         return
-    _show_all(reports)
-    written = [file for model, report in zip(loaded, reports) for file in keep(model, report, seer, way, report_page)]
+    show_reports(reports)
+    written = []
+    for model, report in zip(models, reports):
+        written += keep(model, report, judge, shards, specification, page)
     if json_file:
-        written.append(write_whole(json_file, _json(reports)))
+        written.append(write_whole(json_file, keeping.as_json(reports)))
     if markdown_file:
         written.append(write_whole(markdown_file, markdown(reports)))
     for file in written:
         typer.echo(f"wrote {file}")
-    typer.echo(_next(loaded))
+    slides = next((model for model in models if makes_pictures(model.method)), models[0])
+    typer.echo(f"next: {next_command(slides)}")
 
 
-def _show_all(reports: list[Report]) -> None:
+def find_judge(models: list[Model], shards: ShardSet, specification: Specification, ranks: Ranks) -> Model | None:
+    """Return the judge of the models, trained first where there is none; end the process where that is interrupted."""
+    from pipeline.training.interruption import Interrupted
+    from pipeline.training.judges import judge_of
+
+    try:
+        return judge_of(models, shards, specification, ranks)
+    except Interrupted as stopped:
+        log.info("%s; the same command goes on with it", stopped)
+        sys.exit(exit_code(stopped.reason.exit_code))
+
+
+def measure(model: Model, judge: Model | None, shards: ShardSet, specification: Specification, ranks: Ranks) -> Report:
+    """Return one model's report; the main rank says what it does and how far it is."""
+    from pipeline import evaluation
+
+    split = specification.split
+    if ranks.is_main:
+        judged = f", judged by {judge.source}" if judge is not None and evaluation.makes_pictures(model.method) else ""
+        count = specification.records(len(shards.split(split)))
+        typer.echo(f"evaluating {model.source} on {count:,} records of the {split} split of {shards.path}{judged}", err=True)
+    with progress_bar("records") as progress:
+        return evaluation.evaluate(model, judge, shards, specification, ranks, progress=progress)
+
+
+def keep(
+    model: Model, report: Report, judge: Model | None, shards: ShardSet, specification: Specification, page: bool = False
+) -> list[Path]:
+    """Write a run's report and page, add them to its MLflow run, and say so; return the files."""
+    from pipeline.evaluation import keeping
+
+    files = keeping.keep(model, report, specification)
+    if page:
+        typer.echo(f"drawing the report of {report.model}", err=True)
+        files.append(keeping.draw_page(model, report, judge, shards, specification))
+    added = keeping.track(model, report, files)
+    if added is not None and added.problem:
+        typer.echo(f"note: {report.model}: its numbers wait in its spool: {added.problem}")
+    elif added is not None:
+        typer.echo(f"added its numbers and files to MLflow run {added.run_id} in {added.uri}")
+    return files
+
+
+def show_reports(reports: list[Report]) -> None:
+    """Draw the tables and say every warning."""
     from pipeline.evaluation import as_tables
 
     for table in as_tables(reports):
@@ -111,208 +169,13 @@ def _show_all(reports: list[Report]) -> None:
             typer.echo(f"note: {report.model}: {warning}")
 
 
-@dataclass(frozen=True)
-class Way:
-    """How models are evaluated: what of which records, by whom, with what."""
+def next_command(model: Model) -> str:
+    """Return the command to try after an evaluation."""
+    from pipeline.evaluation import makes_pictures
 
-    shards: ShardSet
-    split: str
-    tables: tuple[str, ...]
-    ranks: Ranks
-    device: str = "cpu"
-    limit: int | None = None
-    inception: Path | None = None
-    classes: tuple[tuple[str, ...], ...] | None = None
-    batch_size: int = 64
-    threads: int = 2
-    seed: int = 0
-
-
-def measure(model: Model, judge: Model | None, way: Way) -> Report:
-    """One model's report, the same on every rank; all ranks call it together. The main rank says what it does."""
-    from pipeline import evaluation
-
-    records, ranks = way.shards.split(way.split), way.ranks
-    if ranks.is_main:
-        judged = f", judged by {judge.source}" if judge is not None and _slides(model) else ""
-        count = min(way.limit or len(records), len(records))
-        what = f"{count:,} records of the {way.split} split of {way.shards.path}"
-        typer.echo(f"evaluating {model.source} on {what}{judged}", err=True)
-    with progress_bar("records") as progress:
-        report = evaluation.evaluate(
-            model,
-            judge,
-            records,
-            batch_size=way.batch_size,
-            device=way.device,
-            limit=way.limit,
-            tables=way.tables,
-            reduce_sum=ranks.reduce_sum,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=way.seed,
-            probe_split=way.shards.split("train") if "leak" in way.tables and _slides(model) else None,
-            inception=way.inception,
-            classes=way.classes,
-            threads=way.threads,
-            progress=progress,
-        )
-    trained_on = model.card.get("data_digest")
-    if trained_on and trained_on != way.shards.digest:
-        digests = f"digest {trained_on[:12]}, here {way.shards.digest[:12]}"
-        report.warnings.append(f"it was trained on another data set ({digests})")
-    return report
-
-
-def keep(model: Model, report: Report, judge: Model | None, way: Way, page: bool = False) -> list[Path]:
-    """Write a run's report into its folder, with a page of its own where asked for, and add it to its MLflow run."""
-    from pipeline import evaluation
-    from pipeline.evaluation import USUAL_TABLES
-
-    if model.run is None:
-        return []
-    tables = way.tables if _slides(model) else USUAL_TABLES
-    name = f"evaluation-{report.split}{suffix(model.variant, tables, report.records, report.split_records)}"
-    files = [
-        write_whole(model.run / "report" / f"{name}.json", _json([report])),
-        write_whole(model.run / "report" / f"{name}.md", report.markdown()),
-    ]
-    if page:
-        typer.echo(f"drawing the report of {report.model}", err=True)
-        files.append(
-            evaluation.page.write(
-                report,
-                model,
-                judge if _slides(model) else None,
-                way.shards.split(way.split),
-                model.run / "report",
-                run=model.run,
-                device=way.device,
-                threads=way.threads,
-                batch_size=way.batch_size,
-                variant=model.variant,
-            )
-        )
-    if report.records == report.split_records and not model.variant.endswith("-raw"):
-        _track(model.run, report, files)
-    return files
-
-
-def suffix(variant: str, tables: Sequence[str], records: int, split_records: int) -> str:
-    """What sets a report's files apart from those of all usual tables of the whole split by the run's newest weights."""
-    from pipeline.evaluation import USUAL_TABLES
-
-    part = "" if set(USUAL_TABLES) <= set(tables) else "-" + "-".join(sorted(tables))
-    return variant + part + (f"-first-{records}" if records < split_records else "")
-
-
-def open_ranks(device: str) -> Ranks:
-    """The processes of this launch, on the device asked for.
-
-    Raises:
-        ValueError: there is no such device; one GPU for several ranks.
-    """
-    import torch
-
-    from pipeline.engine import Ranks
-
-    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
-        raise ValueError(f"device {device!r} is none of auto, cpu, cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: torch sees no GPU here; take --device cpu")
-    ranks = Ranks(cpu=device == "cpu")
-    if device.startswith("cuda:") and ranks.world_size > 1:
-        raise ValueError(f"device {device}: {ranks.world_size} ranks take a GPU each; say --device cuda")
-    return ranks
-
-
-def data_path(model: Model) -> Path:
-    """The shard set the model was trained on, as its config names it.
-
-    Raises:
-        ValueError: the config names none, or it is not here.
-    """
-    named = ((model.card.get("config") or {}).get("data") or {}).get("path")
-    if not named:
-        raise ValueError(f"{model.source} does not say which data it was trained on; name a shard set with --data")
-    if not Path(named).exists():
-        raise ValueError(f"{model.source} was trained on {named}, which is not here; name a shard set with --data")
-    return Path(named)
-
-
-def _slides(model: Model) -> bool:
-    """Whether it is a model to be judged; a judge alone gets a table of its own accuracy."""
-    from fader.method import Encodes
-
-    return isinstance(model.method, Encodes)
-
-
-def _seer(
-    models: list[Model], judge: str | None, data: Path, judge_images: int | None, way: Way
-) -> Model | None:
-    """The judge that the tables need, or that was named."""
-    from pipeline import models as registry
-
-    sliding = [model for model in models if _slides(model)]
-    if sliding and {"swap", "distribution"} & set(way.tables):
-        return judges.find(sliding, judge, data, judge_images, way.ranks)
-    return registry.load(judge) if sliding and judge else None
-
-
-def show(table: Table) -> None:
-    """Draw a table in the terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Drawn
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)
-    drawn = Drawn(title=table.title, caption=table.note, box=box.SIMPLE_HEAD)
-    drawn.title_justify = drawn.caption_justify = "left"
-    for i, name in enumerate(table.header):
-        drawn.add_column(name, justify="left" if i == 0 else "right")
-    for row in table.rows:
-        drawn.add_row(*row)
-    console.print(drawn)
-
-
-def _only_runs(models: list[str]) -> None:
-    """Raises ValueError unless every model is a run, into whose folder its report goes."""
-    from pipeline.models import parse_source
-
-    for source in models:
-        if not (parse_source(source)[0] / "config.yaml").is_file():
-            raise ValueError(f"--report writes into a run's folder, and {source} is none: name its run")
-
-
-def _track(run: Path, report: Report, files: list[Path]) -> None:
-    """Add numbers and files to the run's MLflow run; those of a part of a split would pass for the whole there."""
-    from pipeline import tracking
-
-    added = tracking.add(run, report.metrics(), report.images_seen or 0, files=files)
-    if added is None:
-        return
-    if added.problem:
-        typer.echo(f"note: {report.model}: its numbers wait in its spool: {added.problem}")
-    else:
-        typer.echo(f"added its numbers and files to MLflow run {added.run_id} in {added.uri}")
-
-
-def _json(reports: list[Report]) -> str:
-    """One report as an object, several as a list of them."""
-    content: list[dict[str, Any]] = [report.to_dict() for report in reports]
-    return json.dumps(content[0] if len(content) == 1 else content, indent=1, allow_nan=False) + "\n"
-
-
-def _next(models: list[Model]) -> str:
-    sliding = [model for model in models if _slides(model)]
-    if not sliding:
-        return f"next: fader train CONFIG judge={models[0].source}"
-    source, name = sliding[0].source, sliding[0].attributes.names[0]
-    if source.startswith("models:/"):
-        return f"next: fader edit PHOTO --model {source} --set {name}=1.5 --out DIR"
-    return f"next: fader register {source} --name NAME"
+    if model.source.startswith("models:/") or not makes_pictures(model.method):
+        return model.capabilities[0].next_command(model.source)
+    return f"fader register {model.source} --name NAME"
 
 
 if __name__ == "__main__":

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from launch import judges
-from launch.command import main
-from launch.evaluate import Way, keep, measure, open_ranks, show, suffix
-from launch.progress import watching_training
+from launch.command import main, show
+from launch.progress import progress_bar, watching_training
 from launch.train import exit_code
 from pipeline.files import write_whole
 
 if TYPE_CHECKING:
     from pipeline.engine import Ranks
+    from pipeline.evaluation import Specification
     from pipeline.evaluation.compare import Compared
+    from pipeline.training.interruption import Interrupted
     from pipeline.training.sweep import Child, Sweep
 
 
@@ -56,13 +55,15 @@ def sweep(
 
     Given again it goes on: children that are finished are skipped, one that was broken off is resumed.
     """
-    from pipeline.engine import leave
+    from pipeline.engine import leave, open_ranks
+    from pipeline.evaluation import Specification
     from pipeline.training import sweep as sweeps
 
     if checkpoint not in ("latest", "best"):
         raise ValueError(f"--checkpoint {checkpoint}: the children are compared by their latest or their best")
     asked = sweeps.plan(config[0], config[1:], folder)
-    asked_of = _Asked(split, limit, tuple(name.strip() for name in tables.split(",")), checkpoint, judge_images)
+    names = tuple(name.strip() for name in tables.split(","))
+    specification = Specification(split=split, limit=limit, tables=names, checkpoint=checkpoint, judge_images=judge_images)
     if child is not None and child >= len(asked.children):
         raise ValueError(f"--child {child}: this sweep has {len(asked.children)}, counted from 0")
     ranks = open_ranks("auto")
@@ -79,10 +80,10 @@ def sweep(
         for one in asked.children if child is None else (asked.children[child],):
             _train(one, parent, asked, ranks, failed)
             if one.label not in failed:
-                _evaluate(one, asked_of, ranks)
+                _evaluate(one, specification, ranks)
     leave()
     if ranks.is_main and child is None:
-        _conclude(asked, asked_of)
+        _conclude(asked, specification)
     if failed:
         typer.echo(f"error: {', '.join(failed)} did not finish (see above)", err=True)
         raise typer.Exit(1)
@@ -112,16 +113,6 @@ def _sbatch(words: list[str]) -> str:
     if done.returncode:
         raise ValueError(f"sbatch: {' '.join(done.stderr.split())}")
     return done.stdout.strip().partition(";")[0]
-
-
-class _Asked:
-    """How each child is evaluated."""
-
-    def __init__(
-        self, split: str, limit: int | None, tables: tuple[str, ...], checkpoint: str, judge_images: int | None
-    ) -> None:
-        self.split, self.limit, self.tables = split, limit, tables
-        self.checkpoint, self.judge_images = checkpoint, judge_images
 
 
 def _announce(asked: Sweep, ranks: Ranks) -> None:
@@ -169,10 +160,7 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed:
         with watching_training() as watch:
             train(with_parent(child, parent), child.folder, resume=began, watch=watch)
     except Interrupted as stopped:
-        if ranks.is_main:
-            typer.echo(f"{stopped}\nthe same command goes on with the sweep", err=True)
-        sys.stdout.flush()
-        sys.exit(exit_code(stopped.reason.exit_code))
+        _break_off(stopped, ranks)
     except FloatingPointError as error:
         failed.append(child.label)
         if ranks.is_main:
@@ -180,68 +168,50 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed:
     ranks.wait()  # the main rank has written its end
 
 
-def _evaluate(child: Child, asked: _Asked, ranks: Ranks) -> None:
-    """Evaluate a child, unless that was done for these weights."""
-    from pipeline import models
-    from pipeline.data.shards import ShardSet
-
-    data = Path(child.experiment.data.path)
-    shards = ShardSet.open(data)
-    model = models.load(child.folder, checkpoint=asked.checkpoint)
-    seer = judges.find([model], None, data, asked.judge_images, ranks)
-    split, path = shards.split(asked.split), _report(child, asked)
-    rests_on = {
-        "images_seen": model.card["images_seen"],
-        "judge": seer.source,
-        "split_digest": split.digest,
-        "records": min(asked.limit or len(split), len(split)),
-    }
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if all(known.get(key) == value for key, value in rests_on.items()):
-        if ranks.is_main:
-            typer.echo(f"{child.label}: evaluated already")
-        return
-    way = Way(shards, asked.split, asked.tables, ranks, str(ranks.device), asked.limit)
-    report = measure(model, seer, way)
+def _break_off(stopped: Interrupted, ranks: Ranks) -> NoReturn:
     if ranks.is_main:
-        keep(model, report, seer, way)
-    ranks.wait()
+        typer.echo(f"{stopped}\nthe same command goes on with the sweep", err=True)
+    sys.stdout.flush()
+    sys.exit(exit_code(stopped.reason.exit_code))
 
 
-def _report(child: Child, asked: _Asked) -> Path:
-    """Where the evaluation of a child lies."""
-    from pipeline import models
-    from pipeline.data.shards import ShardSet
+def _evaluate(child: Child, specification: Specification, ranks: Ranks) -> None:
+    """Evaluate a child, unless that was done for these weights."""
+    from pipeline.training.interruption import Interrupted
+    from pipeline.training.sweep import evaluate_child
 
-    split = ShardSet.open(child.experiment.data.path).split(asked.split)
-    records = min(asked.limit or len(split), len(split))
-    variant = models.variant_of(child.folder, asked.checkpoint)
-    return child.folder / "report" / f"evaluation-{asked.split}{suffix(variant, asked.tables, records, len(split))}.json"
+    try:
+        with progress_bar("records") as progress:
+            files = evaluate_child(child, specification, ranks, progress)
+    except Interrupted as stopped:
+        _break_off(stopped, ranks)
+    if ranks.is_main:
+        typer.echo("\n".join(f"wrote {file}" for file in files) if files else f"{child.label}: evaluated already")
 
 
-def _conclude(asked: Sweep, asked_of: _Asked) -> None:
+def _conclude(asked: Sweep, specification: Specification) -> None:
     """The table and the plot of what there is, on the terminal, in the sweep's folder and in its MLflow run."""
     from pipeline import evaluation, tracking
     from pipeline.evaluation import compare
     from pipeline.models import checkpoint
     from pipeline.training import sweep
 
-    found: list[Compared | None] = []
+    compared: list[Compared | None] = []
     for child in asked.children:
-        report = _report(child, asked_of) if checkpoint.latest(child.folder) else None
-        found.append(compare.read(str(child.folder), asked_of.split, report) if report else None)
-    runs = [run for run in found if run is not None]
-    table = sweep.table(asked, found, asked_of.split)
+        report = sweep.report_of(child, specification) if checkpoint.latest(child.folder) else None
+        compared.append(compare.read(str(child.folder), specification.split, report) if report else None)
+    runs = [run for run in compared if run is not None]
+    table = sweep.table(asked, compared, specification.split)
     show(table)
-    for warning in compare.warnings(runs, asked_of.split):
+    for warning in compare.warnings(runs, specification.split):
         typer.echo(f"note: {warning}")
-    files = [write_whole(asked.folder / "report" / f"sweep-{asked_of.split}.md", evaluation.as_markdown([table]))]
-    png = compare.plot(runs, asked_of.split)
+    files = [write_whole(asked.folder / "report" / f"sweep-{specification.split}.md", evaluation.as_markdown([table]))]
+    png = compare.plot(runs, specification.split)
     if png is not None:
-        files.append(write_whole(asked.folder / "report" / f"sweep-{asked_of.split}.png", png))
-    best = sweep.chosen(asked, found)
+        files.append(write_whole(asked.folder / "report" / f"sweep-{specification.split}.png", png))
+    best = sweep.chosen(asked, compared)
     metrics: dict[str, float] = {}
-    if best is not None and (numbers := found[best.number]) is not None:
+    if best is not None and (numbers := compared[best.number]) is not None:
         metrics = {f"chosen/{name}": value for name, value in numbers.metrics.items() if "_to_" not in name}
     tracking.add(asked.folder, metrics, 0, files=files)
     for file in files:

@@ -117,7 +117,7 @@ class RunConfig(BaseModel):
     evaluate_images: int = Field(0, ge=0, description="validation every so many images")
     evaluate_records: int = Field(1_000, ge=1, description="records of the validation split that it reads")
     evaluate_tables: tuple[str, ...] = Field(
-        (), description="whole tables for it (swap, fidelity, leak); none = swap accuracies and MSE, the quick ones"
+        (), description="whole tables for it (swap, fidelity, leak); none = table 1 and MSE, as far as there is a judge"
     )
     best: str = Field(
         "", description="metric of the checkpoint that is kept as the best; empty = swap_accuracy (no judge: mse)"

@@ -177,7 +177,7 @@ def bootstrap_means(values: Tensor, counted: Tensor, *, seed: int, resamples: in
     Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     num_records, num_columns = values.shape
-    if not num_records:
+    if not num_records or not resamples:
         return torch.full((resamples, num_columns), math.nan, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     counted = counted.double().cpu()

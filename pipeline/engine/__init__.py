@@ -22,7 +22,7 @@ in the environment and starts DeepSpeed itself, because Accelerate's own way tak
 
 from pipeline.engine.engine import Engine
 from pipeline.engine.groups import LossScale
-from pipeline.engine.ranks import Ranks, leave
+from pipeline.engine.ranks import Ranks, leave, open_ranks
 from pipeline.engine.state import State
 
-__all__ = ["Engine", "LossScale", "Ranks", "State", "leave"]
+__all__ = ["Engine", "LossScale", "Ranks", "State", "leave", "open_ranks"]

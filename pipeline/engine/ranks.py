@@ -129,6 +129,22 @@ class Ranks:
         self.accelerator.wait_for_everyone()
 
 
+def open_ranks(device: str) -> Ranks:
+    """The processes of this launch, on the device asked for: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ValueError: there is no such device; one GPU for several ranks.
+    """
+    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+        raise ValueError(f"device {device!r} is none of auto, cpu, cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch sees no GPU here; take --device cpu")
+    ranks = Ranks(cpu=device == "cpu")
+    if device.startswith("cuda:") and ranks.world_size > 1:
+        raise ValueError(f"device {device}: {ranks.world_size} ranks take a GPU each; say --device cuda")
+    return ranks
+
+
 def leave() -> None:
     """Leave the process group, if there is one; after it this process cannot reach other ranks.
 

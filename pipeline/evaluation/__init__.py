@@ -1,21 +1,33 @@
-"""Does it slide? `evaluate` gives the tables over a split, `quick` a few numbers for the training loop."""
+"""Does it slide? `evaluate` measures a model to a `Specification`; training's validation is the same pass, shorter.
 
-from pipeline.evaluation import page
-from pipeline.evaluation.evaluator import TABLES, USUAL_TABLES, evaluate
-from pipeline.evaluation.judges import check_judge
-from pipeline.evaluation.measure import quick
-from pipeline.evaluation.report import Report, Table, as_markdown, as_tables, markdown
+    specification  what is asked for: which models, records, judge and tables
+    records        the records of a split, dealt to the processes that evaluate together
+    measure        the pass over them: what tables need of each record
+    evaluator      one model over one split
+    tables, distribution, probe, cost      the numbers of each table
+    report         what was measured, and what its numbers are called
+    presentation   reports as tables for people
+    page, pictures, plots                  a report as a page
+    keeping        a report in its run's folder and in MLflow
+    compare        runs side by side
+"""
+
+from pipeline.evaluation.evaluator import evaluate, quantities
+from pipeline.evaluation.measure import makes_pictures
+from pipeline.evaluation.presentation import Table, as_markdown, as_tables, markdown
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.specification import TABLES, USUAL_TABLES, Specification
 
 __all__ = [
     "TABLES",
     "USUAL_TABLES",
     "Report",
+    "Specification",
     "Table",
     "as_markdown",
     "as_tables",
-    "check_judge",
     "evaluate",
+    "makes_pictures",
     "markdown",
-    "page",
-    "quick",
+    "quantities",
 ]

@@ -1,4 +1,4 @@
-"""Runs side by side: the settings in which they differ, their last losses, what their evaluations found, and a plot."""
+"""Runs side by side: the settings in which they differ, their last losses, what their evaluations measured, and a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config, models, tracking
-from pipeline.evaluation.report import Table
+from pipeline.evaluation.presentation import Table
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _PLACES = ("name", "run.", "tracking.")  # what differs between any two runs and decides nothing
@@ -80,9 +80,9 @@ def _from_folder(source: str, run: Path, split: str, path: Path) -> Compared:
 
 
 def _from_mlflow(run_id: str, split: str) -> Compared:
-    found = tracking.stored(run_id)
-    losses = {name: value for name, value in found.metrics.items() if not name.startswith(("test/", "system/"))}
-    return Compared(f"{found.name} ({run_id[:8]})", found.params, losses, _of_split(found.metrics, split))
+    stored = tracking.stored(run_id)
+    losses = {name: value for name, value in stored.metrics.items() if not name.startswith(("test/", "system/"))}
+    return Compared(f"{stored.name} ({run_id[:8]})", stored.params, losses, _of_split(stored.metrics, split))
 
 
 def _of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
@@ -92,11 +92,11 @@ def _of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
 def warnings(runs: Sequence[Compared], split: str) -> list[str]:
     """Why numbers that stand side by side may not be compared."""
     without = [run.name for run in runs if not run.metrics]
-    found = [f"{name} was not evaluated on the {split} split: run 'fader evaluate'" for name in without]
+    words = [f"{name} was not evaluated on the {split} split: run 'fader evaluate'" for name in without]
     for key, what in (("judge", "judges"), ("split_digest", "records"), ("records", "numbers of records")):
         if len({run.rests_on[key] for run in runs if key in run.rests_on}) > 1:
-            found.append(f"the evaluations rest on different {what}: their numbers are not comparable")
-    return found
+            words.append(f"the evaluations rest on different {what}: their numbers are not comparable")
+    return words
 
 
 def as_tables(runs: Sequence[Compared], split: str = "test") -> list[Table]:
@@ -111,12 +111,12 @@ def as_tables(runs: Sequence[Compared], split: str = "test") -> list[Table]:
     metrics = sorted(_named(runs, lambda run: run.metrics), key=_place)
     metric_rows = [[name, *(_number(run.metrics.get(name)) for run in runs)] for name in metrics]
     seen = [["images_seen", *("–" if run.images_seen is None else f"{run.images_seen:,}" for run in runs)]]
-    found = [
+    tables = [
         Table("Settings that differ", header, settings, "" if settings else "None, names and places apart."),
         Table("Last logged", header, loss_rows, "" if loss_rows else "None: these runs were not tracked."),
         Table(f"Evaluated on the {split} split", header, [*seen, *metric_rows] if metric_rows else [], ""),
     ]
-    return [table for table in found if table.rows or table.note]
+    return [table for table in tables if table.rows or table.note]
 
 
 def names(runs: Sequence[Compared]) -> list[str]:

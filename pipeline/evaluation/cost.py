@@ -3,46 +3,51 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fader.method import Method
+from pipeline.models import editor, sampler
 
 if TYPE_CHECKING:
     from pipeline.models import Model
 
 
 def cost_of(model: Model, device: torch.device, batch_size: int, seconds: float = 0.5) -> dict[str, Any]:
-    """Parameters of each network, floating-point operations of one image, images a second."""
-    method: Any = model.method
-    parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in method.networks.items()}
+    """Return parameters of each network, and of each verb floating-point operations of one image and images a second."""
+    method = model.method
     cost: dict[str, Any] = {
-        "parameters": parameters,
+        "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in method.networks.items()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,
     }
-    size = model.preprocessing.image_size
-    shape = (model.preprocessing.channels, size, size)
     with torch.inference_mode():
-        labels = torch.zeros(batch_size, len(model.attributes), device=device)
-        images = torch.zeros(batch_size, *shape, device=device)
-        code = model.attributes.code(labels)
-        latent = method.encode(images, labels)
-        single = method.encode(images[:1], labels[:1])
-        calls = {
-            "encode": (partial(method.encode, images[:1], labels[:1]), partial(method.encode, images, labels)),
-            "decode": (partial(method.decode, single, code[:1]), partial(method.decode, latent, code)),
-        }
-        for name, (one, all_) in calls.items():
-            cost[f"{name}_flops"] = _flops(one)
-            cost[f"{name}_images_per_second"] = batch_size / _duration(all_, device, seconds)
+        one, many = (dict(_calls(method, records, device)) for records in (1, batch_size))
+        for verb in one:
+            cost[f"{verb}_flops"] = _flops(one[verb])
+            cost[f"{verb}_images_per_second"] = batch_size / _duration(many[verb], device, seconds)
     return cost
 
 
+def _calls(method: Method, records: int, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield what a method does to so many blank records, by the verb."""
+    labels = torch.zeros(records, len(method.attributes), device=device)
+    code, edits, samples = method.attributes.code(labels), editor(method), sampler(method)
+    if edits is not None:
+        images = torch.zeros(records, method.channels, method.image_size, method.image_size, device=device)
+        latent = edits.encode(images, labels)
+        yield "encode", partial(edits.encode, images, labels)
+        yield "decode", partial(edits.decode, latent, code)
+    if samples is not None:
+        yield "sample", partial(samples.sample, torch.zeros(records, samples.noise_width, device=device), code)
+
+
 def _flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of convolutions and matrix products; a multiply and an add are two."""
+    """Count the floating-point operations of convolutions and matrix products; a multiply and an add are two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -51,7 +56,7 @@ def _flops(call: Callable[[], Any]) -> int:
 
 
 def _duration(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds a call takes: the mean over as many as fit in `seconds`, after one to warm up."""
+    """Return the seconds that a call takes: the mean over as many as fit in `seconds`, after one to warm up."""
 
     def clock() -> float:
         if device.type == "cuda":

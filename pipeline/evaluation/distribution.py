@@ -53,11 +53,11 @@ def inception_features(file: Path, device: torch.device) -> Features:
 
     def extract(images: Tensor) -> Tensor:
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        found = network(pixels, **keywords)
-        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        features = network(pixels, **keywords)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"{file} gives {shape} for {len(images)} images; features must be [N, F]")
-        return found.float()
+        return features.float()
 
     return Features(f"{file.name} (sha256 {digest[:12]}), images rounded to uint8, resized by the network", extract)
 
@@ -77,7 +77,7 @@ def judge_features(judge: Model) -> Features:
     def extract(images: Tensor) -> Tensor:
         hook = linear[-1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
-            judge.method.judge(images)  # type: ignore[attr-defined]
+            judge.judging.probabilities(images)
         finally:
             hook.remove()
         return read.pop().flatten(1).float()
@@ -128,12 +128,14 @@ class Classes:
         return joint
 
 
-def class_definitions(attributes: Attributes, given: Sequence[Sequence[str]] | None) -> tuple[Classes, ...]:
-    found = []
-    for names in given or [(name,) for name in attributes.names]:
-        columns = tuple(attributes.index(name) for name in names)
-        found.append(Classes(columns, attributes.select(names)))
-    return tuple(found)
+def class_definitions(attributes: Attributes, given: Sequence[Sequence[str]]) -> tuple[Classes, ...]:
+    """Return the definitions that are given by names, or one for each attribute alone.
+
+    Raises:
+        ValueError: an unknown attribute.
+    """
+    names = given or [(name,) for name in attributes.names]
+    return tuple(Classes(tuple(map(attributes.index, own)), attributes.select(own)) for own in names)
 
 
 def distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], seed: int) -> list[Distance]:
@@ -147,7 +149,9 @@ def distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], s
         return Distance(images, attribute, to, len(made), len(real), fid, *kid)
 
     real = rows["features/real"]
-    found = [distance("reconstruction", None, None, rows["features/reconstruction"], real)]
+    result = []
+    if "features/reconstruction" in rows:
+        result.append(distance("reconstruction", None, None, rows["features/reconstruction"], real))
     for j, attribute in enumerate(attributes):
         label = attribute.hard(labels[:, j])
         for value in attribute.values:
@@ -156,17 +160,17 @@ def distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], s
                 start = (value - step) % attribute.k
                 parts.append(rows[f"features/{attribute.name}/{step}"][label == start])
             made, held = torch.cat(parts), real[label == value]
-            found.append(distance("swap", attribute.name, attribute.value_name(value), made, held))
+            result.append(distance("swap", attribute.name, attribute.value_name(value), made, held))
     if "features/sample" in rows:
-        found.append(distance("sample", None, None, rows["features/sample"], real))
-    return found
+        result.append(distance("sample", None, None, rows["features/sample"], real))
+    return result
 
 
 def conditional(
     attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], classes: Sequence[Classes]
 ) -> list[Conditional]:
     """IS, BCIS, WCIS, BCFID and WCFID for each definition of class."""
-    slices, found = attributes.code_slices(), []
+    slices, result = attributes.code_slices(), []
     for definition in classes:
         own = definition.of(labels)
         known = own >= 0
@@ -190,5 +194,5 @@ def conditional(
             if images != "real" and both:
                 fid = metrics.conditional_frechet([real[own == c] for c in both], [made[asked == c] for c in both])
             scores = metrics.inception_scores(definition.probabilities(judged, slices), asked)
-            found.append(Conditional(images, definition.names, len(both), len(made), *scores, *fid))
-    return found
+            result.append(Conditional(images, definition.names, len(both), len(made), *scores, *fid))
+    return result

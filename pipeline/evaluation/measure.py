@@ -1,8 +1,8 @@
-"""One pass over records: encode once, decode as often as the tables ask, keep by row what the judge says of each."""
+"""One pass over the records of a split: each is encoded once, decoded as often as the tables need, and kept by its row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fader.attributes import Attributes
-from fader.method import Batch, Encodes, Method, ReduceSum, Samples, identity
+from fader.method import Batch, Method, ReduceSum
 from pipeline import metrics
 from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.report import SLIDER_POSITIONS
+from pipeline.models import Reader, editor, sampler
 
 if TYPE_CHECKING:
     from pipeline.evaluation.distribution import Classes, Features
@@ -22,28 +22,27 @@ if TYPE_CHECKING:
 
 SLIDER_RECORDS = 256
 PROBE_RECORDS = 4000
+_DECODING = {"swap", "error", "fidelity", "distribution"}  # tables that look at decoded pictures
 
 
-def decoded(method: Method, latent: Any, code: Tensor) -> Tensor:
-    """Images as a person would see them: float32, within [-1, 1]."""
-    return method.decode(latent, code).float().clamp(-1, 1)  # type: ignore[attr-defined]
+def makes_pictures(method: Method) -> bool:
+    """Whether a method edits or samples; its pictures are judged. Without that it can only be a judge itself."""
+    return editor(method) is not None or sampler(method) is not None
 
 
-class JudgedBy:
-    """A judge's probabilities and judged values, for all that it knows, found by name."""
+def pictures(method: Method, batch: Batch) -> tuple[Callable[[Tensor], Tensor], Any]:
+    """Return the function from codes [N, code_width] to pictures, float32 in [-1, 1]; and the latent behind it, if any.
 
-    def __init__(self, method: Method) -> None:
-        self.method, self.attributes = method, method.attributes
-
-    def probabilities(self, images: Tensor) -> list[Tensor]:
-        """One [N, k] block an attribute."""
-        logits = self.method.judge(images)  # type: ignore[attr-defined]
-        head = "softmax" if logits.shape[1] == self.attributes.logits_width("softmax") else "sigmoid"
-        return self.attributes.probabilities(logits, head)
-
-    def columns(self, attributes: Attributes) -> list[int]:
-        """Where the judge has these attributes."""
-        return [self.attributes.index(name) for name in attributes.names]
+    They are edits of the batch's photos, each encoded once; of a method that only samples they are of noise that each
+    record draws once.
+    """
+    edits, samples = editor(method), sampler(method)
+    if edits is not None:
+        latent = edits.encode(batch.images, batch.attributes)
+        return lambda code: edits.decode(latent, code).float().clamp(-1, 1), latent
+    assert samples is not None
+    noise = batch.draws.normal("sample", (samples.noise_width,))
+    return lambda code: samples.sample(noise, code).float().clamp(-1, 1), None
 
 
 def flat_latent(latent: Any) -> Tensor:
@@ -74,7 +73,7 @@ def _tensors(latent: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def evaluating(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Every module in eval mode, and afterwards each as it was."""
+    """Put every module into eval mode, and afterwards each back as it was."""
     before = [(module, module.training) for network in networks for module in network.modules()]
     for module, _ in before:
         module.training = False
@@ -85,257 +84,194 @@ def evaluating(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
             module.training = training
 
 
-class Pass:
-    """Per-record results, filled in by row; rows of other ranks stay 0, so that a sum over ranks gathers them.
+class Rows:
+    """Results by name, one row a record of the split. Each rank fills in its own; a sum over ranks gathers them.
 
-    All results are allocated beforehand: a rank that happens to have no batch still takes part in every sum.
+    All are allocated beforehand, because a rank that has no batch still takes part in every sum.
     """
+
+    def __init__(self, records: int, device: torch.device) -> None:
+        self.records, self.device = records, device
+        self.results: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # over records, which have no row of their own here
+        self.allocate("measured", ())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.results
+
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, most: int | None = None) -> None:
+        """Make room for a result of this shape of each record, or of the first `most` records."""
+        records = min(self.records, most) if most else self.records
+        self.results[name] = torch.zeros((records, *shape), dtype=dtype, device=self.device)
+
+    def put(self, name: str, index: Tensor, values: Tensor) -> None:
+        """values [N, ...] become the rows `index` of a result; rows beyond its last are not wanted."""
+        rows = self.results[name]
+        wanted = index < len(rows)
+        rows[index[wanted]] = values[wanted].to(rows.dtype)
+
+    def gathered(self, reduce_sum: ReduceSum) -> tuple[dict[str, Tensor], Tensor]:
+        """Return all results on the CPU, the same on every rank, of the records that were measured; and which were.
+
+        A record that does not decode is not measured, and another stands in for it, which then may be measured twice.
+        """
+        results = {name: reduce_sum(rows).cpu() for name, rows in sorted(self.results.items())}
+        times = results.pop("measured")
+        if not bool((times == 1).all()):
+            for name, rows in results.items():
+                own = times[: len(rows)]
+                results[name] = rows[own > 0] / own[own > 0].reshape(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
+        return results | {name: reduce_sum(total).cpu() for name, total in sorted(self.sums.items())}, times > 0
+
+
+class Pass:
+    """What one model's pictures are like, record by record, as a judge and pure measures see them."""
 
     def __init__(
         self, model: Model, judge: Model | None, device: torch.device, tables: Sequence[str], records: int
     ) -> None:
         self.method, self.attributes, self.device = model.method, model.attributes, device
-        self.encodes, self.tables = isinstance(model.method, Encodes), tables
-        self.judge = JudgedBy(judge.method) if judge else None
-        self.columns = self.judge.columns(model.attributes) if self.judge else []
-        self.kept: dict[str, Tensor] = {}
+        self.editor, self.tables = editor(model.method), set(tables)
+        self.reader = Reader(judge, model.attributes) if judge else None
+        self.own = "reconstruction" if self.editor else "sample"  # what a picture of a record's own labels is
         self.features: Features | None = None
         self.classes: tuple[Classes, ...] = ()
-        self.records = records
-        self._preallocate(model, records)
+        self.rows = Rows(records, device)
+        self._allocate(model.preprocessing.image_size)
+
+    def _allocate(self, size: int) -> None:
+        width, rows, method = len(self.attributes), self.rows, self.method
+        if self.reader:
+            for name in ("real", "real_present", "real_confidence"):
+                rows.allocate(name, (width,))
+        if not makes_pictures(method):
+            return
+        if self.editor and "leak" in self.tables:
+            with torch.inference_mode():
+                image = torch.zeros(1, method.channels, size, size, device=self.device)
+                latent = self.editor.encode(image, torch.zeros(1, width, device=self.device))
+            rows.allocate("latent", flat_latent(latent).shape[1:], torch.float32, PROBE_RECORDS)
+        if self.editor and self.tables & {"error", "fidelity"}:
+            rows.allocate("mse", ())
+        if self.editor and "fidelity" in self.tables:
+            for name, smallest in (("ssim", metrics.SSIM_FROM), ("ms_ssim", metrics.MS_SSIM_FROM)):
+                if size >= smallest:
+                    rows.allocate(name, ())
+        if self.reader and self.tables & _DECODING - {"error"}:
+            rows.allocate(self.own, (width,))
+            rows.allocate("swap", (sum(attribute.k - 1 for attribute in self.attributes),))
+        if self.reader and "fidelity" in self.tables:
+            zeros = torch.zeros(width, len(self.reader.judged), 2, dtype=torch.float64, device=self.device)
+            rows.sums |= {"preserved": zeros, "preserved_counts": zeros[:, 0, 0].clone()}
+            sliders = len(list(slider_values(self.attributes)))
+            rows.allocate("response", (sliders, len(SLIDER_POSITIONS)), most=SLIDER_RECORDS)
+
+    # --- features, for the distribution table ---------------------------------------------------------------------
 
     def describe_with(self, features: Features, classes: Sequence[Classes]) -> None:
         """Keep features and judged probabilities of real images, reconstructions, swaps and samples."""
-        assert self.judge
         self.features, self.classes = features, tuple(classes)
         size = self.method.image_size
         with torch.inference_mode():
             width = features(torch.zeros(1, self.method.channels, size, size, device=self.device)).shape[1]
         for name in self._described():
-            self.allocate(f"features/{name}", (self.records, width), torch.float32)
-            self.allocate(f"probabilities/{name}", (self.records, self.attributes.code_width), torch.float32)
+            self.rows.allocate(f"features/{name}", (width,), torch.float32)
+            self.rows.allocate(f"probabilities/{name}", (self.attributes.code_width,), torch.float32)
         for definition in self.classes:
             if len(definition.columns) > 1:
-                self.allocate(f"classes/{definition.name}", (self.records,))
+                self.rows.allocate(f"classes/{definition.name}", ())
 
     def _described(self) -> list[str]:
         steps = [f"{attribute.name}/{step}" for attribute in self.attributes for step in range(1, attribute.k)]
         joint = [definition.name for definition in self.classes if len(definition.columns) > 1]
-        samples = ["sample"] if isinstance(self.method, Samples) else []
-        return ["real", "reconstruction", *steps, *joint, *samples]
+        samples = ["sample"] if sampler(self.method) else []
+        return list(dict.fromkeys(["real", self.own, *steps, *joint, *samples]))
 
     def _describe(self, name: str, index: Tensor, images: Tensor, judged: Sequence[Tensor] | None = None) -> None:
         if self.features is None:
             return
-        assert self.judge
-        judged = self.judge.probabilities(images) if judged is None else judged
-        self.put(f"features/{name}", index, self.features(images))
-        self.put(f"probabilities/{name}", index, torch.cat([judged[c] for c in self.columns], 1))
+        assert self.reader
+        blocks = self.reader.own(self.reader.probabilities(images) if judged is None else judged)
+        self.rows.put(f"features/{name}", index, self.features(images))
+        self.rows.put(f"probabilities/{name}", index, torch.cat(blocks, 1))
 
-    def _preallocate(self, model: Model, records: int) -> None:
-        width = len(self.attributes)
-        if self.judge:
-            self.allocate("real", (records, width))
-            self.allocate("real_present", (records, width))
-            self.allocate("real_confidence", (records, width))
-        if not self.encodes:
-            return
-        size = model.preprocessing.image_size
-        if "leak" in self.tables:
-            with torch.inference_mode():
-                image = torch.zeros(1, model.preprocessing.channels, size, size, device=self.device)
-                labels = torch.zeros(1, width, device=self.device)
-                latent = self.method.encode(image, labels)  # type: ignore[attr-defined]
-            self.allocate("latent", (min(records, PROBE_RECORDS), flat_latent(latent).shape[1]), torch.float32)
-        if "fidelity" in self.tables:
-            for name, smallest in (("mse", 1), ("ssim", metrics.SSIM_FROM), ("ms_ssim", metrics.MS_SSIM_FROM)):
-                if size >= smallest:
-                    self.allocate(name, (records,))
-        if self.judge and {"swap", "fidelity", "distribution"} & set(self.tables):
-            self.allocate("reconstruction", (records, width))
-            self.allocate("swap", (records, sum(attribute.k - 1 for attribute in self.attributes)))
-        if self.judge and "fidelity" in self.tables:
-            self.allocate("preserved", (width, len(self.judge.attributes), 2))
-            self.allocate("preserved_counts", (width,))
-            sliders = len(list(slider_values(self.attributes)))
-            self.allocate("response", (min(records, SLIDER_RECORDS), sliders, len(SLIDER_POSITIONS)))
-
-    def allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> None:
-        self.kept[name] = torch.zeros(shape, dtype=dtype, device=self.device)
-
-    def put(self, name: str, index: Tensor, values: Tensor) -> None:
-        """values [N, ...] become the rows `index` of a result; rows beyond its last are not wanted."""
-        wanted = index < len(self.kept[name])
-        self.kept[name][index[wanted]] = values[wanted].to(self.kept[name].dtype)
-
-    def gathered(self, reduce_sum: ReduceSum) -> dict[str, Tensor]:
-        """All records' results, on the CPU, on every rank."""
-        return {name: reduce_sum(values).cpu() for name, values in sorted(self.kept.items())}
-
-    def measure(self, batch: Batch) -> None:
-        """Encode once, decode as often as the tables need, and keep what was seen."""
-        method, attributes = self.method, self.attributes
-        images, labels, index = batch.images, batch.attributes, batch.index
-        assert images is not None
-        if self.judge:
-            real = self.judge.probabilities(images)
-            self.put("real", index, torch.stack([real[c].argmax(1) for c in self.columns], 1))
-            self.put("real_present", index, torch.stack([real[c][:, 1] for c in self.columns], 1))
-            self.put("real_confidence", index, torch.stack([real[c].amax(1) for c in self.columns], 1))
-        if not self.encodes:
-            return
-        latent = method.encode(images, labels)  # type: ignore[attr-defined]
-        if "latent" in self.kept:
-            self.put("latent", index, flat_latent(latent))
-        if not {"swap", "fidelity", "distribution"} & set(self.tables):
-            return
-        code = attributes.code(labels)
-        reconstruction = decoded(method, latent, code)
-        for name, measure in (("mse", metrics.mse), ("ssim", metrics.ssim), ("ms_ssim", metrics.ms_ssim)):
-            if name in self.kept:
-                self.put(name, index, measure(reconstruction, images))
-        if not self.judge:
-            return
-        before = self.judge.probabilities(reconstruction)
-        self.put("reconstruction", index, torch.stack([before[c].argmax(1) for c in self.columns], 1))
-        self._describe("real", index, images, real)
-        self._describe("reconstruction", index, reconstruction, before)
-        preds = []
-        for j, step, changed, _ in attributes.swaps(labels):
-            swap = decoded(method, latent, attributes.code(changed))
-            after = self.judge.probabilities(swap)
-            preds.append(after[self.columns[j]].argmax(1))
-            self._describe(f"{attributes[j].name}/{step}", index, swap, after)
-            if "fidelity" in self.tables:
-                self._preserve(j, labels[:, j] >= 0, before, after)
-        self.put("swap", index, torch.stack(preds, 1))
-        if "fidelity" in self.tables and (index < SLIDER_RECORDS).any():
-            self.put("response", index, self._response(latent, code))
+    def _describe_classes(self, batch: Batch, picture: Callable[[Tensor], Tensor]) -> None:
         for definition in self.classes:
             if len(definition.columns) > 1:
-                changed = definition.moved(labels, batch.draws)
-                self._describe(definition.name, index, decoded(method, latent, attributes.code(changed)))
-                self.put(f"classes/{definition.name}", index, definition.of(changed))
-        if self.features is not None and isinstance(method, Samples):
-            noise = batch.draws.normal("sample", (method.noise_width,))
-            self._describe("sample", index, method.sample(noise, code).float().clamp(-1, 1))
+                changed = definition.moved(batch.attributes, batch.draws)
+                self._describe(definition.name, batch.index, picture(self.attributes.code(changed)))
+                self.rows.put(f"classes/{definition.name}", batch.index, definition.of(changed))
+        samples = sampler(self.method)
+        if self.editor and samples and self.features is not None:
+            noise = batch.draws.normal("sample", (samples.noise_width,))
+            made = samples.sample(noise, self.attributes.code(batch.attributes)).float().clamp(-1, 1)
+            self._describe("sample", batch.index, made)
+
+    # --- the pass -------------------------------------------------------------------------------------------------
+
+    def measure(self, batch: Batch) -> None:
+        """Take a batch through the model and the judge, and keep what the tables need."""
+        images, index, rows = batch.images, batch.index, self.rows
+        assert images is not None
+        rows.put("measured", index, torch.ones_like(index))
+        if self.reader:
+            real = self.reader.probabilities(images)
+            own = self.reader.own(real)
+            rows.put("real", index, torch.stack([block.argmax(1) for block in own], 1))
+            rows.put("real_present", index, torch.stack([block[:, 1] for block in own], 1))
+            rows.put("real_confidence", index, torch.stack([block.amax(1) for block in own], 1))
+            self._describe("real", index, images, real)
+        if not (makes_pictures(self.method) and self.tables - {"cost"}):
+            return
+        picture, latent = pictures(self.method, batch)
+        if "latent" in rows:
+            rows.put("latent", index, flat_latent(latent))
+        if not self.tables & _DECODING:
+            return
+        code = self.attributes.code(batch.attributes)
+        decoded = picture(code)
+        for name, measure in (("mse", metrics.mse), ("ssim", metrics.ssim), ("ms_ssim", metrics.ms_ssim)):
+            if name in rows:
+                rows.put(name, index, measure(decoded, images))
+        if "swap" in rows:
+            self._judge_swaps(batch, picture, decoded)
+        if "response" in rows and (index < SLIDER_RECORDS).any():
+            rows.put("response", index, self._response(picture, code))
+        self._describe_classes(batch, picture)
+
+    def _judge_swaps(self, batch: Batch, picture: Callable[[Tensor], Tensor], decoded: Tensor) -> None:
+        """Keep what the judge reads off pictures of the records' own labels and off every swap."""
+        assert self.reader
+        labels, index = batch.attributes, batch.index
+        before = self.reader.probabilities(decoded)
+        self.rows.put(self.own, index, torch.stack([block.argmax(1) for block in self.reader.own(before)], 1))
+        self._describe(self.own, index, decoded, before)
+        preds = []
+        for j, step, changed, _ in self.attributes.swaps(labels):
+            swap = picture(self.attributes.code(changed))
+            after = self.reader.probabilities(swap)
+            preds.append(self.reader.own(after)[j].argmax(1))
+            self._describe(f"{self.attributes[j].name}/{step}", index, swap, after)
+            if "preserved" in self.rows.sums:
+                self._preserve(j, labels[:, j] >= 0, before, after)
+        self.rows.put("swap", index, torch.stack(preds, 1))
 
     def _preserve(self, j: int, known: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         """Add, over the records whose label of attribute j is known, what its swap did to every judged attribute."""
+        sums = self.rows.sums
         for a, (b, c) in enumerate(zip(before, after)):
-            self.kept["preserved"][j, a, 0] += (b.argmax(1) == c.argmax(1))[known].sum()
-            self.kept["preserved"][j, a, 1] += ((b - c).abs().sum(1) / 2)[known].double().sum()
-        self.kept["preserved_counts"][j] += known.sum()
+            sums["preserved"][j, a, 0] += (b.argmax(1) == c.argmax(1))[known].sum()
+            sums["preserved"][j, a, 1] += ((b - c).abs().sum(1) / 2)[known].double().sum()
+        sums["preserved_counts"][j] += known.sum()
 
-    def _response(self, latent: Any, code: Tensor) -> Tensor:
+    def _response(self, picture: Callable[[Tensor], Tensor], code: Tensor) -> Tensor:
         """[N, sliders, positions]: the judge's probability of each slider's value."""
-        assert self.judge
+        assert self.reader
         sliders = []
         for j, attribute, value, category in slider_values(self.attributes):
             steps = []
             for position in SLIDER_POSITIONS:
-                moved = self.attributes.with_slider(code, attribute.name, position, category)
-                images = decoded(self.method, latent, moved)
-                steps.append(self.judge.probabilities(images)[self.columns[j]][:, value])
+                images = picture(self.attributes.with_slider(code, attribute.name, position, category))
+                steps.append(self.reader.own(self.reader.probabilities(images))[j][:, value])
             sliders.append(torch.stack(steps, 1))
         return torch.stack(sliders, 1)
-
-
-# --- small validation inside the loop --------------------------------------------------------------------------------
-
-
-def quick(
-    method: Method,
-    judge: Method | None,
-    batches: Iterable[Batch],
-    *,
-    reduce_sum: ReduceSum = identity,
-    prefix: str = "valid",
-) -> dict[str, float]:
-    """Reconstruction and swaps over some batches, for the loop: no intervals, no report.
-
-    Args:
-        method: encodes and decodes, or judges; its networks are put into eval mode and back.
-        judge: knows every attribute of the method; None leaves the swaps out.
-        batches: this rank's batches, columns as the method's attributes. Every rank must call, if with no batch.
-        reduce_sum: sum over all ranks of a tensor on the device of the batches (the method's, where there is none).
-
-    Returns:
-        `valid/mse`, `valid/psnr`, `valid/swap_accuracy` (balanced, mean over attributes), `.NAME` (balanced),
-        `.NAME_to_VALUE`, `valid/judge_accuracy` and `.NAME` (balanced, real images). What no record tells is left out;
-        of a judge there are the last two only.
-    """
-    attributes, slides = method.attributes, isinstance(method, Encodes)
-    judge = judge if slides else method
-    seer = JudgedBy(judge) if judge else None
-    columns = seer.columns(attributes) if seer else []
-    names: list[tuple[str, str, str | None, str]] = []  # images, attribute, start, to; as pairs of sums
-    for attribute in attributes:
-        for value in attribute.values:
-            names.append(("real", attribute.name, None, attribute.value_name(value)))
-            for step in range(1, attribute.k):
-                to = attribute.value_name((value + step) % attribute.k)
-                names.append(("swap", attribute.name, attribute.value_name(value), to))
-    place = {name: i for i, name in enumerate(names)}
-    device = next((p.device for network in method.networks.values() for p in network.parameters()), torch.device("cpu"))
-    sums = torch.zeros(3 + 2 * len(names), dtype=torch.float64, device=device)
-    with evaluating([*method.networks.values(), *(judge.networks.values() if judge else ())]):
-        for batch in batches:
-            with torch.inference_mode():
-                sums += _quick_sums(method, seer, columns, batch, place).to(device)
-    sums = reduce_sum(sums.clone()).cpu()
-    if not sums[0]:
-        return {}
-    out = {f"{prefix}/mse": float(sums[1] / sums[0]), f"{prefix}/psnr": float(sums[2] / sums[0])} if slides else {}
-    share = {name: float(sums[3 + 2 * i] / sums[4 + 2 * i]) for name, i in place.items() if sums[4 + 2 * i]}
-    for images, what in (("real", "judge_accuracy"), ("swap", "swap_accuracy")):
-        balanced = []
-        for attribute in attributes:
-            own = {name: value for name, value in share.items() if name[:2] == (images, attribute.name)}
-            if not own:
-                continue
-            balanced.append(sum(own.values()) / len(own))
-            out[f"{prefix}/{what}.{attribute.name}"] = balanced[-1]
-            if images == "swap":
-                for to in map(attribute.value_name, attribute.values):
-                    ends = [value for name, value in own.items() if name[3] == to]
-                    if ends:
-                        out[f"{prefix}/{what}.{attribute.name}_to_{to}"] = sum(ends) / len(ends)
-        if balanced:
-            out[f"{prefix}/{what}"] = sum(balanced) / len(balanced)
-    return out
-
-
-def _quick_sums(method: Method, seer: JudgedBy | None, columns: Sequence[int], batch: Batch, place: dict) -> Tensor:
-    """[3 + 2 * places]: records, sums of MSE and PSNR, then right and counted of each place."""
-    assert batch.images is not None
-    attributes, labels = method.attributes, batch.attributes
-    sums = torch.zeros(3 + 2 * len(place), dtype=torch.float64, device=labels.device)
-    sums[0] = len(labels)
-    latent = None
-    if isinstance(method, Encodes):
-        latent = method.encode(batch.images, labels)
-        error = metrics.mse(decoded(method, latent, attributes.code(labels)), batch.images)
-        sums[1], sums[2] = error.sum(), metrics.psnr(error).sum()
-    if seer is None:
-        return sums
-
-    def add(name: tuple[str, str, str | None, str], right: Tensor, counted: Tensor) -> None:
-        sums[3 + 2 * place[name]] += (right & counted).sum()
-        sums[4 + 2 * place[name]] += counted.sum()
-
-    real = seer.probabilities(batch.images)
-    for j, attribute in enumerate(attributes):
-        label = attribute.hard(labels[:, j])
-        for value in attribute.values:
-            preds = real[columns[j]].argmax(1)
-            add(("real", attribute.name, None, attribute.value_name(value)), preds == value, label == value)
-    if latent is None:
-        return sums
-    for j, step, changed, target in attributes.swaps(labels):
-        preds = seer.probabilities(decoded(method, latent, attributes.code(changed)))[columns[j]].argmax(1)
-        attribute, label = attributes[j], attributes[j].hard(labels[:, j])
-        for start in attribute.values:
-            to = attribute.value_name((start + step) % attribute.k)
-            add(("swap", attribute.name, attribute.value_name(start), to), preds == target, label == start)
-    return sums

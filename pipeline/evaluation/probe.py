@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fader.method import Batch, ReduceSum
+from fader.method import Batch
 from pipeline import metrics
 from pipeline.evaluation.kernel import KernelReader
-from pipeline.evaluation.measure import PROBE_RECORDS, Pass, flat_latent
+from pipeline.evaluation.measure import PROBE_RECORDS, Pass, Rows, flat_latent
+from pipeline.evaluation.records import Records
 from pipeline.evaluation.report import Leak
+from pipeline.evaluation.specification import Specification
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Split
@@ -20,43 +22,42 @@ if TYPE_CHECKING:
 
 def leaks(
     pass_: Pass,
+    records: Records,
     probe_split: Split,
-    run: Callable[[Split, int, Callable[[Batch], None]], None],
+    test: Tensor,
     labels: Tensor,
-    reduce_sum: ReduceSum,
-    rank: int,
-    seed: int,
+    specification: Specification,
     warnings: list[str],
 ) -> list[Leak]:
-    """Probes learn from the training split's latents and answer for the evaluated split's.
+    """Let probes learn from the training split's latents and answer for the evaluated split's.
 
     Args:
-        run: sends the first so many records of a split through a function, batch by batch, this rank's share of them.
-        labels: [N, A] of the evaluated split.
+        records: reads the training split. probe_split: that split.
+        test, labels: latents [N, F] and labels [N, A] of the evaluated split.
         warnings: what cannot be probed is added here.
     """
-    attributes = pass_.attributes
-    num_train = min(PROBE_RECORDS, len(probe_split))
-    train_labels = torch.from_numpy(probe_split.columns(attributes)[:num_train].copy()).float()
-    pass_.allocate("probe_latent", (num_train, pass_.kept["latent"].shape[1]), torch.float32)
+    attributes, ranks = pass_.attributes, records.ranks
+    learnt = Rows(min(PROBE_RECORDS, len(probe_split)), pass_.device)
+    learnt.allocate("latent", test.shape[1:], torch.float32)
 
     def encode(batch: Batch) -> None:
-        latent = pass_.method.encode(batch.images, batch.attributes)  # type: ignore[attr-defined]
-        pass_.put("probe_latent", batch.index, flat_latent(latent))
+        learnt.put("measured", batch.index, torch.ones_like(batch.index))
+        learnt.put("latent", batch.index, flat_latent(pass_.editor.encode(batch.images, batch.attributes)))
 
-    run(probe_split, num_train, encode)
-    train = reduce_sum(pass_.kept.pop("probe_latent")).cpu()
-    test = reduce_sum(pass_.kept.pop("latent")).cpu()
-    labels = labels[: len(test)]
-    hard_train = torch.stack([a.hard(train_labels[:, j]) for j, a in enumerate(attributes)], 1)
-    hard_test = torch.stack([a.hard(labels[:, j]) for j, a in enumerate(attributes)], 1)
+    records.read(probe_split, learnt.records, encode)
+    rows, measured = learnt.gathered(ranks.reduce_sum)
+    train_labels = torch.from_numpy(probe_split.columns(attributes)[: learnt.records].copy()).float()[measured]
+    hard_train, hard_test = (
+        torch.stack([attribute.hard(own[:, j]) for j, attribute in enumerate(attributes)], 1)
+        for own in (train_labels, labels[: len(test)])
+    )
     preds = torch.zeros(len(test), len(attributes), dtype=torch.float64)
     kinds = torch.zeros(len(attributes), dtype=torch.float64)
-    if rank == 0:  # training amplifies rounding, so one rank does it for all
-        preds, kinds = answers(train, hard_train, test, [a.k for a in attributes], seed=seed)
-    preds = reduce_sum(preds.to(pass_.device)).cpu().long()
-    kinds = reduce_sum(kinds.to(pass_.device)).cpu()
-    found = []
+    if ranks.rank == 0:  # training amplifies rounding, so one rank does it for all
+        preds, kinds = answers(rows["latent"], hard_train, test, [a.k for a in attributes], seed=specification.seed)
+    preds = ranks.reduce_sum(preds.to(pass_.device)).cpu().long()
+    kinds = ranks.reduce_sum(kinds.to(pass_.device)).cpu()
+    result = []
     for j, attribute in enumerate(attributes):
         if kinds[j] < 0:
             warnings.append(f"{attribute.name}: its training labels hold one value only; no probe can learn it")
@@ -64,8 +65,9 @@ def leaks(
         mask = torch.stack([hard_test[:, j] == value for value in attribute.values], 1)
         bits = torch.stack([preds[:, j] == value for value in attribute.values], 1)
         some = mask.any(0)
-        resampled = metrics.bootstrap_means(bits, mask, seed=seed)[:, some].nanmean(1)
-        found.append(
+        resampled = metrics.bootstrap_means(bits, mask, seed=specification.seed, resamples=specification.resamples)
+        resampled = resampled[:, some].nanmean(1)
+        result.append(
             Leak(
                 attribute.name,
                 metrics.balanced_accuracy(preds[:, j], hard_test[:, j], attribute.k),
@@ -76,7 +78,7 @@ def leaks(
                 records=int((hard_test[:, j] >= 0).sum()),
             )
         )
-    return found
+    return result
 
 
 PROBES = ("linear", "mlp", "kernel")

@@ -8,7 +8,7 @@ share that the judge then reads as the value asked for; the balanced accuracy is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,77 +17,79 @@ from fader.attributes import Attributes
 from pipeline import metrics
 from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Measure, Preservation, Score, Slider
+from pipeline.evaluation.specification import Specification
+
+Key = tuple[str, str, str | None, str | None]  # images, attribute, start, to: what a `Score` is of
 
 
 def scores(
-    attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], seed: int, warnings: list[str]
+    attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], specification: Specification
 ) -> list[Score]:
     """Table 1 from judged values: every direction, then what is a mean over directions."""
-    keys: list[tuple[str, str, str | None, str | None]] = []
-    right, counted = [], []
-    first_swap = 0
-    for j, attribute in enumerate(attributes):
-        label = attribute.hard(labels[:, j])
-        for images in ("real", "reconstruction"):
-            if images not in rows:
-                continue
-            for value in attribute.values:
-                keys.append((images, attribute.name, None, attribute.value_name(value)))
-                right.append(rows[images][:, j] == value)
-                counted.append(label == value)
-        if "swap" in rows:
-            for start in attribute.values:
-                for step in range(1, attribute.k):
-                    value = (start + step) % attribute.k
-                    keys.append(("swap", attribute.name, attribute.value_name(start), attribute.value_name(value)))
-                    right.append(rows["swap"][:, first_swap + step - 1] == value)
-                    counted.append(label == start)
-            first_swap += attribute.k - 1
-    bits, mask = torch.stack(right, 1).double(), torch.stack(counted, 1)
-    value = metrics.means(bits, mask)
-    resampled = metrics.bootstrap_means(bits, mask, seed=seed)
-    num_counted = mask.sum(0).tolist()
+    answers = list(_answers(attributes, labels, rows))
+    keys, bits, mask = [key for key, *_ in answers], *(torch.stack(part, 1) for part in list(zip(*answers))[1:])
+    value, counts = metrics.means(bits, mask), mask.sum(0).tolist()
+    resampled = metrics.bootstrap_means(bits, mask, seed=specification.seed, resamples=specification.resamples)
 
     def mean_of(members: Sequence[int]) -> tuple[Tensor, Tensor]:
-        some = [m for m in members if num_counted[m]]
+        """The mean over the members that have records, and the same of each resample."""
+        some = [m for m in members if counts[m]]
         if not some:
             return torch.tensor(math.nan), torch.full((len(resampled),), math.nan, dtype=torch.float64)
         return value[some].mean(), resampled[:, some].nanmean(1)
 
-    def score(key: tuple[str, str, str | None, str | None], records: int, mean: Tensor, samples: Tensor) -> Score:
-        images, attribute, start, to = key
-        return Score(images, attribute, start, to, records, float(mean), *metrics.interval(samples))
+    def score(key: Key, records: int, mean: Tensor, samples: Tensor) -> Score:
+        return Score(*key, records, float(mean), *metrics.interval(samples))
 
-    found = []
+    result = []
     for images in IMAGES:
         balanced = []
-        for attribute in attributes:
+        for j, attribute in enumerate(attributes):
             own = [i for i, key in enumerate(keys) if key[:2] == (images, attribute.name)]
             if not own:
                 continue
-            found += [score(keys[i], num_counted[i], value[i], resampled[:, i]) for i in own]
+            result += [score(keys[i], counts[i], *mean_of([i])) for i in own]
             if images == "swap":
                 for to in map(attribute.value_name, attribute.values):
                     ends = [i for i in own if keys[i][3] == to]
-                    total = sum(num_counted[i] for i in ends)
-                    found.append(score((images, attribute.name, None, to), total, *mean_of(ends)))
+                    total = sum(counts[i] for i in ends)
+                    result.append(score((images, attribute.name, None, to), total, *mean_of(ends)))
             mean, samples = mean_of(own)
-            balanced.append((mean, samples))
-            total = int((labels[:, attributes.index(attribute.name)] >= 0).sum())
-            found.append(score((images, attribute.name, None, None), total, mean, samples))
-        some = [(mean, samples) for mean, samples in balanced if not mean.isnan()]
-        if some:
-            mean = torch.stack([mean for mean, _ in some]).mean()
-            samples = torch.stack([samples for _, samples in some]).mean(0)
-            found.append(score((images, "*", None, None), len(labels), mean, samples))
-    for attribute in attributes:
-        label = attribute.hard(labels[:, attributes.index(attribute.name)])
-        for value_ in attribute.values:
-            if not (label == value_).any():
-                warnings.append(
-                    f"{attribute.name}: no record is {attribute.value_name(value_)}, so its means leave directions out"
-                )
-    return found
+            result.append(score((images, attribute.name, None, None), int((labels[:, j] >= 0).sum()), mean, samples))
+            if not mean.isnan():
+                balanced.append((mean, samples))
+        if balanced:
+            means, samples = (torch.stack(part) for part in zip(*balanced))
+            result.append(score((images, "*", None, None), len(labels), means.mean(), samples.mean(0)))
+    return result
+
+
+def _answers(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> Iterator[tuple[Key, Tensor, Tensor]]:
+    """Yield what each single number rests on: its key, whom the judge read as asked [N], and who is counted [N]."""
+    first_swap = 0
+    for j, attribute in enumerate(attributes):
+        name, label = attribute.value_name, attribute.hard(labels[:, j])
+        for images in IMAGES:
+            if images in rows and images != "swap":
+                for value in attribute.values:
+                    yield (images, attribute.name, None, name(value)), rows[images][:, j] == value, label == value
+        if "swap" in rows:
+            for start in attribute.values:
+                for step in range(1, attribute.k):
+                    value = (start + step) % attribute.k
+                    right = rows["swap"][:, first_swap + step - 1] == value
+                    yield ("swap", attribute.name, name(start), name(value)), right, label == start
+            first_swap += attribute.k - 1
+
+
+def missing_values(attributes: Attributes, labels: Tensor) -> list[str]:
+    """Say of which values there is no record."""
+    return [
+        f"{attribute.name}: no record is {attribute.value_name(value)}, so its means leave directions out"
+        for j, attribute in enumerate(attributes)
+        for value in attribute.values
+        if not (attribute.hard(labels[:, j]) == value).any()
+    ]
 
 
 def aucs(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
@@ -101,58 +103,55 @@ def aucs(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dic
 
 def plain_accuracies(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
     """The share of real images whose known label the judge gives: common values count for more than rare ones."""
-    found = {}
+    result = {}
     for j, attribute in enumerate(attributes):
         label = attribute.hard(labels[:, j])
         right = rows["real"][:, j][label >= 0] == label[label >= 0]
-        found[attribute.name] = float(right.double().mean()) if len(right) else math.nan
-    return found
+        result[attribute.name] = float(right.double().mean()) if len(right) else math.nan
+    return result
 
 
 def calibration(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], uniform: bool) -> dict[str, float]:
     """The judge's calibration error on real images. uniform: its prior is, so values of an attribute weigh alike."""
-    found = {}
+    result = {}
     for j, attribute in enumerate(attributes):
         label = attribute.hard(labels[:, j])
         counts = torch.stack([(label == value).sum() for value in attribute.values]).double()
         share = 1 / counts.clamp(min=1) if uniform else torch.ones_like(counts)
         weights = torch.where(label >= 0, share[label.clamp(min=0)], 0.0)
-        found[attribute.name] = metrics.calibration_error(rows["real_confidence"][:, j], rows["real"][:, j] == label, weights)
-    return found
+        result[attribute.name] = metrics.calibration_error(rows["real_confidence"][:, j], rows["real"][:, j] == label, weights)
+    return result
 
 
-def fidelity(rows: dict[str, Tensor], seed: int) -> dict[str, Measure]:
+def fidelity(rows: dict[str, Tensor], specification: Specification) -> dict[str, Measure]:
     columns = {"mse": rows["mse"], "psnr": metrics.psnr(rows["mse"])}
     columns |= {name: rows[name] for name in ("ssim", "ms_ssim") if name in rows}
     values = torch.stack(list(columns.values()), 1)
     everyone = torch.ones_like(values, dtype=torch.bool)
     mean = metrics.means(values, everyone)
-    resampled = metrics.bootstrap_means(values, everyone, seed=seed)
+    resampled = metrics.bootstrap_means(values, everyone, seed=specification.seed, resamples=specification.resamples)
     return {name: Measure(float(mean[i]), *metrics.interval(resampled[:, i])) for i, name in enumerate(columns)}
 
 
 def preservation(attributes: Attributes, judged: Attributes, rows: dict[str, Tensor]) -> list[Preservation]:
-    found = []
+    result = []
     for j, attribute in enumerate(attributes):
         others = [a for a, name in enumerate(judged.names) if name != attribute.name]
-        if not others or not rows["preserved_counts"][j]:
+        if not others:
             continue
         kept, shift = (rows["preserved"][j][others] / rows["preserved_counts"][j]).unbind(1)
         most = int(shift.argmax())
-        found.append(
-            Preservation(
-                attribute.name, float(kept.mean()), float(shift.mean()), judged.names[others[most]], float(shift[most])
-            )
-        )
-    return found
+        names = attribute.name, judged.names[others[most]]
+        result.append(Preservation(names[0], float(kept.mean()), float(shift.mean()), names[1], float(shift[most])))
+    return result
 
 
 def sliders(attributes: Attributes, rows: dict[str, Tensor]) -> list[Slider]:
-    found = []
+    result = []
     for i, (_, attribute, value, _) in enumerate(slider_values(attributes)):
         response = rows["response"][:, i]
         mean = response.mean(0)
-        found.append(
+        result.append(
             Slider(
                 attribute.name,
                 attribute.value_name(value),
@@ -163,4 +162,4 @@ def sliders(attributes: Attributes, rows: dict[str, Tensor]) -> list[Slider]:
                 records=len(response),
             )
         )
-    return found
+    return result

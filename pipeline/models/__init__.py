@@ -6,6 +6,7 @@ MLflow pyfunc model "from code": a file of two lines that calls `served_model`, 
 
     capabilities  what a method can do: edit, sample, judge, align
     sliders       what people write about attributes, read
+    judges        which judge may speak about a model's pictures, and what it reads off them
     model         a method with its weights, and what is known about it
     loading       from a run, an export or a registered version
     card          what a model's card says of it
@@ -17,6 +18,7 @@ MLflow pyfunc model "from code": a file of two lines that calls `served_model`, 
 
 from pipeline.models.capabilities import Aligning, Capability, Editing, Judging, Sampling, aligner, editor, judge, sampler
 from pipeline.models.export import export
+from pipeline.models.judges import Reader, check_judge
 from pipeline.models.loading import load, parse_source, variant_of
 from pipeline.models.model import Model
 from pipeline.models.serving import served_model
@@ -29,10 +31,12 @@ __all__ = [
     "Editing",
     "Judging",
     "Model",
+    "Reader",
     "Sampling",
     "Slider",
     "Version",
     "aligner",
+    "check_judge",
     "editor",
     "export",
     "judge",

@@ -134,11 +134,11 @@ class Judging(Capability):
     def next_command(self, address: str) -> str:
         return f"fader train CONFIG judge={address}"
 
-    @torch.inference_mode()
     def probabilities(self, images: Tensor) -> list[Tensor]:
         """Return one [N, k] block an attribute: the probability of each value; (1 - v, v) of a continuous one."""
         self._check_images(images)
-        logits = self.method.judge(images)
+        with torch.inference_mode():
+            logits = self.method.judge(images)
         head = "softmax" if logits.shape[1] == self.attributes.logits_width("softmax") else "sigmoid"
         return self.attributes.probabilities(logits, head)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from pipeline.files import digest_of, replacing_folder
-from pipeline.models.loading import check_judge, load
+from pipeline.models.judges import check_judge
+from pipeline.models.loading import load
 from pipeline.models.model import Model
 
 
@@ -36,7 +37,7 @@ def export(
     model = load(run, checkpoint=checkpoint, ema=ema, own_judge=judge is None)
     if judge is not None:
         model.judge = load(judge)
-        check_judge(model.method, model.preprocessing, model.judge, model.source)
+        check_judge(model.judge, model.attributes, model.preprocessing, model.source, partly=True)
     with replacing_folder(out) as folder:
         _write(model, folder)
     return out

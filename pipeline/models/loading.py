@@ -20,9 +20,9 @@ from pipeline import config, tracking
 from pipeline.data.shards import ShardSet
 from pipeline.files import digest_of
 from pipeline.images import Preprocessing
-from pipeline.models import capabilities
 from pipeline.models import checkpoint as checkpoints
 from pipeline.models.card import FORMAT, about_method, evaluated, licence, limits, versions_here
+from pipeline.models.judges import check_judge
 from pipeline.models.model import Model
 from pipeline.models.store import open_store
 from pipeline.settings import method_settings, translated
@@ -92,7 +92,7 @@ def variant_of(run: Path, which: str) -> str:
         ValueError: as `pipeline.models.checkpoint.named`.
     """
     chosen = checkpoints.named(run, which)
-    newest = which == "latest" or chosen == checkpoints.found(run)[0]
+    newest = which == "latest" or chosen == checkpoints.kept(run)[0]
     return "" if newest else f"-images-{checkpoints.images_of(chosen)}"
 
 
@@ -131,7 +131,7 @@ def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
     if own_judge and experiment.judge:
         if experiment.judge.startswith("models:") or Path(experiment.judge).exists():
             judge = load(experiment.judge)
-            check_judge(method, preprocessing, judge, source)
+            check_judge(judge, method.attributes, preprocessing, source, partly=True)
         else:
             logger.warning("%s names the judge %s, which is not here: it goes without one", run, experiment.judge)
     model = Model(method, card, method.attributes, preprocessing, judge, source, run, variant)
@@ -234,18 +234,3 @@ def _fill(method: Method, networks: Mapping[str, Mapping[str, Tensor]], source: 
             why = " ".join(str(error).split())[:300]
             raise ValueError(f"{source}: {name} does not take these weights: {why}") from None
         network.eval().requires_grad_(False)
-
-
-def check_judge(method: Method, preprocessing: Preprocessing, judge: Model, source: str) -> None:
-    """Raises ValueError when a judge cannot look at this model's pictures."""
-    if capabilities.judge(judge.method) is None:
-        raise ValueError(f"{judge.source} is {judge.method.name}, not a judge: name another one for {source}")
-    if judge.preprocessing != preprocessing:
-        raise ValueError(
-            f"the judge {judge.source} reads {judge.preprocessing}, {source} reads {preprocessing}: "
-            "train a judge with the same data settings"
-        )
-    ours = {attribute.name: attribute for attribute in method.attributes}
-    different = [a.name for a in judge.attributes if ours.get(a.name, a) != a]
-    if different:
-        raise ValueError(f"the judge {judge.source} knows {different[0]} with other values than {source} does")

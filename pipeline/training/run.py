@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fader.method import Batch, Clock, Decodes, Encodes, Method, Phase
+from fader.method import Batch, Clock, Phase
 from pipeline import models
 from pipeline.config import Experiment, build_method
 from pipeline.data.balance import balanced_weights
@@ -25,8 +25,7 @@ from pipeline.images import grid, png_bytes
 from pipeline.loading.cache import Cache
 from pipeline.loading.dali import open_loader
 from pipeline.loading.loader import Loader
-from pipeline.loading.pillow import PillowLoader
-from pipeline.loading.plan import Plan, Request, TarPlan, salted, sequential
+from pipeline.loading.plan import Plan, Request, TarPlan, salted
 from pipeline.loading.quarantine import Quarantine
 from pipeline.models import checkpoint
 from pipeline.tracking import Tracker, open_tracker
@@ -34,7 +33,7 @@ from pipeline.training import watchdog
 from pipeline.training.interruption import STOP_FILE, Interrupted, Listener, Reason
 from pipeline.training.retention import CheckpointWriter
 from pipeline.training.steps import Position, steps
-from pipeline.training.validation import Looked, Validation, bare
+from pipeline.training.validation import BestSoFar, Measured, Validation
 from pipeline.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -104,7 +103,6 @@ class _Run:
         self.total_images = sum(-(-s.images // experiment.batch_size) * experiment.batch_size for s in self.stages)
         self._check_folder(resume, shards)
         judge = models.load(experiment.judge) if experiment.judge and experiment.run.evaluate_images else None
-        self.valid = shards.split("valid") if experiment.run.picture_images else None
         self.engine = Engine(
             self.method, precision=experiment.precision, seed=experiment.seed, settings=experiment.engine
         )
@@ -113,8 +111,8 @@ class _Run:
         self.quarantine: list[str] = []  # keys that any rank left out; by split the records that this one did
         self.quarantines: dict[str, Quarantine] = {}
         self.validation: Validation | None = None
-        if experiment.run.evaluate_images:
-            self.validation = Validation(experiment, self.engine, judge, shards, lambda split: self._open_loader(split, "none"))
+        if experiment.run.evaluate_images or experiment.run.picture_images:
+            self.validation = Validation(experiment, self.engine, judge, shards, self._open_whole)
         self.position = Position()
         self.salt = 0  # how often the run went back: it then sees other batches
         if resume:
@@ -127,7 +125,7 @@ class _Run:
         self._open_folder(shards)
         self.rate = 0.0
         self.nonfinite: dict[str, int] = {}
-        self.looked = Looked()
+        self.measured = Measured()
 
     # --- before -----------------------------------------------------------------------------------------------------
 
@@ -200,9 +198,28 @@ class _Run:
         self.position = Position.from_dict(extra["position"])
         self.salt = extra.get("salt", 0)
         self.quarantine = extra.get("quarantine", [])
-        if self.validation:
-            self.validation.standing.load(extra.get("validation"))
+        if self.best_so_far:
+            self.best_so_far.load(extra.get("validation"))
         return True
+
+    @property
+    def best_so_far(self) -> BestSoFar | None:
+        return self.validation.best_so_far if self.validation else None
+
+    def _open_whole(self, split: Split) -> Loader:
+        """A loader that gives this rank whole batches."""
+        data = self.experiment.data
+        return open_loader(
+            data.loader,
+            "none",
+            split=split,
+            attributes=self.method.attributes,
+            preprocessing=data.preprocessing(),
+            seed=self.experiment.seed,
+            device=self.engine.device,
+            threads=data.threads,
+            quarantine=self._quarantine_of(split),
+        )
 
     def _open_loader(self, split: Split, cache: Cache) -> Loader:
         data = self.experiment.data
@@ -349,8 +366,8 @@ class _Run:
         if _due(before, after, run.picture_images) or (last and run.picture_images):
             self.watchdog.at("its pictures", slow=True)
             self._picture()
-        looked = self.looked.images == after.images
-        if better or (looked and run.keep_best) or (_due(before, after, run.checkpoint_images) and not last):
+        measured = self.measured.images == after.images
+        if better or (measured and run.keep_best) or (_due(before, after, run.checkpoint_images) and not last):
             self._save(better)
 
     def _log(self) -> None:
@@ -396,8 +413,8 @@ class _Run:
         if not self._restore(self.sound_at):
             self.engine.load(self._first_state())
             self.position = Position()
-            if self.validation:
-                self.validation.standing.load(None)
+            if self.best_so_far:
+                self.best_so_far.load(None)
         self.salt = salt
         self.sound_at = images = self.position.clock.images
         self.nonfinite = {}
@@ -410,12 +427,12 @@ class _Run:
         self.tracker.tags({"rollbacks": salt, f"rollback.{salt}": text})
 
     def _forget_a_best_that_is_gone(self) -> None:
-        """The best before the return may have made way for one after it, which then went, too: the next look is best."""
-        best = self.validation and self.validation.standing.best
+        """The best before the return may have made way for one after it, which then went, too: the next validation is best."""
+        best = self.best_so_far and self.best_so_far.best
         if best:
             there = [checkpoint.images_of(path) for path in checkpoint.kept(self.folder)] if self.engine.is_main else []
             if self.engine.largest(self.engine.is_main and best.images not in there):
-                self.validation.standing.best = None
+                self.best_so_far.best = None
 
     def _first_state(self) -> State:
         """The weights that the seed gives, and optimizers that have seen nothing."""
@@ -443,12 +460,11 @@ class _Run:
                 "config": self.experiment.to_dict(),
                 "finished": finished,
             }
-            standing = self.validation and self.validation.standing
-            if standing:
-                extra["validation"] = standing.state()
-            best = standing.about_best() if better else None
+            if self.best_so_far:
+                extra["validation"] = self.best_so_far.state()
+            best = self.best_so_far.about_best() if better else None
             images = self.position.clock.images
-            metrics = bare(self.looked.metrics) if self.looked.images == images else None
+            metrics = self.measured.metrics if self.measured.images == images else None
             self.writer.save(images, state, extra, metrics, best)
 
     def _stop_if_told(self) -> None:
@@ -466,62 +482,34 @@ class _Run:
 
     def _stalled(self) -> bool:
         """Whether validation has not been better for as long as the run's patience lasts."""
-        stalled = bool(self.validation) and self.validation.standing.stalled(self.position.clock.images)
+        stalled = bool(self.best_so_far) and self.best_so_far.stalled(self.position.clock.images)
         if stalled and self.engine.is_main:
-            log.info("no better %s: training ends", self.validation.standing.patience_metric)
+            log.info("no better %s: training ends", self.best_so_far.patience_metric)
         return stalled
 
-    # --- looking at what it learnt ----------------------------------------------------------------------------------
+    # --- what it learnt ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _picture(self) -> None:
-        """Rows of fixed validation records: original, reconstruction, and every attribute swapped."""
-        if not self.engine.is_main or self.valid is None:
-            return
-        if not (isinstance(self.method, Encodes) and isinstance(self.method, Decodes)):
-            return
-        batch = self._valid_batch(_PICTURE_RECORDS)
-        _stand_still(self.method)
-        latent = self.method.encode(batch.images, batch.attributes)
-        attributes = self.method.attributes
-        swaps = (changed for _, _, changed, _ in attributes.swaps(batch.attributes))
-        codes = [attributes.code(labels) for labels in (batch.attributes, *swaps)]
-        rows = [batch.images, *(self.method.decode(latent, code) for code in codes)]
-        self.tracker.picture("sliders", png_bytes(grid(torch.stack(rows, 1).float().cpu())), self.position.clock.images)
-
-    def _valid_batch(self, records: int) -> Batch:
-        """Fixed records of the validation split, whole on this rank."""
-        data = self.experiment.data
-        loader = PillowLoader(
-            self.valid,
-            self.method.attributes,
-            data.preprocessing(),
-            seed=self.experiment.seed,
-            device=self.engine.device,
-            quarantine=self._quarantine_of(self.valid),
-        )
-        return next(iter(loader.batches(sequential(min(records, len(self.valid)), records))))
+        """Show rows of fixed validation records: original, reconstruction, and every attribute swapped."""
+        assert self.validation
+        rows = self.validation.pictures() if self.engine.is_main else None
+        if rows is not None:
+            self.tracker.picture("sliders", png_bytes(grid(rows)), self.position.clock.images)
 
     def _validate(self) -> bool:
-        """Look at part of the validation split; whether it never looked better."""
-        assert self.validation
+        """Measure part of the validation split; return whether it is the best so far."""
+        assert self.validation and self.best_so_far
         self.watchdog.at("its validation", slow=True)
         clock = self.position.clock
-        metrics = self.validation.look(clock.images)
-        self.tracker.log(metrics, clock.images, clock.updates)
+        self.measured = self.validation.measure(clock.images)
+        self.tracker.log(self.measured.to_log(), clock.images, clock.updates)
         if self.engine.is_main and self.watch:
-            self.watch(Progress(clock, self.total_images, self.rate, metrics))
-        self.looked = Looked(clock.images, metrics)
-        return self.validation.standing.note(clock.images, bare(metrics))
+            self.watch(Progress(clock, self.total_images, self.rate, self.measured.to_log()))
+        return self.best_so_far.note(self.measured)
 
 
 def _due(before: Clock, after: Clock, interval: int) -> bool:
     return bool(interval) and after.images // interval > before.images // interval
-
-
-def _stand_still(method: Method) -> None:
-    for network in method.networks.values():
-        network.eval()
 
 
 def commit() -> str:

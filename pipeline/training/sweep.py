@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import config, models
 from pipeline.config import Experiment
 from pipeline.data.shards import ShardSet
+from pipeline.engine import Ranks
+from pipeline.evaluation import Specification, Table, evaluate, keeping
 from pipeline.evaluation.compare import Compared
-from pipeline.evaluation.report import Table
+from pipeline.training.judges import judge_of
 
 MSE_FACTOR = 1.25  # the chosen point's MSE may exceed the reference's by this
 _LAMBDA = "method.latent.weight"
@@ -137,13 +140,43 @@ def with_parent(child: Child, run_id: str | None) -> Experiment:
     return child.experiment.model_copy(update={"tracking": tracking})
 
 
+def report_of(child: Child, specification: Specification) -> Path:
+    """Return where the evaluation of a child lies, as JSON."""
+    split = ShardSet.open(child.experiment.data.path).split(specification.split)
+    variant = models.variant_of(child.folder, specification.checkpoint)
+    return child.folder / "report" / f"{keeping.file_name(specification, variant, len(split))}.json"
+
+
+def evaluate_child(
+    child: Child, specification: Specification, ranks: Ranks, progress: Callable[[int, int], None]
+) -> list[Path]:
+    """Evaluate a child and keep its report; return the files, or none when that was done for these weights.
+
+    Raises:
+        Interrupted: while a judge was trained; the same call goes on with it.
+    """
+    data = Path(child.experiment.data.path)
+    own = dataclasses.replace(specification, models=(str(child.folder),), data=data, device=str(ranks.device))
+    [model] = own.load()
+    shards = own.open(model)
+    judge = judge_of([model], shards, own, ranks)
+    if keeping.is_kept(report_of(child, own), model, judge, shards, own):
+        return []
+    report = evaluate(model, judge, shards, own, ranks, progress=progress)
+    files = keeping.keep(model, report, own) if ranks.is_main else []
+    if ranks.is_main:
+        keeping.track(model, report, files)
+    ranks.wait()
+    return files
+
+
 # --- what came of it --------------------------------------------------------------------------------------------------
 
 
-def bound(sweep: Sweep, found: Sequence[Compared | None]) -> tuple[float, str]:
+def bound(sweep: Sweep, compared: Sequence[Compared | None]) -> tuple[float, str]:
     """The MSE that the chosen point may have, and what it rests on: λ = 0 where it was swept, else the lowest MSE."""
     errors = {
-        child.label: run.metrics["mse"] for child, run in zip(sweep.children, found) if run and "mse" in run.metrics
+        child.label: run.metrics["mse"] for child, run in zip(sweep.children, compared) if run and "mse" in run.metrics
     }
     if not errors:
         return math.inf, "no MSE is known"
@@ -160,32 +193,32 @@ def _is_zero(text: str | None) -> bool:
         return False
 
 
-def chosen(sweep: Sweep, found: Sequence[Compared | None]) -> Child | None:
+def chosen(sweep: Sweep, compared: Sequence[Compared | None]) -> Child | None:
     """The child of the highest balanced swap accuracy among those within the bound; None when no child has both."""
-    limit, _ = bound(sweep, found)
+    limit, _ = bound(sweep, compared)
     able = [
         (run.metrics["swap_accuracy"], -child.number, child)
-        for child, run in zip(sweep.children, found)
+        for child, run in zip(sweep.children, compared)
         if run and "swap_accuracy" in run.metrics and run.metrics.get("mse", math.inf) <= limit
     ]
     return max(able)[2] if able else None
 
 
-def table(sweep: Sweep, found: Sequence[Compared | None], split: str) -> Table:
+def table(sweep: Sweep, compared: Sequence[Compared | None], split: str) -> Table:
     """A row a child: its settings, reconstruction, swaps by attribute, and the mean of what leaks; the chosen starred."""
     names = list(
         dict.fromkeys(
             name.partition(".")[2]
-            for run in found
+            for run in compared
             if run
             for name in run.metrics
             if name.startswith("swap_accuracy.") and "_to_" not in name
         )
     )
-    leaky = any(name.startswith("leak.") for run in found if run for name in run.metrics)
-    best, (_, why) = chosen(sweep, found), bound(sweep, found)
+    leaky = any(name.startswith("leak.") for run in compared if run for name in run.metrics)
+    best, (_, why) = chosen(sweep, compared), bound(sweep, compared)
     rows = []
-    for child, run in zip(sweep.children, found):
+    for child, run in zip(sweep.children, compared):
         measured = run.metrics if run else {}
         leaks = [value for name, value in measured.items() if name.startswith("leak.")]
         numbers = [measured.get("swap_accuracy"), *(measured.get(f"swap_accuracy.{name}") for name in names)]

@@ -1,8 +1,8 @@
-"""Looking at a run while it trains: numbers on part of the validation split, the best checkpoint, when to stop.
+"""Measuring a run while it trains: part of the validation split, the best checkpoint, when to stop, pictures to look at.
 
-Every rank takes its share of the looking and gets the same numbers, so all of them come to the same decision. What was
-seen so far is a few plain numbers (`Standing.state`) that go into every checkpoint, so that a resumed run decides as an
-unbroken one does.
+It is the pass of `fader evaluate`, without intervals and with fewer tables. Every rank takes its share and gets the same
+numbers, so all of them come to the same decision. What was measured so far is a few plain numbers (`BestSoFar.state`) that
+go into every checkpoint, so that a resumed run decides as an unbroken one does.
 """
 
 from __future__ import annotations
@@ -10,26 +10,30 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fader.attributes import Attributes
-from fader.method import Encodes, Judges, Method
-from pipeline import evaluation, metrics
+from torch import Tensor
+
+from fader.method import Method
+from pipeline import evaluation, metrics, models
 from pipeline.config import Experiment, RunConfig
 from pipeline.data.shards import ShardSet, Split
 from pipeline.engine import Engine
+from pipeline.evaluation.pictures import swapped
 from pipeline.loading.loader import Loader
 from pipeline.loading.plan import sequential
 from pipeline.models import Model
 
 BATCH_SIZE = 128
+PICTURE_RECORDS = 6
+USUAL = ("swap_accuracy", "judge_accuracy")  # what an empty run.best means, where it is measured
 
 
 @dataclass(frozen=True)
 class Best:
-    """A look that was better than all before it: when, its metric's value, and its MSE where it has one."""
+    """A validation that was better than all before it: when, its metric's value, and its MSE where it has one."""
 
     images: int
     value: float
@@ -37,27 +41,34 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What the newest look found, and at how many images seen; -1 before the first."""
+class Measured:
+    """The metrics of a validation, and at how many images seen it took place; -1 before the first.
+
+    metrics: by the names that `run.best` knows, without the split's.
+    """
 
     images: int = -1
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def to_log(self) -> dict[str, float]:
+        """Return the metrics as they are logged, named valid/…"""
+        return {f"valid/{name}": value for name, value in self.metrics.items()}
 
-class Standing:
-    """The best look so far, and for how long none was better.
 
-    A look is better than the best when its MSE is inside the bound and the best's is not, or when both are or both are
-    not and its metric is better. The bound is `best_mse`, or `best_mse_factor` times the lowest MSE of any look so far: a
-    run's own way of saying "no worse than". A best that the bound leaves behind gives way to the next that it does not.
+class BestSoFar:
+    """The best validation so far, and for how long none was better.
+
+    A validation is better than the best when its MSE is inside the bound and the best's is not, or when both are or both
+    are not and its metric is better. The bound is `best_mse`, or `best_mse_factor` times the lowest MSE so far: a run's own
+    way of saying "no worse than". A best whose MSE is above the bound is replaced by the next one within it.
 
     Args:
         settings: the run's; `best`, `best_mse`, `best_mse_factor`, `patience_metric` and `patience_images` are read.
         usual: the metric that an empty `best` means.
-        known: the names that looks have; others are refused.
+        known: the names of the metrics that are measured; others are refused.
 
     Raises:
-        ValueError: a metric that no look has.
+        ValueError: a metric that is not measured.
     """
 
     def __init__(self, settings: RunConfig, usual: str, known: list[str]) -> None:
@@ -68,7 +79,7 @@ class Standing:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 there = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
-                raise ValueError(f"run.{key}: validation finds no {name!r}; {there} (run.evaluate_tables adds more)")
+                raise ValueError(f"run.{key}: validation measures no {name!r}; {there} (run.evaluate_tables adds more)")
         self.mse_at_most, self.mse_factor = settings.best_mse, settings.best_mse_factor
         self.patience_images = settings.patience_images
         self.best: Best | None = None
@@ -78,33 +89,34 @@ class Standing:
 
     @property
     def bound(self) -> float:
-        """The MSE above which no look becomes the best while one below it is known."""
+        """The MSE above which no validation becomes the best while one below it is known."""
         if self.mse_at_most is not None:
             return self.mse_at_most
         return self.mse_factor * self.lowest_mse if self.mse_factor else math.inf
 
-    def note(self, images: int, found: Mapping[str, float]) -> bool:
-        """Take note of a look at so many images seen. Whether it is the best so far."""
-        mse, value = found.get("mse"), found.get(self.metric)  # a value is missing where no record tells
+    def note(self, measured: Measured) -> bool:
+        """Take note of a validation; return whether it is the best so far."""
+        values, images = measured.metrics, measured.images
+        mse, value = values.get("mse"), values.get(self.metric)  # a value is missing where no record tells
         self.lowest_mse = min(self.lowest_mse, math.inf if mse is None else mse)
-        look = None if value is None else Best(images, value, mse)
-        better = look is not None and (self.best is None or self._rank(look) > self._rank(self.best))
+        new = None if value is None else Best(images, value, mse)
+        better = new is not None and (self.best is None or self._rank(new) > self._rank(self.best))
         if better:
-            self.best = look
+            self.best = new
         if self.patience_metric == self.metric:
             progress = better
         else:
-            value = found.get(self.patience_metric)
+            value = values.get(self.patience_metric)
             progress = value is not None and (
-                self.progress is None or signed(self.patience_metric, value) > signed(self.patience_metric, self.progress)
+                self.progress is None or score(self.patience_metric, value) > score(self.patience_metric, self.progress)
             )
             self.progress = value if progress else self.progress
         if progress or self.progress_images is None:
             self.progress_images = images
         return better
 
-    def _rank(self, look: Best) -> tuple[bool, float]:
-        return look.mse is None or look.mse <= self.bound, signed(self.metric, look.value)
+    def _rank(self, best: Best) -> tuple[bool, float]:
+        return best.mse is None or best.mse <= self.bound, score(self.metric, best.value)
 
     def stalled(self, images: int) -> bool:
         """Whether the patience is at an end."""
@@ -128,7 +140,7 @@ class Standing:
         }
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from what `state` gave, from nothing where it is None; what rests on another metric begins anew."""
+        """Go on from what `state` gave, or from nothing where it is None; what rests on another metric begins anew."""
         state = state or {}
         self.best, self.lowest_mse, self.progress, self.progress_images = None, math.inf, None, None
         if state.get("lowest_mse") is not None:
@@ -139,24 +151,23 @@ class Standing:
             self.progress, self.progress_images = state["progress"], state["progress_images"]
 
 
-def signed(name: str, value: float) -> float:
-    """Higher is better."""
+def score(name: str, value: float) -> float:
+    """Return a metric's value, or its opposite where lower is better: the higher, the better."""
     return -value if metrics.lower_is_better(name) else value
-
-
-# --- looking ----------------------------------------------------------------------------------------------------------
 
 
 class Validation:
     """Measures the run's networks (their moving averages where they are kept, as `fader evaluate` takes them).
 
+    best_so_far: None where the run does not measure (run.evaluate_images is 0) and only shows pictures.
+
     Args:
         judge: says what an image shows; None leaves reconstructions only. A run that trains a judge needs none.
-        shards: the set trained on; its validation split is looked at.
-        open_loader: of the trainer: each rank gets its share of a batch.
+        shards: the set trained on; its validation split is measured.
+        open_loader: opens a split as the run reads it, each batch whole.
 
     Raises:
-        ValueError: the judge does not fit; a table that cannot be had; a metric that no look has; no validation split.
+        ValueError: the judge does not fit; a table that cannot be had; a metric that is not measured; no validation split.
     """
 
     def __init__(
@@ -167,102 +178,74 @@ class Validation:
         shards: ShardSet,
         open_loader: Callable[[Split], Loader],
     ) -> None:
-        self.experiment, self.engine, self.method, self.judge = experiment, engine, engine.method, judge
-        run, attributes = experiment.run, engine.method.attributes
-        self.split, self.train_split = shards.split("valid"), shards.split("train")
-        self.records = min(run.evaluate_records, len(self.split))
-        if not self.records:
-            raise ValueError(f"{shards.path} has no validation records; set run.evaluate_images=0, or prepare it with some")
-        if judge is not None:
-            evaluation.check_judge(judge, attributes, experiment.data.preprocessing(), experiment.name)
-            for network in judge.method.networks.values():
-                network.to(engine.device)
-        check_tables(run.evaluate_tables, self.method, judge)
-        known = names(self.method, judge, run.evaluate_tables)
-        usual = next((name for name in ("swap_accuracy", "judge_accuracy", *known) if name in known), None)
-        if usual is None:
-            raise ValueError(f"{self.method.name} neither reconstructs nor judges: set run.evaluate_images=0")
-        self.standing = Standing(run, usual, known)
-        self.loader = None if run.evaluate_tables else open_loader(self.split)
-
-    def look(self, images: int) -> dict[str, float]:
-        """The metrics now, named valid/…, the same on every rank. All ranks call it together."""
-        with self.engine.averaged():
-            if self.experiment.run.evaluate_tables:
-                found = self._tables(images)
-            else:
-                assert self.loader is not None
-                found = evaluation.quick(
-                    self.method,
-                    self.judge.method if self.judge else None,
-                    self.loader.batches(sequential(self.records, BATCH_SIZE, "valid")),
-                    reduce_sum=self.engine.reduce_sum,
-                )
-        return found
-
-    def _tables(self, images: int) -> dict[str, float]:
-        data = self.experiment.data
-        card = {"images_seen": images}
-        model = Model(self.method, card, self.method.attributes, data.preprocessing(), None, self.experiment.name)
-        report = evaluation.evaluate(
-            model,
-            self.judge,
-            self.split,
-            device=self.engine.device,
-            limit=self.records,
-            tables=self.experiment.run.evaluate_tables,
-            reduce_sum=self.engine.reduce_sum,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
-            seed=self.experiment.seed,
-            probe_split=self.train_split,
-            threads=data.threads,
+        self.engine, self.judge, self.shards, self.split = engine, judge, shards, shards.split("valid")
+        self._open, self._loaders = open_loader, {}
+        run, method, preprocessing = experiment.run, engine.method, experiment.data.preprocessing()
+        self.model = Model(method, {}, method.attributes, preprocessing, None, experiment.name)
+        self.specification = evaluation.Specification(
+            split="valid",
+            limit=run.evaluate_records,
+            tables=tables(run.evaluate_tables, method, judge),
+            resamples=0,
+            seed=experiment.seed,
+            batch_size=BATCH_SIZE,
+            device=str(engine.device),
         )
-        return report.metrics()
+        self.best_so_far: BestSoFar | None = None
+        if run.evaluate_images:
+            self.best_so_far = self._best_so_far(run)
+
+    def _best_so_far(self, run: RunConfig) -> BestSoFar:
+        name = self.model.method.name
+        if not len(self.split):
+            raise ValueError(f"{self.shards.path} has no validation records; set run.evaluate_images=0, or prepare it with some")
+        if not (evaluation.makes_pictures(self.model.method) or models.judge(self.model.method)):
+            raise ValueError(f"{name} neither makes pictures nor judges: set run.evaluate_images=0")
+        if not self.specification.tables:
+            raise ValueError(f"{name} reconstructs nothing, so it needs a judge: name one with judge=RUN")
+        if self.judge is not None:
+            for network in self.judge.method.networks.values():
+                network.to(self.engine.device)
+        known = evaluation.quantities(self.model, self.judge, self.specification.tables)
+        return BestSoFar(run, next(name for name in (*USUAL, *known) if name in known), known)
+
+    def measure(self, images: int) -> Measured:
+        """Return the metrics after so many images seen, the same on every rank. All ranks call it together."""
+        with self.engine.averaged():
+            report = evaluation.evaluate(
+                self.model, self.judge, self.shards, self.specification, self.engine, open_loader=self._loader
+            )
+        return Measured(images, {name.partition("/")[2]: value for name, value in report.metrics().items()})
+
+    def pictures(self) -> Tensor | None:
+        """Return the first records' pictures, decoded by the averaged weights on this rank: [N, columns, C, S, S].
+
+        The columns are those of `evaluation.pictures.swapped`. It is None where the method makes no pictures or no record
+        is there to be shown.
+        """
+        if not evaluation.makes_pictures(self.model.method) or not len(self.split):
+            return None
+        [request] = sequential(min(PICTURE_RECORDS, len(self.split)), PICTURE_RECORDS)
+        [batch] = self._loader(self.split).batches(iter([request]))
+        with self.engine.averaged():
+            return swapped(self.model.method, batch)[1]
+
+    def _loader(self, split: Split) -> Loader:
+        if split.name not in self._loaders:
+            self._loaders[split.name] = self._open(split)
+        return self._loaders[split.name]
 
 
-def bare(found: Mapping[str, float]) -> dict[str, float]:
-    """The same without the split's name."""
-    return {name.partition("/")[2]: value for name, value in found.items()}
+def tables(named: tuple[str, ...], method: Method, judge: Model | None) -> tuple[str, ...]:
+    """Return the tables that a run's validation makes: those that are named, else swaps and squared errors.
 
-
-def check_tables(tables: tuple[str, ...], method: Method, judge: Model | None) -> None:
-    """Raises ValueError for a table that a run cannot have while it trains."""
-    for table in tables:
+    Raises:
+        ValueError: a table that a run cannot have while it trains.
+    """
+    for table in named:
         if table not in ("swap", "fidelity", "leak"):
             raise ValueError(f"run.evaluate_tables: {table!r} is none of swap, fidelity, leak")
-    if "swap" in tables and judge is None and isinstance(method, Encodes):
+    if "swap" in named and judge is None and evaluation.makes_pictures(method):
         raise ValueError("run.evaluate_tables names swap, which needs a judge: name one with judge=RUN")
-
-
-def names(method: Method, judge: Model | None, tables: tuple[str, ...]) -> list[str]:
-    """The metrics that a look may have, without the split's name."""
-    attributes = method.attributes
-    if not isinstance(method, Encodes):
-        return [*_balanced("judge_accuracy", attributes)] if isinstance(method, Judges) else []
-    if not tables:
-        swaps = [*_accuracies("swap_accuracy", attributes, "_to"), *_balanced("judge_accuracy", attributes)]
-        return ["mse", "psnr", *(swaps if judge else ())]
-    found = []
-    if "swap" in tables:
-        found += [*_accuracies("swap_accuracy", attributes, "_to"), *_accuracies("reconstruction_accuracy", attributes)]
-        found += _accuracies("judge_accuracy", attributes)
-    if "fidelity" in tables:
-        size = method.image_size
-        least = (("mse", 1), ("psnr", 1), ("ssim", metrics.SSIM_FROM), ("ms_ssim", metrics.MS_SSIM_FROM))
-        found += [name for name, smallest in least if size >= smallest]
-        if judge:
-            found += [f"{kind}.{name}" for kind in ("kept", "shift") for name in attributes.names]
-            found += [f"monotonic.{name}" for name in attributes.names if attributes[attributes.index(name)].kind != "k-way"]
-    return found + ([f"leak.{name}" for name in attributes.names] if "leak" in tables else [])
-
-
-def _balanced(kind: str, attributes: Attributes) -> Iterator[str]:
-    yield kind
-    yield from (f"{kind}.{name}" for name in attributes.names)
-
-
-def _accuracies(kind: str, attributes: Attributes, to: str = "") -> Iterator[str]:
-    yield from _balanced(kind, attributes)
-    for attribute in attributes:
-        yield from (f"{kind}.{attribute.name}{to}_{attribute.value_name(value)}" for value in attribute.values)
+    usual = (*(("swap",) if judge else ()), *(("error",) if models.editor(method) else ()))
+    return named or (usual if evaluation.makes_pictures(method) else ("swap",))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import torch
 
 from fader.attributes import Attribute, Attributes
 from fader.method import Batch, Method
-from pipeline import evaluation, metrics
-from pipeline.evaluation import distribution, evaluate, measure, probe, quick
+from pipeline import evaluation, metrics, models
+from pipeline.evaluation import Specification, distribution, evaluate, measure, probe
+from pipeline.evaluation.records import OneProcess
 from pipeline.evaluation.report import IMAGES
 from pipeline.images import Preprocessing
 from pipeline.loading.batch import Buffers, finish
@@ -111,16 +113,8 @@ class Seer(Sham):
         return torch.cat(blocks, 1)
 
 
-@dataclass
-class Model:
-    method: Method
-    preprocessing: Preprocessing = Preprocessing(SIZE, "center")
-    source: str = "runs/sham"
-    card: dict = field(default_factory=lambda: {"images_seen": 32_000})
-
-    @property
-    def attributes(self) -> Attributes:
-        return self.method.attributes
+def Model(method: Method, preprocessing=Preprocessing(SIZE, "center"), source: str = "runs/sham") -> models.Model:
+    return models.Model(method, {"images_seen": 32_000}, method.attributes, preprocessing, None, source)
 
 
 @dataclass
@@ -140,6 +134,17 @@ class Split:
         return self.labels[:, [self.attributes.index(name) for name in attributes.names]]
 
 
+@dataclass
+class Shards:
+    """What `evaluate` reads of a shard set."""
+
+    splits: dict[str, Split]
+    digest: str = "0123456789abcdef"
+
+    def split(self, name: str) -> Split:
+        return self.splits[name]
+
+
 def planted(name: str = "test", records: int = 120, seed: int = 0, unknown: float = 0.0) -> Split:
     rng = np.random.default_rng(seed)
     labels = np.stack([rng.random(records) < 0.4, rng.random(records) < 0.1, rng.integers(0, 3, records)], 1)
@@ -152,23 +157,31 @@ def planted(name: str = "test", records: int = 120, seed: int = 0, unknown: floa
 
 
 class MemoryLoader:
-    def __init__(self, split, attributes, preprocessing, *, seed, device, threads):
-        self.split, self.seed, self.device = split, seed, device
+    def __init__(self, split, attributes, device="cpu"):
+        self.split, self.device = split, device
         self.labels = torch.from_numpy(split.columns(attributes)).to(device)
 
     def batches(self, requests):
         for request in requests:
             rows = torch.from_numpy(request.rows)
             pixels, rows = self.split.pixels[rows].to(self.device), rows.to(self.device)
-            yield finish(request, pixels, self.labels, rows, seed=self.seed, rank=0, world_size=1, buffers=Buffers())
+            yield finish(request, pixels, self.labels, rows, seed=0, rank=0, world_size=1, buffers=Buffers())
 
 
-def run(model: Method | Model, judge: Method | Model | None = None, split: Split | None = None, **keywords):
-    model = model if isinstance(model, Model) else Model(model)
-    judge = judge if isinstance(judge, Model) or judge is None else Model(judge, source="runs/seer")
-    keywords.setdefault("tables", ("swap",))
+def run(model, judge=None, split=None, train=None, ranks=OneProcess(), **asked):
+    """Evaluate a method or a model on planted records, with the tables and so on that are asked for."""
+    model = model if isinstance(model, models.Model) else Model(model)
+    judge = judge if isinstance(judge, models.Model) or judge is None else Model(judge, source="runs/seer")
     split = planted() if split is None else split
-    return evaluate(model, judge, split, batch_size=50, open_loader=MemoryLoader, **keywords)
+    shards = Shards({split.name: split, "train": train} | ({} if train is not None else {"train": split}))
+    specification = Specification(**{"tables": ("swap",), "batch_size": 50, "split": split.name} | asked)
+
+    model, judge = specification.place(model), judge and specification.place(judge)
+
+    def open_loader(split):
+        return MemoryLoader(split, model.attributes, specification.device)
+
+    return evaluate(model, judge, shards, specification, ranks, open_loader=open_loader)
 
 
 # --- table 1 ---------------------------------------------------------------------------------------------------------
@@ -198,8 +211,6 @@ def test_swaps_scored_with_the_original_labels_are_caught(monkeypatch):
     monkeypatch.setattr(Attributes, "swaps", original)
     with pytest.raises(AssertionError):
         test_an_oracle_scores_one_and_an_identity_none_under_a_judge_that_is_right()
-    with pytest.raises(AssertionError):
-        test_quick_agrees_with_the_tables()
 
 
 def test_each_direction_and_pair_counts_the_records_that_have_another_value():
@@ -295,9 +306,9 @@ def test_the_interval_holds_the_value_and_narrows_with_more_records():
 def test_training_images_are_evaluated_only_with_a_warning():
     report = run(Oracle(), Seer(), planted("train"))
     assert report.split == "train" and any("TRAINING" in warning for warning in report.warnings)
-    assert "TRAINING" in report.markdown() and all(name.startswith("train/") for name in report.metrics())
+    assert "TRAINING" in evaluation.markdown([report]) and all(name.startswith("train/") for name in report.metrics())
     fair = run(Oracle(), Seer(), planted("test"))
-    assert not fair.warnings and "of the test split" in fair.markdown()
+    assert not fair.warnings and "of the test split" in evaluation.markdown([fair])
 
 
 def test_a_limit_is_said():
@@ -333,14 +344,15 @@ def test_a_judge_that_does_not_fit_is_refused(judge, message):
 
 
 def test_what_cannot_be_evaluated_is_said():
+    empty = Split("train", np.zeros((0, 3), np.float32), torch.zeros(0, SIZE, SIZE, 3))
     with pytest.raises(ValueError, match="does not encode and decode"):
         run(Sham(), Seer())
     with pytest.raises(ValueError, match="unknown table 'swop'"):
         run(Oracle(), Seer(), tables=("swop",))
     with pytest.raises(ValueError, match="training split"):
-        run(Oracle(), Seer(), tables=("leak",))
+        run(Oracle(), Seer(), train=empty, tables=("leak",))
     with pytest.raises(ValueError, match="valid split is empty"):
-        run(Oracle(), Seer(), Split("valid", np.zeros((0, 3), np.float32), torch.zeros(0, SIZE, SIZE, 3)))
+        run(Oracle(), Seer(), dataclasses.replace(empty, name="valid"))
 
 
 def test_a_judge_alone_gets_its_own_table():
@@ -348,7 +360,7 @@ def test_a_judge_alone_gets_its_own_table():
     assert report.judge == "runs/seer" and report.score("real", "Hair").value == 1.0
     assert {score.images for score in report.scores} == {"real"}
     assert report.metrics()["test/judge_accuracy.Smiling"] == 1.0
-    assert "| real |" in report.markdown()
+    assert "| real |" in evaluation.markdown([report])
 
 
 class Boaster(Seer):
@@ -362,7 +374,7 @@ class Boaster(Seer):
 
 
 def test_a_judge_that_is_too_sure_is_told_so():
-    report = run(Boaster(), planted(records=800))
+    report = run(Boaster(), None, planted(records=800))
     wrong = 1 - report.plain["Smiling"]
     assert 0.15 < wrong < 0.35 and report.plain["Hair"] == 1.0
     assert report.calibration["Smiling"] == pytest.approx(wrong, abs=0.01) and report.calibration["Hair"] < 1e-6
@@ -431,14 +443,14 @@ def test_attributes_that_move_along_are_named():
 
 def test_a_latent_that_holds_the_label_leaks_it_and_one_that_does_not_is_at_chance():
     train, test = planted("train", 600, seed=1), planted("test", 400, seed=2)
-    leaky = run(Oracle(), None, test, tables=("leak",), probe_split=train)
+    leaky = run(Oracle(), None, test, tables=("leak",), train=train)
     for leak in leaky.leak:
         assert leak.value == 1.0 and leak.chance == pytest.approx(1 / ATTRIBUTES[ATTRIBUTES.index(leak.attribute)].k)
         assert (leak.probe_records, leak.records) == (600, 400)
-    blind = run(Blind(), None, test, tables=("leak",), probe_split=train)
+    blind = run(Blind(), None, test, tables=("leak",), train=train)
     for leak in blind.leak:
         assert leak.value == pytest.approx(leak.chance, abs=0.08) and leak.low <= leak.value <= leak.high
-    again = run(Blind(), None, test, tables=("leak",), probe_split=train)
+    again = run(Blind(), None, test, tables=("leak",), train=train)
     assert again.leak == blind.leak, "deterministic by seed"
 
 
@@ -447,7 +459,7 @@ def test_a_constant_latent_is_exactly_at_chance():
         def encode(self, images, labels):
             return torch.zeros(len(images), 4)
 
-    report = run(Constant(), None, tables=("leak",), probe_split=planted("train", 200, seed=1))
+    report = run(Constant(), None, tables=("leak",), train=planted("train", 200, seed=1))
     assert [leak.value for leak in report.leak] == pytest.approx([0.5, 0.5, 1 / 3])
 
 
@@ -483,7 +495,7 @@ def test_the_probe_finds_a_rare_attribute_among_many_features():
 def test_an_attribute_with_one_value_in_training_is_not_probed():
     train = planted("train", 200)
     train.labels[:, 1] = 0
-    report = run(Oracle(), None, tables=("leak",), probe_split=train)
+    report = run(Oracle(), None, tables=("leak",), train=train)
     assert [leak.attribute for leak in report.leak] == ["Smiling", "Hair"]
     assert any("Wearing_Hat" in warning for warning in report.warnings)
 
@@ -517,7 +529,7 @@ def test_distances_tell_an_oracle_from_an_identity():
     for report in (oracle, identity):
         assert "not to be compared with published FID" in report.features and not report.scores
         assert report.distances[0].images == "reconstruction" and report.distances[0].fid < 1e-4
-        assert "not to be compared" in report.markdown()
+        assert "not to be compared" in evaluation.markdown([report])
     far = {(d.attribute, d.to): d for d in identity.distances if d.images == "swap"}
     near = {(d.attribute, d.to): d for d in oracle.distances if d.images == "swap"}
     assert far.keys() == near.keys() and len(near) == 7
@@ -532,9 +544,9 @@ def test_distances_tell_an_oracle_from_an_identity():
 
 def test_classes_of_one_attribute_or_of_several():
     split = planted(records=300, unknown=0.05)
-    report = run(Oracle(), Reader(), split, tables=("distribution",), classes=[["Smiling"], ["Smiling", "Hair"]])
+    report = run(Oracle(), Reader(), split, tables=("distribution",), classes=(("Smiling",), ("Smiling", "Hair")))
     rows = {(c.images, c.classes): c for c in report.conditional}
-    assert set(rows) == {(i, c) for i in IMAGES for c in (("Smiling",), ("Smiling", "Hair"))}
+    assert set(rows) == {(i, c) for i in IMAGES if i != "sample" for c in (("Smiling",), ("Smiling", "Hair"))}
     assert {c.num_classes for c in report.conditional} == {2, 6}
     for c in report.conditional:
         assert c.inception == pytest.approx(c.between * c.within) and c.within == pytest.approx(1, abs=1e-3)
@@ -542,10 +554,10 @@ def test_classes_of_one_attribute_or_of_several():
         assert math.isnan(c.bcfid) if c.images == "real" else max(c.bcfid, c.wcfid) < 0.3
     known = (split.labels[:, [0, 2]] >= 0).all(1).sum()
     assert rows["swap", ("Smiling", "Hair")].records == rows["real", ("Smiling", "Hair")].records == known
-    lazy = run(Identity(), Reader(), split, tables=("distribution",), classes=[["Smiling"], ["Smiling", "Hair"]])
+    lazy = run(Identity(), Reader(), split, tables=("distribution",), classes=(("Smiling",), ("Smiling", "Hair")))
     swap = next(c for c in lazy.conditional if c.images == "swap" and len(c.classes) == 1)
     assert swap.wcfid > 10, "smiles asked for and not given"
-    assert "Smiling + Hair" in report.markdown()
+    assert "Smiling + Hair" in evaluation.markdown([report])
     with pytest.raises(ValueError, match="did you mean 'Smiling'"):
         run(Oracle(), Reader(), split, tables=("distribution",), classes=[["Smilling"]])
 
@@ -635,6 +647,13 @@ class Ranks:
         self.barrier = threading.Barrier(world_size, timeout=60)
         self.lock = threading.Lock()
         self.total: torch.Tensor | None = None
+        self.world_size, self.rank = world_size, 0
+
+    def seen_by(self, rank: int) -> Ranks:
+        """As this rank knows them."""
+        own = copy.copy(self)
+        own.rank, own.reduce_sum = rank, self.reduce_sum
+        return own
 
     def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         with self.lock:
@@ -652,7 +671,7 @@ def test_every_rank_gets_the_numbers_of_one(world_size):
     """With five ranks two have no batch at all (120 records in batches of 50)."""
     train, method = planted("train", 150, seed=1), fader()
     tables = ("swap", "fidelity", "leak", "distribution")
-    given = {"tables": tables, "probe_split": train, "classes": [["Smiling", "Hair"], ["Wearing_Hat"]]}
+    given = {"tables": tables, "train": train, "classes": [["Smiling", "Hair"], ["Wearing_Hat"]]}
     torch.manual_seed(1)
     reader = Reader()
     alone = run(method, reader, **given)
@@ -663,9 +682,7 @@ def test_every_rank_gets_the_numbers_of_one(world_size):
             copy.deepcopy(method),
             copy.deepcopy(reader),
             **given,
-            reduce_sum=ranks.reduce_sum,
-            rank=rank,
-            world_size=world_size,
+            ranks=ranks.seen_by(rank),
         )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
@@ -685,71 +702,125 @@ def test_every_rank_gets_the_numbers_of_one(world_size):
 
 def test_another_device_gives_the_numbers_of_the_cpu(other_device):
     train, method = planted("train", 150, seed=1), fader()
-    given = {"tables": evaluation.TABLES, "probe_split": train, "classes": [["Smiling", "Hair"]]}
+    given = {"tables": evaluation.TABLES, "train": train, "classes": (("Smiling", "Hair"),)}
     reader = Reader()
-    cpu, other = (run(method, reader, device=device, **given).metrics() for device in ("cpu", other_device))
+    cpu, other = (run(method, reader, device=str(device), **given).metrics() for device in ("cpu", other_device))
     assert cpu.keys() == other.keys()
     for name, value in cpu.items():  # a probe's training amplifies rounding
         assert other[name] == pytest.approx(value, rel=1e-3, abs=0.05 if "leak" in name else 1e-3), name
 
 
-# --- quick -----------------------------------------------------------------------------------------------------------
+# --- what training asks for -------------------------------------------------------------------------------------------
 
 
-def batches(split: Split, attributes: Attributes = ATTRIBUTES, size: int = 50):
-    images = split.pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    labels = torch.from_numpy(split.columns(attributes))
-    for start in range(0, len(split), size):
-        yield Batch.alone(images[start : start + size], labels[start : start + size])
+def test_without_intervals_every_number_is_the_same():
+    split, train = planted(unknown=0.2), planted("train", 150, seed=1)
+    given = {"split": split, "train": train, "tables": ("swap", "fidelity", "leak")}
+    for method in (OneWay(), fader()):
+        whole, short = run(method, Seer(), **given), run(method, Seer(), **given, resamples=0)
+        assert whole.metrics() == short.metrics()
+        assert all(math.isnan(score.low) and math.isnan(score.high) for score in short.scores)
+        assert "(" not in short_cell(short) and "(" in short_cell(whole)
+    error = run(fader(), None, split, tables=("error",)).metrics()
+    assert error == {name: whole.metrics()[name] for name in ("test/mse", "test/psnr")}
 
 
-def test_quick_agrees_with_the_tables():
-    split = planted(unknown=0.2)
-    for method in (Oracle(), OneWay(), Identity(), fader()):
-        report = run(method, Seer(), split, tables=("swap", "fidelity"))
-        found = quick(method, Seer(), batches(split))
-        assert found["valid/mse"] == pytest.approx(report.fidelity["mse"].value, abs=1e-6)
-        assert found["valid/psnr"] == pytest.approx(report.fidelity["psnr"].value, abs=1e-4)
-        assert found["valid/swap_accuracy"] == pytest.approx(report.score("swap").value)
-        for attribute in ATTRIBUTES:
-            name = attribute.name
-            assert found[f"valid/swap_accuracy.{name}"] == pytest.approx(report.score("swap", name).value)
-            assert found[f"valid/judge_accuracy.{name}"] == pytest.approx(report.score("real", name).value)
-            for value in map(attribute.value_name, attribute.values):
-                expected = report.score("swap", name, value).value
-                assert found[f"valid/swap_accuracy.{name}_to_{value}"] == pytest.approx(expected)
-    assert quick(Oracle(), Seer(), batches(split))["valid/swap_accuracy"] == 1.0
+def short_cell(report) -> str:
+    return evaluation.as_tables([report])[0].rows[0][1]
 
 
-def test_quick_without_a_judge_or_without_batches():
-    assert set(quick(Oracle(), None, batches(planted()), prefix="test")) == {"test/mse", "test/psnr"}
-    assert quick(Oracle(), Seer(), []) == {}
-
-
-def test_quick_sums_over_ranks():
+def test_a_record_that_does_not_decode_is_left_out_and_its_stand_in_counts_once(monkeypatch):
+    """Row 7 does not decode, row 60 stands in for it, of the other batch: both ranks measure that one."""
     split, method = planted(), fader()
-    parts = list(batches(split, size=30))
-    whole = quick(method, Seer(), parts)
-    ranks, found = Ranks(2), {}
+    rows = np.arange(120)
+    rows[7] = 60
+    batches = MemoryLoader.batches
+
+    def damaged(self, requests):
+        requests = [dataclasses.replace(request, rows=rows[request.rows]) for request in requests]
+        return batches(self, requests)
+
+    monkeypatch.setattr(MemoryLoader, "batches", damaged)
+    ranks, reports = Ranks(2), {}
 
     def work(rank: int) -> None:
-        found[rank] = quick(copy.deepcopy(method), Seer(), parts[rank::2], reduce_sum=ranks.reduce_sum)
+        asked = {"tables": ("swap", "error"), "batch_size": 60, "ranks": ranks.seen_by(rank)}
+        reports[rank] = run(copy.deepcopy(method), Seer(), split, **asked)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[0] == found[1] and found[0] == pytest.approx(whole, abs=1e-9)
+    monkeypatch.setattr(MemoryLoader, "batches", batches)
+    kept = np.delete(np.arange(120), 7)
+    without = run(method, Seer(), Split("test", split.labels[kept], split.pixels[kept]), tables=("swap", "error"))
+    assert reports[0].metrics() == reports[1].metrics() == pytest.approx(without.metrics(), abs=1e-9)
+    assert "1 records do not decode and are left out" in reports[0].warnings
+
+
+@pytest.mark.parametrize("tables", [("swap", "error"), ("swap", "fidelity", "leak"), ("error",), ("leak", "fidelity")])
+@pytest.mark.parametrize("kind", ["fader", "fader alone", "sampler", "judge"])
+def test_every_number_is_named_before_it_is_measured(kind, tables):
+    method = {"sampler": Noise, "judge": Seer}.get(kind, fader)()
+    judge = Seer() if kind in ("fader", "sampler") else None
+    if kind == "sampler" and tables == ("error",) or kind == "fader alone" and "swap" in tables:
+        with pytest.raises(ValueError, match="reconstructs nothing: no error table|no judge"):
+            evaluation.quantities(Model(method), judge and Model(judge), tables)
+        return
+    report = run(method, judge, train=planted("train", 150, seed=1), tables=tables)
+    names = evaluation.quantities(Model(method), judge and Model(judge), tables)
+    assert {name.partition("/")[2] for name in report.metrics()} == set(names) != set()
+
+
+# --- a method that samples and does not encode ------------------------------------------------------------------------
+
+
+class Noise(Sham):
+    """Paints what the code asks for on grey, its last band as bright as its noise."""
+
+    name, noise_width = "noise", 1
+
+    def sample(self, noise, code):
+        grey = noise[:, :, None, None].expand(-1, 3, SIZE, SIZE).clamp(-1, 1)
+        return Oracle.decode(self, grey, code)
+
+
+def test_a_sampler_is_judged_by_its_samples():
+    report = run(Noise(), Reader(), planted(records=300), tables=("swap", "fidelity", "leak", "distribution", "cost"))
+    assert {score.images for score in report.scores} == {"real", "sample", "swap"}
+    assert report.score("sample").value == report.score("swap").value == 1.0
+    assert not report.fidelity and not report.leak and report.sliders and report.preservation[0].kept == 1.0
+    assert [d.images for d in report.distances].count("sample") == 1 and "reconstruction" not in str(report.distances)
+    assert report.cost["sample_images_per_second"] > 0 and "sample GFLOP" in evaluation.markdown([report])
+    assert {"test/sample_accuracy", "test/sample_accuracy.Smiling_1", "test/swap_accuracy.Hair"} <= report.metrics().keys()
+    lazy = run(type("Lazy", (Noise,), {"sample": lambda self, noise, code: Noise.sample(self, noise, code * 0)})(), Seer())
+    assert lazy.score("sample", "Smiling").value == lazy.score("swap", "Smiling").value == 0.5
+
+
+def test_a_samplers_records_draw_their_noise_once(monkeypatch):
+    """Two swaps of one record differ by what is swapped alone, and the batch size decides nothing."""
+    split, drawn = planted(), {}
+    sample = Noise.sample
+
+    def watched(self, noise, code):
+        drawn.setdefault(len(noise), []).append(noise.clone())
+        return sample(self, noise, code)
+
+    monkeypatch.setattr(Noise, "sample", watched)
+    for size in (120, 40):
+        run(Noise(), Seer(), split, batch_size=size)
+    assert all(torch.equal(noise, drawn[120][0]) for noise in drawn[120]) and len(set(drawn[120][0].flatten().tolist())) > 100
+    assert torch.equal(drawn[40][0], drawn[120][0][:40])
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_is_plain_data_with_flat_metrics():
-    report = run(Oracle(), Seer(), tables=("swap", "fidelity", "leak", "cost"), probe_split=planted("train", 200, 1))
+    report = run(Oracle(), Seer(), tables=("swap", "fidelity", "leak", "cost"), train=planted("train", 200, 1))
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert "after 32,000 images" in report.markdown()
+    assert "after 32,000 images" in evaluation.markdown([report])
     assert data["split"] == "test" and data["metrics"]["test/swap_accuracy.Hair_grey_to_black"] == 1.0
     flat = report.metrics()
     for name in ("swap_accuracy", "swap_accuracy.Smiling", "swap_accuracy.Smiling_to_1", "mse", "leak.Hair"):

@@ -12,10 +12,10 @@ from PIL import Image
 
 from pipeline import evaluation, models, tracking
 from pipeline.data.shards import ShardSet
-from pipeline.evaluation import page
+from pipeline.evaluation import page, pictures
 from pipeline.images import Preprocessing
 from tests.launch.test_evaluate import shards  # noqa: F401  a shard set of planted pictures
-from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Oracle, Seer
+from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Noise, Oracle, Seer
 from tests.runs import ATTRIBUTES
 
 
@@ -43,9 +43,16 @@ class Outside(HTMLParser):
                 self.found += re.findall(r"url\(", value)
 
 
-def model(method, source, name="<planted> & more"):
-    card = {"config": {"name": name, "data": {"path": "shards"}}, "commit": "c0ffee", "images_seen": 64}
-    return models.Model(method, card, method.attributes, Preprocessing(SIZE, "center"), None, source)
+def model(method, source, run=None):
+    card = {"config": {"name": "<planted> & more", "data": {"path": "shards"}}, "commit": "c0ffee", "images_seen": 64}
+    return models.Model(method, card, method.attributes, Preprocessing(SIZE, "center"), None, source, run)
+
+
+def page_of(slider, judge, shards, folder, **asked):  # noqa: F811
+    """The page of a model and its report."""
+    specification, opened = evaluation.Specification(**asked), ShardSet.open(shards)
+    report = evaluation.evaluate(slider, judge, opened, specification)
+    return page.write(report, slider, judge, opened.split("test"), folder, specification), report
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +66,8 @@ def written(shards, tmp_path_factory):  # noqa: F811
         tracker.log(metrics, images, 1)
     tracker.finish("FINISHED")
     (run / "config.yaml").write_text("name: planted  # <script src='https://example.org'>\n")
-    split, seer = ShardSet.open(shards).split("test"), model(Seer(ATTRIBUTES), "seer")
-    oracle = model(Oracle(ATTRIBUTES), str(run))
-    report = evaluation.evaluate(oracle, seer, split, tables=("swap", "fidelity"))
-    return page.write(report, oracle, seer, split, run / "report", run=run), report
+    oracle = model(Oracle(ATTRIBUTES), str(run), run)
+    return page_of(oracle, model(Seer(ATTRIBUTES), "seer"), shards, run / "report", tables=("swap", "fidelity"))
 
 
 def test_the_page_needs_nothing_outside_its_file(written):
@@ -91,7 +96,8 @@ def test_the_page_shows_what_was_found(written):
     names = {png.stem for png in path.with_suffix("").glob("*.png")}
     sweeps = {f"sweep-{name}" for name in ("Smiling", "Eyeglasses", "Beard.none", "Beard.moustache", "Beard.full")}
     cases = {f"cases-{name}" for name in ATTRIBUTES.names}
-    assert names == {"accuracy", "sliders", "curves", "attributes"} | sweeps | cases
+    assert names == {"swaps", "accuracy", "sliders", "curves", "attributes"} | sweeps | cases
+    assert text.index("<h2>Swaps") < text.index("<h2>At a glance") < text.index("<h2>Tables") < text.index("<h2>Sweeps")
     for table in evaluation.as_tables([report]):
         assert f"<h3>{table.title}</h3>" in text
     assert "balanced swap accuracy" in text and "<b>1.000</b>" in text and "name: planted" in text
@@ -104,21 +110,28 @@ def test_worst_and_best_are_by_the_judges_probability(shards):  # noqa: F811
 
     def sheet(rows, above, gaps=()):
         seen.setdefault(method, []).append([float(words) for words in above])
-        assert len(rows) == 2 and gaps == (page.SIDE_BY_SIDE,)
+        assert len(rows) == 2 and gaps == (pictures.SIDE_BY_SIDE,)
         return b""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "_sheet", sheet)
+        patch.setattr(pictures, "_sheet", sheet)
         for method in (Oracle, Identity):
-            page._cases(model(method(ATTRIBUTES), "x"), seer, split, "cpu", 1, 16, 40)
+            one = model(method(ATTRIBUTES), "x")
+            batches = page._batches(one, split, 40, 16, evaluation.Specification())
+            pictures.case_sheets(one, seer, split, batches)
     for probabilities in [*seen[Oracle], *seen[Identity]]:
-        assert probabilities == sorted(probabilities) and len(probabilities) == 2 * page.SIDE_BY_SIDE
+        assert probabilities == sorted(probabilities) and len(probabilities) == 2 * pictures.SIDE_BY_SIDE
     assert min(map(min, seen[Oracle])) > 0.5 > max(map(max, seen[Identity]))
 
 
 def test_a_judges_own_page_and_one_without_a_spool(shards, tmp_path):  # noqa: F811
-    split, seer = ShardSet.open(shards).split("test"), model(Seer(ATTRIBUTES), "seer")
-    path = page.write(evaluation.evaluate(seer, None, split, limit=20), seer, None, split, tmp_path)
+    path, _ = page_of(model(Seer(ATTRIBUTES), "seer"), None, shards, tmp_path, limit=20)
     assert path.name == "report-test-first-20.html" and not Outside(path.read_text()).found
     assert "There are no curves" in path.read_text() and "Worst and best judged" in path.read_text()
     assert {png.stem for png in path.with_suffix("").glob("sweep*")} == set()
+
+
+def test_a_samplers_page_shows_its_samples(shards, tmp_path):  # noqa: F811
+    path, _ = page_of(model(Noise(ATTRIBUTES), "noise"), model(Seer(ATTRIBUTES), "seer"), shards, tmp_path, tables=("swap",))
+    names = {png.stem for png in path.with_suffix("").glob("*.png")}
+    assert {"swaps", "accuracy", "sweep-Smiling", "cases-Beard"} <= names and not Outside(path.read_text()).found

@@ -194,7 +194,7 @@ def test_what_cannot_be_loaded_says_why(runs, tmp_path):
 
 def test_a_judge_that_does_not_fit_is_refused(runs, tmp_path):
     other = make_run(tmp_path / "other", JUDGE, data={"image_size": 64})
-    with pytest.raises(ValueError, match="same data settings"):
+    with pytest.raises(ValueError, match="same preprocessing"):
         models.export(runs / "fader", tmp_path / "export", judge=other)
     with pytest.raises(ValueError, match="not a judge"):
         models.export(runs / "fader", tmp_path / "export", judge=runs / "fader")

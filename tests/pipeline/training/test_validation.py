@@ -1,4 +1,4 @@
-"""Which look was best and when patience ends, as plain numbers; and in a real run, through an interruption."""
+"""Which validation was best and when patience ends, as plain numbers; and in a real run, through an interruption."""
 
 from __future__ import annotations
 
@@ -7,105 +7,87 @@ import re
 
 import pytest
 
-from fader.attributes import Attribute, Attributes
-from fader.method import METHODS
 from pipeline import models
 from pipeline.config import RunConfig
 from pipeline.models import checkpoint
-from pipeline.training.validation import Standing, names
+from pipeline.training.validation import BestSoFar, Measured
 from tests.runs import FADER, JUDGE, make_run
 from tests.warm import forked
 
 KNOWN = ["swap_accuracy", "mse", "psnr"]
 
 
-def standing(**settings) -> Standing:
-    return Standing(RunConfig(**settings), "swap_accuracy", KNOWN)
+def best_so_far(**settings) -> BestSoFar:
+    return BestSoFar(RunConfig(**settings), "swap_accuracy", KNOWN)
 
 
-def looks(state: Standing, *values: tuple[float, float]) -> list[bool]:
-    return [state.note(100 * k, {"swap_accuracy": v, "mse": mse}) for k, (v, mse) in enumerate(values, 1)]
+def note(state: BestSoFar, *values: tuple[float, float]) -> list[bool]:
+    return [state.note(Measured(100 * k, {"swap_accuracy": v, "mse": mse})) for k, (v, mse) in enumerate(values, 1)]
 
 
 def test_the_best_is_the_highest_accuracy_inside_the_bound():
-    state = standing(best_mse=0.1)
-    assert looks(state, (0.5, 0.08), (0.9, 0.2), (0.6, 0.09), (0.55, 0.01)) == [True, False, True, False]
+    state = best_so_far(best_mse=0.1)
+    assert note(state, (0.5, 0.08), (0.9, 0.2), (0.6, 0.09), (0.55, 0.01)) == [True, False, True, False]
     assert (state.best.images, state.best.value) == (300, 0.6)
 
 
 def test_one_outside_the_bound_is_best_until_one_inside_comes():
-    assert looks(standing(best_mse=0.1), (0.9, 0.3), (0.95, 0.2), (0.1, 0.1), (0.99, 0.11)) == [True, True, True, False]
+    assert note(best_so_far(best_mse=0.1), (0.9, 0.3), (0.95, 0.2), (0.1, 0.1), (0.99, 0.11)) == [True, True, True, False]
 
 
 def test_without_a_bound_of_its_own_it_follows_the_lowest_mse():
     """0.9 at an MSE of 0.5 is left behind when 0.3 has been seen: 0.5 > 1.25 · 0.3."""
-    state = standing()
-    assert looks(state, (0.9, 0.5), (0.7, 0.3), (0.8, 0.37), (0.99, 0.38)) == [True, True, True, False]
-    assert looks(standing(best_mse_factor=0.0), (0.9, 0.5), (0.7, 0.3), (0.91, 9.0)) == [True, False, True]
+    state = best_so_far()
+    assert note(state, (0.9, 0.5), (0.7, 0.3), (0.8, 0.37), (0.99, 0.38)) == [True, True, True, False]
+    assert note(best_so_far(best_mse_factor=0.0), (0.9, 0.5), (0.7, 0.3), (0.91, 9.0)) == [True, False, True]
 
 
 def test_a_metric_that_is_better_when_lower():
-    assert looks(standing(best="mse"), (0.1, 0.5), (0.9, 0.6), (0.1, 0.4)) == [True, False, True]
+    assert note(best_so_far(best="mse"), (0.1, 0.5), (0.9, 0.6), (0.1, 0.4)) == [True, False, True]
 
 
-def test_patience_is_counted_in_images_without_a_better_look():
-    state = standing(patience_images=200)
-    looks(state, (0.5, 0.1), (0.6, 0.1), (0.6, 0.1))
+def test_patience_is_counted_in_images_without_a_better_validation():
+    state = best_so_far(patience_images=200)
+    note(state, (0.5, 0.1), (0.6, 0.1), (0.6, 0.1))
     assert state.best.images == 200 and not state.stalled(399) and state.stalled(400)
-    assert not standing().stalled(10**9), "no patience is given, none is at an end"
-    assert not standing(patience_images=1).stalled(10**9), "nothing was looked at yet"
+    assert not best_so_far().stalled(10**9), "no patience is given, none is at an end"
+    assert not best_so_far(patience_images=1).stalled(10**9), "nothing was measured yet"
 
 
 def test_patience_may_go_by_another_metric():
-    state = standing(patience_images=150, patience_metric="psnr")
+    state = best_so_far(patience_images=150, patience_metric="psnr")
     for images, psnr in ((100, 20.0), (200, 21.0), (300, 20.5)):
-        state.note(images, {"swap_accuracy": 1 - images / 1000, "mse": 0.1, "psnr": psnr})
+        state.note(Measured(images, {"swap_accuracy": 1 - images / 1000, "mse": 0.1, "psnr": psnr}))
     assert state.best.images == 100 and not state.stalled(349) and state.stalled(350)
 
 
 def test_what_was_seen_survives_as_plain_numbers():
     values = [(0.5, 0.4), (0.7, 0.3), (0.6, 0.2), (0.65, 0.21), (0.9, 0.9)]
     for cut in range(len(values)):
-        whole, first, second = (standing(patience_images=200, patience_metric="mse") for _ in range(3))
-        expected = looks(whole, *values)
-        looks(first, *values[:cut])
+        whole, first, second = (best_so_far(patience_images=200, patience_metric="mse") for _ in range(3))
+        expected = note(whole, *values)
+        note(first, *values[:cut])
         second.load(json.loads(json.dumps(first.state())))
-        rest = [second.note(100 * k, {"swap_accuracy": v, "mse": m}) for k, (v, m) in enumerate(values, 1) if k > cut]
+        rest = [second.note(Measured(100 * k, {"swap_accuracy": v, "mse": m})) for k, (v, m) in enumerate(values, 1) if k > cut]
         assert rest == expected[cut:] and second.state() == whole.state() and second.best == whole.best
 
 
 def test_another_metric_begins_anew():
-    state, other = standing(), standing(best="psnr")
-    looks(state, (0.5, 0.1))
+    state, other = best_so_far(), best_so_far(best="psnr")
+    note(state, (0.5, 0.1))
     other.load(state.state())
     assert other.best is None and other.lowest_mse == 0.1
 
 
-def test_a_metric_that_no_look_has_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="run.best: validation finds no 'swap_acuracy'; did you mean swap_accuracy"):
-        standing(best="swap_acuracy")
+def test_a_metric_that_is_not_measured_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="run.best: validation measures no 'swap_acuracy'; did you mean swap_accuracy"):
+        best_so_far(best="swap_acuracy")
     with pytest.raises(ValueError, match="run.patience_metric.*there are: swap_accuracy, mse, psnr.*evaluate_tables"):
-        standing(patience_metric="leak.Smiling")
-    with pytest.raises(ValueError, match="run.keep_best: validation finds no 'psrn'; did you mean psnr"):
-        standing(keep_best={"mse": "min", "psrn": "max"}, evaluate_images=1)
+        best_so_far(patience_metric="leak.Smiling")
+    with pytest.raises(ValueError, match="run.keep_best: validation measures no 'psrn'; did you mean psnr"):
+        best_so_far(keep_best={"mse": "min", "psrn": "max"}, evaluate_images=1)
     with pytest.raises(ValueError, match="set run.evaluate_images"):
         RunConfig(keep_best={"mse": "min"})
-
-
-def test_every_promised_name_is_one_that_looks_have(tmp_path):
-    """Held against real looks: whole tables and quick numbers of a Fader network, and a judge's own."""
-    from tests.pipeline.evaluation.test_evaluation import ATTRIBUTES, Model, Seer, batches, fader, planted, quick, run
-
-    seer, slider, split = Seer(), fader(), planted(records=100)
-    tables = ("swap", "fidelity", "leak")
-    report = run(slider, seer, split, tables=tables, probe_split=planted("train", 150, seed=1))
-    found = {name.partition("/")[2] for name in report.metrics()}
-    assert set(names(slider, Model(seer), tables)) <= found
-    assert names(slider, Model(seer), ())[0] == "mse"
-    assert set(names(slider, Model(seer), ())) == {name[6:] for name in quick(slider, seer, batches(split))}
-    assert set(names(slider, None, ())) == {name[6:] for name in quick(slider, None, batches(split))}
-    assert set(names(seer, None, ())) == {name[6:] for name in quick(seer, None, batches(split))}
-    assert len(ATTRIBUTES) == 3
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
@@ -137,8 +119,8 @@ def config(tmp_path_factory, faces):
 
 
 @pytest.mark.ranks
-def test_the_best_checkpoint_and_its_standing_survive_a_stop(config, tmp_path):
-    """Unbroken on two ranks, and stopped half-way and resumed on one: the same looks, the same best."""
+def test_the_best_checkpoint_and_what_was_measured_survive_a_stop(config, tmp_path):
+    """Unbroken on two ranks, and stopped half-way and resumed on one: the same numbers, the same best."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     forked("launch.train", config, f"run.folder={whole}", processes=2)
     forked("launch.train", config, f"run.folder={broken}", "method.images=320")
@@ -159,14 +141,14 @@ def test_the_best_checkpoint_and_its_standing_survive_a_stop(config, tmp_path):
 
 
 def test_patience_ends_a_run_and_a_resume_does_not_begin_it_again(config, tmp_path):
-    """A slider that learns nothing: its accuracy never rises after the first look."""
+    """A slider that learns nothing: its accuracy never rises after the first validation."""
     run = tmp_path / "run"
     words = ["run.patience_metric=judge_accuracy", "run.patience_images=160", "run.keep_best={psnr: min}"]
     done = forked("launch.train", config, f"run.folder={run}", *words)
     assert "no better judge_accuracy: training ends" in done.stderr
     assert checkpoint.images_of(checkpoint.latest(run)) == 240
     worst = checkpoint.by_metric(checkpoint.kept(run), "psnr", "min")[0]
-    assert checkpoint.images_of(worst) == 80 and "psnr" in checkpoint.metrics_of(worst), "the first look's, though old"
+    assert checkpoint.images_of(worst) == 80 and "psnr" in checkpoint.metrics_of(worst), "the first one, though old"
     forked("launch.train", "--resume", run)
     assert checkpoint.images_of(checkpoint.latest(run)) == 240
 
@@ -203,8 +185,3 @@ def test_only_a_run_has_checkpoints_to_choose(tmp_path):
     with pytest.raises(ValueError, match="keeps no checkpoint best"):
         models.load(f"{run}@best")
     assert models.load(f"{run}@images-3200").variant == "", "it is the newest"
-
-
-def test_a_judge_may_be_watched_too():
-    method = METHODS["judge"](METHODS["judge"].Settings(preset="small"), Attributes([Attribute("Smiling")]), 32)
-    assert names(method, None, ()) == ["judge_accuracy", "judge_accuracy.Smiling"]

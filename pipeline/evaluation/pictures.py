@@ -1,0 +1,182 @@
+"""Sheets of pictures: swaps side by side, sweeps of every slider, and the swaps of which a judge is surest and least sure.
+
+They are of the first records of a split, so that sheets of several models show the same faces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fader.method import Batch, Method
+from pipeline.evaluation.labels import slider_values
+from pipeline.evaluation.measure import evaluating, makes_pictures, pictures
+from pipeline.evaluation.report import SLIDER_POSITIONS
+from pipeline.files import file_name
+from pipeline.images import png_bytes, to_uint8
+from pipeline.models import Reader, editor
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Split
+    from pipeline.models import Model
+
+SWEPT_FACES = 6
+JUDGED_RECORDS = 256
+SIDE_BY_SIDE = 6  # best and worst cases of an attribute, each
+MOST_SLIDERS = 16  # pictures of sweeps and of cases: a page of 40 attributes would be too heavy to open
+_CELL = 128  # pixels a side at most, in pictures of many
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its name (of the file) and what it shows."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+def swapped(method: Method, batch: Batch) -> tuple[list[str], Tensor]:
+    """Decode each record as it is labelled and with each attribute changed to each of its other values.
+
+    Returns:
+        Words for the columns, and [N, columns, C, S, S] in [-1, 1] on the CPU: the picture, its reconstruction, and the
+        swaps; of a method that only samples the sample of each record's labels and its swaps.
+    """
+    attributes, words, columns = method.attributes, [], []
+    with evaluating(method.networks.values()), torch.inference_mode():
+        if editor(method) is not None:
+            assert batch.images is not None
+            words, columns = ["picture"], [batch.images]
+        picture, _ = pictures(method, batch)
+        words.append("reconstruction" if columns else "sample")
+        columns.append(picture(attributes.code(batch.attributes)))
+        for j, step, changed, _ in attributes.swaps(batch.attributes):
+            words.append(attributes[j].name if attributes[j].k == 2 else f"{attributes[j].name} +{step}")
+            columns.append(picture(attributes.code(changed)))
+    return words, torch.stack([column.float().cpu() for column in columns], 1)
+
+
+def swap_sheet(model: Model, batch: Batch) -> Picture:
+    """Draw the swaps of the first records, a row a record."""
+    words, rows = swapped(model.method, batch)
+    most = MOST_SLIDERS + 2
+    cells = [list(_pixels(row[:most])) for row in rows[:SWEPT_FACES]]
+    return Picture("swaps", "Each attribute changed, alone", _sheet(cells, words[:most]))
+
+
+def sweep_sheets(model: Model, batch: Batch) -> list[Picture]:
+    """Draw a sheet a slider: records down, its positions across."""
+    method, attributes, sheets = model.method, model.attributes, []
+    with evaluating(method.networks.values()), torch.inference_mode():
+        picture, _ = pictures(method, batch)
+        code = attributes.code(batch.attributes)
+        own, above = [_pixels(picture(code))], ["sample"]
+        if editor(method) is not None:
+            own, above = [_pixels(batch.images), *own], ["picture", "reconstruction"]
+        for _, attribute, value, category in list(slider_values(attributes))[:MOST_SLIDERS]:
+            columns = list(own)
+            for position in SLIDER_POSITIONS:
+                columns.append(_pixels(picture(attributes.with_slider(code, attribute.name, position, category))))
+            name = attribute.name if category is None else f"{attribute.name}.{attribute.value_name(value)}"
+            positions = [f"{position:+g}" if position else "0" for position in SLIDER_POSITIONS]
+            sheet = _sheet(list(zip(*columns)), [*above, *positions], gaps=(len(own),))
+            sheets.append(Picture(f"sweep-{file_name(name)}", name, sheet))
+    return sheets
+
+
+# --- the judge's best and worst ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One swap as the judge sees it: before and after uint8 [S, S, C], and the probability of what was asked for."""
+
+    key: str
+    before: np.ndarray
+    after: np.ndarray
+    probability: float
+
+
+def case_sheets(model: Model, judge: Model, split: Split, batches: Sequence[Batch]) -> list[Picture]:
+    """Draw a sheet an attribute: pictures above their swaps, from the judge's lowest probability to its highest."""
+    attributes, reader = model.attributes, Reader(judge, model.attributes)
+    cases: dict[str, list[_Judged]] = {attribute.name: [] for attribute in tuple(attributes)[:MOST_SLIDERS]}
+    with evaluating([*model.method.networks.values(), *judge.method.networks.values()]), torch.inference_mode():
+        for batch in batches:
+            keys = [str(split.keys[row]) for row in batch.index.tolist()]
+            before = _pixels(batch.images)
+            for j, target, made in _to_judge(model, batch):
+                attribute, name = attributes[j], attributes[j].name
+                block = reader.own(reader.probabilities(made))[j]
+                asked = block.gather(1, target.clamp(min=0)[:, None])[:, 0].tolist()
+                after = _pixels(made)
+                for i, known in enumerate((attribute.hard(batch.attributes[:, j]) >= 0).tolist()):
+                    if known:
+                        cases[name].append(_Judged(keys[i], before[i], after[i], float(asked[i])))
+                cases[name] = _extremes(cases[name])
+    return [_case_sheet(name, kept, makes_pictures(model.method)) for name, kept in cases.items() if kept]
+
+
+def _case_sheet(name: str, kept: Sequence[_Judged], with_swaps: bool) -> Picture:
+    rows = [[case.before for case in kept], *([[case.after for case in kept]] if with_swaps else [])]
+    gaps = (SIDE_BY_SIDE,) if len(kept) > SIDE_BY_SIDE else ()
+    sheet = _sheet(rows, [f"{case.probability:.2f}" for case in kept], gaps)
+    return Picture(f"cases-{file_name(name)}", f"{name}; lowest: {', '.join(case.key for case in kept[:3])}", sheet)
+
+
+def _extremes(cases: list[_Judged]) -> list[_Judged]:
+    """Return the lowest and the highest probabilities, rising; all when there are few."""
+    cases = sorted(cases, key=lambda case: (case.probability, case.key))
+    return cases if len(cases) <= 2 * SIDE_BY_SIDE else cases[:SIDE_BY_SIDE] + cases[-SIDE_BY_SIDE:]
+
+
+def _to_judge(model: Model, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
+    """Return (column, value asked for [N], pictures to judge) of every swap; of a judge, the pictures and their labels."""
+    method, attributes, labels = model.method, model.attributes, batch.attributes
+    if not makes_pictures(method):
+        return [(j, a.hard(labels[:, j]), batch.images) for j, a in enumerate(attributes) if j < MOST_SLIDERS]
+    picture, _ = pictures(method, batch)
+    return [
+        (j, target, picture(attributes.code(changed)))
+        for j, _, changed, target in attributes.swaps(labels)
+        if j < MOST_SLIDERS
+    ]
+
+
+# --- sheets -----------------------------------------------------------------------------------------------------------
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """[N, C, S, S] in [-1, 1] to uint8 [N, S', S', 3], shrunk where many stand side by side."""
+    arrays = to_uint8(images).cpu().numpy()
+    arrays = np.repeat(arrays, 3, -1) if arrays.shape[-1] == 1 else arrays
+    if arrays.shape[1] <= _CELL:
+        return arrays
+    return np.stack([np.asarray(Image.fromarray(a).resize((_CELL, _CELL), Image.Resampling.BOX)) for a in arrays])
+
+
+def _sheet(rows: Sequence[Sequence[np.ndarray | None]], above: Sequence[str], gaps: Sequence[int] = ()) -> bytes:
+    """Cells [S, S, 3] in rows with a line of words above each column; None leaves a cell blank; a gap before some."""
+    size = next(cell.shape[0] for row in rows for cell in row if cell is not None)
+    zoom = 2 if size <= 64 else 1
+    side, gap = size * zoom, 4
+    letters = max(12, side // 7)
+    line = letters + 8
+    lefts = [gap + i * (side + gap) + 20 * sum(g <= i for g in gaps) for i in range(len(above))]
+    sheet = Image.new("RGB", (lefts[-1] + side + gap, line + len(rows) * (side + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(letters)
+    for left, words in zip(lefts, above):
+        pen.text((left + side / 2, line / 2), words, "#333", font=font, anchor="mm")
+    for r, row in enumerate(rows):
+        for left, cell in zip(lefts, row):
+            if cell is not None:
+                image = Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)
+                sheet.paste(image, (left, line + r * (side + gap)))
+    return png_bytes(np.asarray(sheet))

@@ -1,0 +1,93 @@
+"""What an evaluation is asked for: of which models and records, by which judge, which tables, on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import models
+from pipeline.data.shards import ShardSet
+from pipeline.models import Model
+
+TABLES = ("swap", "error", "fidelity", "leak", "distribution", "cost")
+USUAL_TABLES = ("swap", "fidelity", "leak", "cost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specification:
+    """An evaluation as a user asks for it; whoever takes part in it reads what it needs from here.
+
+    Args:
+        models: runs, exports or registry addresses. checkpoint: which of a run's. averaged: take the moving averages
+            of a run's weights, where it keeps them.
+        judge: the judge's run, export or registry address; None takes the models' own, or one that is trained and kept.
+        judge_images: length of that training; None takes the usual.
+        data: the shard set; None takes the one that the first model was trained on.
+        split, limit: the records, the first so many of them; None takes all (their order on disk is shuffled).
+        tables: any of TABLES; "error" is the squared error alone, out of "fidelity".
+        inception: TorchScript file of the network whose features the distribution table compares; without it, what the
+            judge's last layer reads.
+        classes: definitions of a class for that table, each the names of attributes whose joint values are the classes;
+            empty takes each attribute alone.
+        resamples: of the bootstrap; with 0 no number has an interval.
+        seed: of the bootstrap and of the probe.
+
+    Raises:
+        ValueError: an unknown table, or a limit below 1.
+    """
+
+    models: tuple[str, ...] = ()
+    checkpoint: str = "latest"
+    averaged: bool = True
+    judge: str | None = None
+    judge_images: int | None = None
+    data: Path | None = None
+    split: str = "test"
+    limit: int | None = None
+    tables: tuple[str, ...] = USUAL_TABLES
+    inception: Path | None = None
+    classes: tuple[tuple[str, ...], ...] = ()
+    resamples: int = 1000
+    seed: int = 0
+    batch_size: int = 64
+    device: str = "cpu"
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        wrong = [table for table in self.tables if table not in TABLES]
+        if wrong:
+            raise ValueError(f"unknown table {wrong[0]!r}; there are: {', '.join(TABLES)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1")
+
+    def load(self) -> list[Model]:
+        """Load the models onto the device, without their judges where one is named.
+
+        Raises:
+            ValueError: as `pipeline.models.load`.
+        """
+        keywords = {"checkpoint": self.checkpoint, "ema": self.averaged, "own_judge": self.judge is None}
+        return [self.place(models.load(source, **keywords)) for source in self.models]
+
+    def place(self, model: Model) -> Model:
+        """Move a model's networks to the device."""
+        for network in model.method.networks.values():
+            network.to(self.device)
+        return model
+
+    def open(self, model: Model) -> ShardSet:
+        """Open the shard set, by default the one that a model names in its config.
+
+        Raises:
+            ValueError: the config names none, or it is not here.
+        """
+        named = self.data or ((model.card.get("config") or {}).get("data") or {}).get("path")
+        if not named:
+            raise ValueError(f"{model.source} does not say which data it was trained on; name a shard set with --data")
+        if self.data is None and not Path(named).exists():
+            raise ValueError(f"{model.source} was trained on {named}, which is not here; name a shard set with --data")
+        return ShardSet.open(named)
+
+    def records(self, split_records: int) -> int:
+        """Return how many records of a split of this size are read."""
+        return min(self.limit or split_records, split_records)
