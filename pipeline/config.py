@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attributes
 from fader.method import METHODS, Method
+from fader.methods.judge import refuse_judges_networks
 from pipeline.images import CROPS, Preprocessing
 from pipeline.settings import check_keys, describe, method_settings, nearest, translated
 
@@ -28,7 +29,11 @@ WHY_NOT_ZERO_3 = (
 
 
 class AugmentConfig(BaseModel):
-    """How far training pictures are moved and coloured, each evenly up to its bound both ways; 0 = not at all."""
+    """How far training pictures are moved and changed; 0 = not at all.
+
+    What goes both ways goes evenly up to its bound. Blur, rescaling and noise leave half of the pictures alone and go evenly
+    up to their bounds for the others; they take away what is too faint for a person to see.
+    """
 
     model_config = STRICT
 
@@ -38,6 +43,9 @@ class AugmentConfig(BaseModel):
     contrast: float = Field(0.0, ge=0, lt=1)
     saturation: float = Field(0.0, ge=0, lt=1)
     hue: float = Field(0.0, ge=0, le=0.5, description="in turns of the colour circle")
+    blur: float = Field(0.0, ge=0, le=8, description="Gaussian, sigma in pixels of a picture of 64; larger with the side")
+    rescaling: float = Field(0.0, ge=0, lt=1, description="shrunk by this share of the side, and grown again")
+    noise: float = Field(0.0, ge=0, le=1, description="Gaussian, sigma on [-1, 1]")
 
     def __bool__(self) -> bool:
         return any(self.model_dump().values())
@@ -293,11 +301,13 @@ def build_method(experiment: Experiment, available: Attributes) -> Method:
     """The experiment's method over the attributes it names, out of those a shard set has.
 
     Raises:
-        ValueError: an attribute the set does not have; settings that do not fit the image size.
+        ValueError: an attribute the set does not have; settings that do not fit the image size; a network kept for judges.
     """
     names = available.names if experiment.data.attributes == ("*",) else experiment.data.attributes
     kind = METHODS[experiment.method_name]
-    return kind(experiment.method, available.select(names), experiment.data.image_size, experiment.data.channels)
+    method = kind(experiment.method, available.select(names), experiment.data.image_size, experiment.data.channels)
+    refuse_judges_networks(method)
+    return method
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

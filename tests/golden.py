@@ -40,7 +40,7 @@ def small(settings: object) -> object:
     for name, value in changes.items():
         if dataclasses.is_dataclass(value):
             changes[name] = small(value)
-        elif name in SMALL:
+        elif name in SMALL and not (name == "hidden_channels" and getattr(settings, "is_residual", False)):
             changes[name] = SMALL[name]
     return type(settings)(**changes)
 

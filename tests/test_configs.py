@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from fader.attributes import Attribute, Attributes
+from fader.method import METHODS, Method
+from fader.methods.judge import JudgeSettings
+from fader.networks.residual import ResidualClassifier
 from pipeline import config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -136,3 +140,35 @@ def test_an_aligners_pictures_are_not_moved(moved):
     config.load(CONFIGS[0].parent / "celeba_aligner.yaml", ["data.augment={hue: 0.1}"])
     with pytest.raises(ValueError, match="aligner learns from how they stand"):
         config.load(CONFIGS[0].parent / "celeba_aligner.yaml", [f"data.augment={{{moved}: 0.1}}"])
+
+
+class Flatterer(Method):
+    """A sham whose loss would learn to please the residual classifier."""
+
+    name, Settings = "sham_flatterer", JudgeSettings
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.networks = {"critic": nn.Sequential(ResidualClassifier(32, 2, init_channels=4, max_channels=4))}
+
+
+def test_no_loss_uses_the_network_that_is_kept_for_judges(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "sham_flatterer", Flatterer)
+    text = GOOD.replace("{name: fader, preset: small}", "{name: sham_flatterer, images: 8}").replace("64", "32")
+    experiment = config.load(write(tmp_path, text))
+    with pytest.raises(ValueError, match="sham_flatterer trains with the residual classifier, which is kept for judges"):
+        config.build_method(experiment, AVAILABLE)
+    judge = config.load(write(tmp_path, text.replace("sham_flatterer, images: 8", "judge, preset: small_residual")))
+    assert config.build_method(judge, AVAILABLE).name == "judge"
+
+
+def test_every_official_judge_has_a_residual_one_beside_it_and_no_two_configs_that_meet_have_one_seed():
+    judges = {path.stem: config.load(path) for path in CONFIGS if "judge" in path.stem}
+    for name, experiment in judges.items():
+        if "residual" not in name:
+            other = judges[name.replace("judge", "residual_judge")]
+            assert other.method.is_residual and not experiment.method.is_residual
+            assert other.data == experiment.data and other.seed != experiment.seed
+            assert experiment.data.augment.blur and experiment.data.augment.noise and experiment.data.augment.rescaling
+    assert {experiment.seed for experiment in judges.values()} == {1, 2}
+    assert {config.load(path).seed for path in CONFIGS if "judge" not in path.stem} == {0}

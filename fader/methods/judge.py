@@ -1,6 +1,7 @@
 """The judge: an attribute classifier trained on real images, which says whether a swap shows what was asked for.
 
-Source: the evaluation classifier of facebookresearch/FaderNetworks.
+Source of the official presets: the evaluation classifier of facebookresearch/FaderNetworks. The residual presets are of
+another build, because a decoder that learnt to please one build seldom pleases both.
 """
 
 from __future__ import annotations
@@ -17,53 +18,62 @@ from fader.losses.attributes import accuracies, attribute_loss
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.networks.classifier import Classifier
 from fader.networks.layers import wide
-from fader.networks.normalization import Norm
+from fader.networks.residual import ResidualClassifier
+from fader.settings import Settings, setting
 
 PRESETS: dict[str, dict[str, int]] = {
     "official": {"init_channels": 32, "max_channels": 512, "hidden_channels": 512},
     "small": {"init_channels": 16, "max_channels": 128, "hidden_channels": 128},  # about a fifth of the time at 64×64
+    "residual": {"init_channels": 32, "max_channels": 256},
+    "small_residual": {"init_channels": 16, "max_channels": 64},
 }
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
-    """
-    Args:
-        images: length of training, in images.
-        preset: network sizes; init_channels, max_channels and hidden_channels override it where they are given.
-        norm: "global" or "local" batch norm (an instance of one pixel cannot be normalised).
-        head: "softmax", two logits a binary attribute, or "sigmoid", one.
-        dropout: after each convolution.
-        prior: "uniform" takes the training labels' frequencies out of the logits when it judges, which raises balanced
-            accuracy because a rare value is then read as readily as a common one; "data" judges as it was trained.
-        clip_norm: L2 norm of all gradients; 0 = no clipping.
-    """
-
-    images: int = 1_000_000
-    preset: Literal["official", "small"] = "official"
-    init_channels: int | None = None
-    max_channels: int | None = None
-    hidden_channels: int | None = None
-    norm: Literal["global", "local"] = "global"
-    head: Head = "softmax"
-    dropout: float = 0.0
-    prior: Literal["uniform", "data"] = "uniform"
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.5, 0.999)
-    weight_decay: float = 0.0
-    clip_norm: float = 5.0
-    ema_half_life: int = 0
+class JudgeSettings(Settings):
+    images: int = setting(1_000_000, "length of training, in images", least=1)
+    preset: Literal["official", "small", "residual", "small_residual"] = setting(
+        "official", "build and sizes of the network; the sizes below override it where they are given"
+    )
+    init_channels: int | None = setting(None, "of the first convolution", least=1)
+    max_channels: int | None = setting(None, "channels double layer by layer up to this", least=1)
+    hidden_channels: int | None = setting(None, "of the hidden layer before the logits; a residual network has none", least=1)
+    norm: Literal["global", "local"] = setting("global", "whose statistics normalise: the global batch's, or this rank's share's")
+    head: Head = setting("softmax", "two logits a binary attribute, or one with sigmoid")
+    dropout: float = setting(0.0, "after each convolution; of a residual network before the logits", least=0, most=1)
+    prior: Literal["uniform", "data"] = setting(
+        "uniform",
+        "uniform takes the training labels' frequencies out of the logits when it judges, which raises balanced accuracy "
+        "because a rare value is then read as readily as a common one; data judges as it was trained",
+    )
+    learning_rate: float = setting(1e-3, "of Adam", least=0)
+    betas: tuple[float, float] = setting((0.5, 0.999), "of Adam")
+    weight_decay: float = setting(0.0, "L2 penalty", least=0)
+    decay_from: int = setting(0, "images after which the learning rate begins to fall", least=0)
+    decay_images: int = setting(0, "images within which it then falls to 0, in a straight line; 0 = it does not fall", least=0)
+    clip_norm: float = setting(5.0, "largest L2 norm of all gradients; 0 = no clipping", least=0)
+    ema_half_life: int = setting(0, "images after which an old weight counts half in the moving average; 0 = keep none", least=0)
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset {self.preset!r} is none of {', '.join(PRESETS)}")
-        if self.norm not in ("global", "local"):
-            raise ValueError(f"norm {self.norm!r} is none of global, local: a judge halves images down to one pixel")
+        super().__post_init__()
+        if self.is_residual and self.hidden_channels is not None:
+            raise ValueError(f"hidden_channels is {self.hidden_channels}, and the preset {self.preset} has no hidden layer")
+
+    @property
+    def is_residual(self) -> bool:
+        return self.preset.endswith("residual")
 
     def sizes(self) -> dict[str, int]:
         """The network sizes: the preset's, where nothing else is given."""
         given = {name: getattr(self, name) for name in PRESETS[self.preset]}
         return {**PRESETS[self.preset], **{name: size for name, size in given.items() if size is not None}}
+
+
+def refuse_judges_networks(method: Method) -> None:
+    """Raises ValueError when a method that is no judge has a residual classifier: what a loss learns to please proves nothing."""
+    parts = [part for network in method.networks.values() for part in network.modules()]
+    if not isinstance(method, Judge) and any(isinstance(part, ResidualClassifier) for part in parts):
+        raise ValueError(f"{method.name} trains with the residual classifier, which is kept for judges; use another network")
 
 
 @register
@@ -81,16 +91,10 @@ class Judge(Method):
         super().__init__(settings, attributes, image_size, channels)
         if not attributes:
             raise ValueError("a judge needs at least one attribute to read; name some")
-        norm: Norm = settings.norm
+        build = ResidualClassifier if settings.is_residual else Classifier
+        layout = (image_size, attributes.logits_width(settings.head), channels)
         self.networks = {
-            "classifier": Classifier(
-                image_size,
-                attributes.logits_width(settings.head),
-                channels,
-                dropout=settings.dropout,
-                norm=norm,
-                **settings.sizes(),
-            ),
+            "classifier": build(*layout, dropout=settings.dropout, norm=settings.norm, **settings.sizes()),
             "label_counts": LabelCounts(attributes),
         }
 

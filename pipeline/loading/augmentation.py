@@ -1,4 +1,4 @@
-"""Augmentation of training pictures: small rotation and translation, colour jitter.
+"""Augmentation of training pictures: small rotation and translation, blur, rescaling, colour jitter, noise.
 
 It works on the float pictures that every decoder and every cache ends in, on their device, so it is the same whether a
 picture was decoded for this batch or long ago. Its numbers are the batch's draws, keyed by record and draw: a resumed
@@ -7,6 +7,7 @@ run repeats them, on any number of ranks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fader.draws import Draws
+from fader.filters import blur_matrices, filtered, rescaling_matrices
 from pipeline.config import AugmentConfig
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
@@ -38,6 +40,9 @@ def augmented(images: Tensor, draws: Draws, settings: AugmentConfig) -> Tensor:
         angle = _around_zero(draws, "rotation") * math.radians(settings.rotation_degrees)
         shift = _around_zero(draws, "translation", (2,)) * settings.translation
         images = moved(images, angle, shift)
+    if settings.blur or settings.rescaling:
+        shrunk = _half_or_none(draws, "rescaling") * settings.rescaling
+        images = softened(images, _half_or_none(draws, "blur") * settings.blur, shrunk)
     if settings.brightness or settings.contrast or settings.saturation or settings.hue:
         images = coloured(
             images,
@@ -46,12 +51,17 @@ def augmented(images: Tensor, draws: Draws, settings: AugmentConfig) -> Tensor:
             saturation=1 + _around_zero(draws, "saturation") * settings.saturation,
             hue=_around_zero(draws, "hue") * settings.hue,
         )
-    return images
+    return grained(images, draws, _half_or_none(draws, "noise") * settings.noise) if settings.noise else images
 
 
 def _around_zero(draws: Draws, name: str, shape: tuple[int, ...] = ()) -> Tensor:
     """[N, *shape] uniform on [-1, 1)."""
     return draws.uniform(name, shape) * 2 - 1
+
+
+def _half_or_none(draws: Draws, name: str) -> Tensor:
+    """[N] 0 for half of the records, uniform on [0, 1) for the others."""
+    return _around_zero(draws, name).clamp(min=0)
 
 
 def _one_by_one(images: Tensor) -> bool:
@@ -87,6 +97,22 @@ def moved(images: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
 
 def _sampled(images: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def softened(images: Tensor, sigma: Tensor, shrunk: Tensor) -> Tensor:
+    """Pictures blurred by sigma [N] (see `blur_matrices`), then shrunk by the share [N] of their side and grown again."""
+    size = images.shape[-1]
+    sides = (size * (1 - shrunk)).round().clamp(min=1).long()
+    return filtered(images, rescaling_matrices(size, images.device)[sides] @ blur_matrices(sigma, size))
+
+
+def grained(images: Tensor, draws: Draws, sigma: Tensor) -> Tensor:
+    """Pictures with Gaussian noise of sigma [N] on each value, cut to [-1, 1]."""
+    if not _one_by_one(images):
+        return (images + sigma[:, None, None, None] * draws.normal("grain", images.shape[1:])).clamp(-1, 1)
+    rows = sigma.nonzero()[:, 0]  # drawing numbers costs more than all the rest
+    noise = dataclasses.replace(draws, index=draws.index[rows]).normal("grain", images.shape[1:])
+    return images.index_put((rows,), (images[rows] + sigma[rows, None, None, None] * noise).clamp(-1, 1))
 
 
 def coloured(images: Tensor, *, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attributes
 from fader.method import METHODS, Method
+from fader.methods.judge import refuse_judges_networks
 from pipeline import config, tracking
 from pipeline.data.shards import ShardSet
 from pipeline.files import digest_of
@@ -164,6 +165,7 @@ def _from_export(folder: Path, ema: bool, own_judge: bool) -> Model:
         raise ValueError(f"{error} (a later version may know it: upgrade)") from None
     attributes = Attributes.from_list(card["attributes"])
     method = kind(settings, attributes, card["image_size"], card["channels"])
+    refuse_judges_networks(method)
     networks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(weights).items():
         network, _, key = name.partition("/")

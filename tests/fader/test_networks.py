@@ -15,6 +15,7 @@ from fader.networks.autoencoder import Decoder, Encoder, Latent, Layout
 from fader.networks.classifier import Classifier
 from fader.networks.discriminators import LatentDiscriminator, PatchDiscriminator
 from fader.networks.layers import Down, Up, deconvolution, doubled_to_four, doubling, halvings
+from fader.networks.residual import ResidualClassifier
 from tests.fader.tiny import MIXED, planted, tiny_fader
 
 MALE = Attributes([Attribute("Male")])
@@ -194,8 +195,9 @@ def test_maps_stay_channels_last_through_the_autoencoder():
         (lambda: FaderSettings(preset="big"), "none of paper, official, small"),
         (lambda: LatentSettings(weight=-1.0), "weight is -1.0; it must be at least 0"),
         (lambda: PatchSettings(smooth_label=0.6), "smooth_label is 0.6; it must be at most 0.5"),
-        (lambda: JudgeSettings(norm="instance"), "one pixel"),
-        (lambda: JudgeSettings(preset="paper"), "none of official, small"),
+        (lambda: JudgeSettings(norm="instance"), "none of global, local"),
+            (lambda: JudgeSettings(preset="residual", hidden_channels=8), "has no hidden layer"),
+        (lambda: JudgeSettings(preset="paper"), "none of official, small, residual, small_residual"),
         (lambda: Fader(FaderSettings(), Attributes([]), 64), "at least one attribute"),
         (lambda: Judge(JudgeSettings(), Attributes([]), 64), "at least one attribute"),
         (lambda: Fader(FaderSettings(preset="paper"), MALE, 64), "halves at most 6 times"),
@@ -239,3 +241,11 @@ def test_a_transposed_convolution_of_few_pixels_gives_what_the_whole_one_gives()
     wanted, found = (torch.autograd.grad(out.sin().sum(), inputs) for out in (whole, got))
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(up(x), F.relu(up.norm(whole)))
+
+
+@pytest.mark.parametrize(("image_size", "blocks", "parameters"), [(64, 4, 1_236_456 - 32 * 257), (128, 5, None), (16, 2, None), (8, 1, None)])
+def test_the_residual_judge_halves_to_four_pixels(image_size, blocks, parameters):
+    network = ResidualClassifier(image_size, 8).eval()
+    assert len(network.blocks) == blocks and network(torch.zeros(2, 3, image_size, image_size)).shape == (2, 8)
+    if parameters:  # worked by hand for 40 logits, of which 8 are left
+        assert count(network) == parameters

@@ -16,7 +16,9 @@ from pipeline.loading.augmentation import augmented, coloured, moved
 from pipeline.loading.batch import Buffers, finish
 from pipeline.loading.plan import Request
 
-ALL = AugmentConfig(rotation_degrees=8, translation=0.1, brightness=0.2, contrast=0.3, saturation=0.4, hue=0.05)
+ALL = AugmentConfig(
+    rotation_degrees=8, translation=0.1, brightness=0.2, contrast=0.3, saturation=0.4, hue=0.05, blur=1.6, rescaling=0.5, noise=0.1
+)
 
 
 def pictures(count: int = 6, size: int = 32, channels: int = 3) -> torch.Tensor:
@@ -181,3 +183,28 @@ def test_a_config_says_it_strictly():
         with pytest.raises(ValueError, match=message):
             config.build({**tree, "data": {**tree["data"], "augment": wrong}}, "test")
     assert not config.build(tree, "test").data.augment
+
+
+@pytest.mark.parametrize("name", ["blur", "rescaling", "noise"])
+def test_what_takes_faint_things_away_leaves_half_of_the_pictures_alone(name):
+    """A faint grid is gone or drowned in the other half; what is coarse stays."""
+    coarse = torch.where(torch.arange(64) < 32, -0.5, 0.5).expand(400, 3, 64, 64)
+    faint = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 0.06 - 0.03
+    images = coarse + faint
+    settings = AugmentConfig(**{name: {"blur": 1.6, "rescaling": 0.5, "noise": 0.1}[name]})
+    out = augmented(images.clone(), Draws.of(1, "a", 0, torch.arange(400)), settings)
+    untouched = (out - images).abs().amax((1, 2, 3)) < 1e-4
+    assert 0.4 < untouched.float().mean() < 0.62
+    changed, pattern = out[~untouched], faint / faint.norm()
+    left = ((changed - coarse[: len(changed)]) * pattern).sum((2, 3)).abs().mean(1) / faint.norm()
+    if name != "noise":
+        assert left.median() < 0.6
+    assert (changed[..., 40:].mean((1, 2, 3)) - 0.5).abs().max() < 0.02
+
+
+def test_noise_is_the_same_whether_drawn_for_some_or_for_all():
+    images, draws = floats(pictures()), Draws.of(1, "a", 0, torch.arange(6))
+    sigma = torch.tensor([0.0, 0.1, 0.0, 0.05, 0.2, 0.0])
+    some = augmentation.grained(images, draws, sigma)
+    everyone = (images + sigma[:, None, None, None] * draws.normal("grain", (3, 32, 32))).clamp(-1, 1)
+    assert torch.equal(some, everyone)
