@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from fader.attributes import Attributes
 from fader.method import Method
-from pipeline.images import Preprocessing
+from pipeline.images import Preprocessing, preprocess, to_float, to_uint8
 from pipeline.models.capabilities import Aligning, Capability, Editing, Judging, Sampling, aligner, editor, judge, sampler
 
 
@@ -29,6 +32,22 @@ class Model:
     source: str
     run: Path | None = None
     variant: str = ""
+
+    def edit(self, image: Image.Image, **sliders: str | float) -> Image.Image:
+        """Move sliders on a picture, as in `model.edit(image, Smiling=1.5)`; the result is square, as the model reads it.
+
+        Args:
+            sliders: as `Slider` reads them: a k-way attribute's value by its name, as Beard="full".
+
+        Raises:
+            ValueError: an unknown attribute or value; the model does not edit.
+        """
+        editing = self.editing
+        moves = [editing.slider(name, value) for name, value in sliders.items()]
+        pixels = preprocess(image.convert("RGB"), self.preprocessing.fitting(*image.size))
+        images = to_float(torch.from_numpy(pixels[None].copy()))
+        edited = editing.edit(images, editing.labels(images)[0], [moves])[:, 0]
+        return Image.fromarray(to_uint8(edited.expand(-1, 3, -1, -1))[0].numpy())
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline import config, models
@@ -243,6 +244,14 @@ def test_a_value_of_many_can_be_named_either_way(model):
     assert by_name == by_slider == models.Slider("Beard", 2, 1.0)
     assert model.editing.edit(images, labels, [[by_name]])[:, 0, 2, 0, 0].tolist() == [1, 1]
     assert model.editing.edit(images, labels, [[slider("Beard", "moustache")]])[:, 0, 2, 0, 0].tolist() == [-1, -1]
+
+
+def test_a_picture_is_edited_in_three_lines_of_python(model):
+    """The painter's own Smiling is kept, Eyeglasses and the full Beard are moved; any size and mode goes in."""
+    edited = model.edit(Image.new("L", (300, 200), 255), Eyeglasses=0, Beard="full")
+    assert edited.size == (32, 32) and edited.getpixel((9, 9)) == (255, 128, 255)
+    with pytest.raises(ValueError, match="did you mean 'Smiling'"):
+        model.edit(Image.new("RGB", (178, 218)), Smilling=1)
 
 
 def test_own_labels_are_given_or_judged_or_estimated(model):
