@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": "an experiment at every point of a grid, evaluated and set side by side",
     "compare": "runs side by side, and what their swaps cost in reconstruction",
     "register": "export a run and register it as a version in MLflow",
+    "promote": "evaluate a registered version, and make it the champion when it holds",
     "edit": "move the sliders on photos",
     "sample": "pictures of faces that nobody has, from chosen attributes and a seed",
     "bench": "measure this machine: how fast data comes, beside others and beside DALI alone",

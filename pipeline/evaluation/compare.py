@@ -68,14 +68,9 @@ def _from_folder(source: str, run: Path, split: str, path: Path) -> Compared:
     if (run / "spool" / "main.jsonl").is_file():
         losses = {point.name: point.value for point in tracking.points(run) if not point.superseded}
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    intervals = {}
-    for score in report.get("scores", []):
-        if (score["images"], score["attribute"], score["to"]) == ("swap", "*", None) and score["low"] is not None:
-            intervals[_SWAP] = (score["low"], score["high"])
-    if (measure := report.get("fidelity", {}).get(_MSE)) and measure["low"] is not None:
-        intervals[_MSE] = (measure["low"], measure["high"])
     rests_on = {key: report[key] for key in ("judge", "split_digest", "records") if key in report}
     metrics = _of_split(report.get("metrics", {}), split)
+    intervals = _of_split(report.get("intervals", {}), split)
     return Compared(source, settings, losses, metrics, report.get("images_seen"), rests_on, intervals)
 
 
@@ -85,7 +80,7 @@ def _from_mlflow(run_id: str, split: str) -> Compared:
     return Compared(f"{stored.name} ({run_id[:8]})", stored.params, losses, _of_split(stored.metrics, split))
 
 
-def _of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+def _of_split(metrics: Mapping[str, Any], split: str) -> dict[str, Any]:
     return {name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")}
 
 

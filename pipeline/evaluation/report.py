@@ -173,26 +173,29 @@ class Report:
         """Names of the judged attributes, in the model's order."""
         return list(dict.fromkeys(score.attribute for score in self.scores if score.attribute != "*"))
 
-    def quantities(self) -> dict[str, float]:
-        """Return all numbers flat, by the names that tracking, cards and `run.best` know, without the split's name."""
+    def _bootstrapped(self) -> dict[str, Score | Measure | Leak]:
+        """Name the numbers that have intervals."""
         kinds = {"real": "judge_accuracy"} | {images: f"{images}_accuracy" for images in IMAGES[1:]}
-        flat = {}
+        named: dict[str, Score | Measure | Leak] = {}
         for s in self.scores:
             if s.images != "swap" and s.to is not None:
                 direction = f"_{s.to}"
             else:
                 direction = "".join(f"_{part}" for part in (s.start, s.to and f"to_{s.to}") if part)
-            flat[kinds[s.images] + ("" if s.attribute == "*" else f".{s.attribute}{direction}")] = s.value
+            named[kinds[s.images] + ("" if s.attribute == "*" else f".{s.attribute}{direction}")] = s
+        return named | self.fidelity | {f"leak.{leak.attribute}": leak for leak in self.leak}
+
+    def quantities(self) -> dict[str, float]:
+        """Return all numbers flat, by the names that tracking, cards and `run.best` know, without the split's name."""
+        flat = {name: number.value for name, number in self._bootstrapped().items()}
         flat |= {f"judge_plain_accuracy.{name}": value for name, value in self.plain.items()}
         flat |= {f"judge_auc.{name}": value for name, value in self.auc.items()}
         flat |= {f"judge_ece.{name}": value for name, value in self.calibration.items()}
-        flat |= {name: measure.value for name, measure in self.fidelity.items()}
         for p in self.preservation:
             flat |= {f"kept.{p.attribute}": p.kept, f"shift.{p.attribute}": p.shift}
         for slider in self.sliders:
             name = slider.attribute if slider.value == "1" else f"{slider.attribute}_{slider.value}"
             flat |= {f"monotonic.{name}": slider.monotonic}
-        flat |= {f"leak.{leak.attribute}": leak.value for leak in self.leak}
         for d in self.distances:
             name = d.images + (f".{d.attribute}_to_{d.to}" if d.attribute else "")
             flat |= {f"fid.{name}": d.fid, f"kid.{name}": d.kid}
@@ -202,6 +205,11 @@ class Report:
             flat |= {f"bcfid.{name}": c.bcfid, f"wcfid.{name}": c.wcfid}
         return flat
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Return the 95% intervals of those that have one, by the same names."""
+        bounds = {name: (number.low, number.high) for name, number in self._bootstrapped().items()}
+        return {name: pair for name, pair in bounds.items() if all(map(math.isfinite, pair))}
+
     def metrics(self) -> dict[str, float]:
         """Return the same named split/quantity, without what is not a number."""
         flat = self.quantities().items()
@@ -209,7 +217,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON; None stands for what is not a number."""
-        return {**_plain(asdict(self)), "metrics": self.metrics()}
+        intervals = {f"{self.split}/{name}": list(pair) for name, pair in self.intervals().items()}
+        return {**_plain(asdict(self)), "metrics": self.metrics(), "intervals": intervals}
 
 
 def _plain(value: Any) -> Any:

@@ -14,14 +14,12 @@ from tests.runs import FADER, make_run
 
 
 def evaluated(run, swap, mse, judge="judge"):
-    score = {"images": "swap", "attribute": "*", "start": None, "to": None, "low": swap - 0.01, "high": swap + 0.01}
     content = {
         "judge": judge,
         "split_digest": "d",
         "records": 40,
         "images_seen": 3200,
-        "scores": [score],
-        "fidelity": {"mse": {"value": mse, "low": mse * 0.9, "high": mse * 1.1}},
+        "intervals": {"test/swap_accuracy": [swap - 0.01, swap + 0.01], "test/mse": [mse * 0.9, mse * 1.1]},
         "metrics": {"test/swap_accuracy": swap, "test/mse": mse, "test/swap_accuracy.Smiling_to_1": swap},
     }
     (run / "report").mkdir()

@@ -326,7 +326,7 @@ import importlib.abc, json, sys
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"accelerate", "deepspeed", "nvidia", "webdataset", "typer", "torchmetrics", "cv2", "launch"}:
+        if name.partition(".")[0] in {"accelerate", "deepspeed", "nvidia", "webdataset", "typer", "cv2", "launch"}:
             raise ImportError(name + " is not among the model's requirements")
 
 sys.meta_path.insert(0, Refuse())

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from pipeline.models.serving import answer
 from tests.commands import environment, free_port
 from tests.runs import FADER, JUDGE, make_run, make_store, painter
 
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where MLflow looks for uvicorn and uv
 GREY, RED = (128, 128, 128), (255, 0, 0)
 
 
@@ -97,8 +99,8 @@ def test_a_wrong_request_is_refused_in_one_line(model, data, params, line):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """`mlflow models serve` of a registered Fader network with its judge: (the model's run, what posts a request)."""
+def registered(tmp_path_factory):
+    """A Fader network with its judge, registered as `faces`: (the run, the store's address)."""
     folder = tmp_path_factory.mktemp("served")
     make_run(folder / "judge", JUDGE)
     run, store = make_run(folder / "faces", FADER, judge=str(folder / "judge")), make_store(folder)
@@ -106,26 +108,39 @@ def served(tmp_path_factory):
         patch.setenv("MLFLOW_TRACKING_URI", store)
         patch.chdir(folder)
         models.register(run, "faces")
+    return run, store
+
+
+@contextlib.contextmanager
+def serving(folder: Path, store: str, manager: str, seconds: float = 180, **extra: str):
+    """`mlflow models serve` of that model; gives what posts a request."""
     port = free_port()
     line = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/faces@challenger", "--port", str(port)]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where MLflow looks for uvicorn
-    env = environment(MLFLOW_TRACKING_URI=store, MLFLOW_DISABLE_TELEMETRY="true", PATH=path)
+    env = environment(MLFLOW_TRACKING_URI=store, MLFLOW_DISABLE_TELEMETRY="true", PATH=PATH, **extra)
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
-            [*line, "--env-manager", "local"], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
+            [*line, "--env-manager", manager], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait(address, server, folder / "log")
-        yield run, lambda body: _post(f"{address}/invocations", body)
+        _wait(address, server, folder / "log", seconds)
+        yield lambda body: _post(f"{address}/invocations", body)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
-def _wait(address: str, server: subprocess.Popen, log: Path) -> None:
-    until = time.monotonic() + 180
+@pytest.fixture(scope="module")
+def served(registered, tmp_path_factory):
+    """(The run, what posts a request to the served model.)"""
+    run, store = registered
+    with serving(tmp_path_factory.mktemp("server"), store, "local") as post:
+        yield run, post
+
+
+def _wait(address: str, server: subprocess.Popen, log: Path, seconds: float) -> None:
+    until = time.monotonic() + seconds
     while time.monotonic() < until and server.poll() is None:
         try:
             with urllib.request.urlopen(f"{address}/ping", timeout=5):
@@ -182,7 +197,7 @@ def test_a_wrong_request_gets_400_and_one_clear_line_without_a_stack(served):
         ({"inputs": [bomb()]}, "declares 10000x10000 pixels, more than the 89,478,485 allowed"),
         ({"inputs": [[[[0.0]]]]}, "takes float32 [N, 3, 32, 32] or base64 PNG or JPEG pictures, not [1, 1, 1, 1]"),
         ({"inputs": [face], "params": {"sliders": '{"Smilling": 1}'}}, "unknown attribute 'Smilling'; did you mean 'Smiling'?"),
-        ({"inputs": [face], "params": {"sliders": '{"Smiling": "much"}'}}, "Smiling=much: not a number; -1 is absent, 1 is present"),
+        ({"inputs": [face], "params": {"sliders": '{"Smiling": "much"}'}}, "Smiling=much: not a number; -1 is absent"),
         ({"inputs": [face], "params": {"sliders": "{"}}, "sliders is '{'; a JSON object is needed"),
     ]:
         status, said = post(body)
@@ -192,3 +207,15 @@ def test_a_wrong_request_gets_400_and_one_clear_line_without_a_stack(served):
         status, said = post(body)
         assert status == 400 and "Traceback" not in json.dumps(said)
     assert post({"inputs": [face]})[0] == 200, "it goes on answering"
+
+
+@pytest.mark.skipif(shutil.which("uv", path=PATH) is None, reason="uv is not installed")
+def test_it_answers_in_a_fresh_environment_that_holds_its_requirements_only(registered, tmp_path):
+    """uv makes the environment; of this project there is nothing in it but the code that travels with the model."""
+    _, store = registered
+    links = {"UV_FIND_LINKS": os.environ["PIP_FIND_LINKS"]} if "PIP_FIND_LINKS" in os.environ else {}
+    own = {"MLFLOW_ENV_ROOT": str(tmp_path / "envs"), "PYTHONPATH": "", **links}
+    with serving(tmp_path, store, "uv", 1200, **own) as post:
+        status, said = post({"inputs": [base64_picture((300, 200), RED)], "params": {"sliders": '{"Smiling": 1.5}'}})
+    assert status == 200 and pixels(said["predictions"][0]).shape == (32, 32, 3)
+    assert not list((tmp_path / "envs").rglob("accelerate"))
