@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from fader.losses.adversarial import patch_losses, patch_probabilities
 from launch import command, evaluate, train
 from pipeline import config, models
 from pipeline.models import checkpoint
@@ -50,6 +51,20 @@ def test_they_edit_as_they_did(old, name):
     edited = editing.edit(images, torch.tensor([[1.0, 0.0]]), [[], [editing.slider("Smiling", -1)]])[0].double()
     for found, wanted in zip((edited.mean((1, 2, 3)), edited.square().mean((1, 2, 3))), EDITED[name]):
         torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+
+
+def test_the_patch_discriminators_map_has_the_published_loss(old):
+    """The loss is that of the mean of the map's sigmoids; the old network gave that mean itself. Numbers of the old code."""
+    method = config.build_method(config.load_run("full"), models.load("full").attributes)
+    network = method.networks["patch_discriminator"].eval()
+    stored = checkpoint.read_networks(old / "full/checkpoints/images-000000000032")
+    network.load_state_dict(stored["patch_discriminator"])
+    logits = network(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32))
+    assert logits.shape == (2, 1, 2, 2)
+    probabilities = patch_probabilities(logits)
+    torch.testing.assert_close(probabilities, torch.tensor([0.4969242215156555, 0.4975641965866089]))
+    torch.testing.assert_close(patch_losses(probabilities, 0.8), torch.tensor([0.6968570947647095, 0.6960820555686951]))
+    torch.testing.assert_close(patch_losses(probabilities, 0.2), torch.tensor([0.6894751191139221, 0.6902360916137695]))
 
 
 def test_flat_settings_are_translated_and_say_the_same(old):

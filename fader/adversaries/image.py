@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fader.adversaries.adversary import Adversary, AdversarySettings, View
-from fader.losses.adversarial import patch_losses
+from fader.losses.adversarial import patch_losses, patch_probabilities
 from fader.method import Batch, Context, Loss, Networks, Phase
 from fader.networks.discriminators import PatchDiscriminator
 from fader.settings import setting
@@ -39,8 +39,8 @@ class PatchAdversary(Adversary):
         """The discriminator learns to tell real images from those decoded with random attributes."""
         with torch.no_grad():
             decoded = self.view(networks, batch).swap().images
-        real = networks["patch_discriminator"](batch.images)
-        fake = networks["patch_discriminator"](decoded)
+        real = patch_probabilities(networks["patch_discriminator"](batch.images))
+        fake = patch_probabilities(networks["patch_discriminator"](decoded))
         smooth = self.settings.smooth_label
         loss = batch.mean(patch_losses(real, 1 - smooth)) + batch.mean(patch_losses(fake, smooth))
         report = {"loss": loss, "real": batch.mean(real), "decoded": batch.mean(fake)}
@@ -48,6 +48,6 @@ class PatchAdversary(Adversary):
 
     def pressure(self, networks: Networks, view: View, batch: Batch, context: Context) -> Loss:
         """The swap should be taken for real."""
-        real = networks["patch_discriminator"](view.swap().images)
+        real = patch_probabilities(networks["patch_discriminator"](view.swap().images))
         loss = batch.mean(patch_losses(real, 1 - self.settings.smooth_label))
         return Loss(context.weights["patch"] * loss, {"patch": loss.detach()})

@@ -97,11 +97,16 @@ def r1_penalties(logits: Tensor, images: Tensor) -> Tensor:
     return wide(gradient).square().flatten(1).sum(1)
 
 
+def patch_probabilities(logits: Tensor) -> Tensor:
+    """Map of logits [N, 1, H, W] to each image's probability [N] of being real: the mean of its patches'."""
+    return torch.sigmoid(wide(logits)).flatten(1).mean(1)
+
+
 def patch_losses(probabilities: Tensor, target: float) -> Tensor:
     """Binary cross-entropy of each image's probability of being real, in nats.
 
     Args:
-        probabilities: [N] in [0, 1]; kept 1e-6 away from the ends, where the logarithm has none.
+        probabilities: [N], as `patch_probabilities` gives them; kept 1e-6 away from the ends, where the logarithm has none.
         target: 1 = real, 0 = decoded; 1 - s and s under label smoothing s.
 
     Raises:

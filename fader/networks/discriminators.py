@@ -5,11 +5,10 @@ Source: Lample et al. 2017, arXiv:1706.00409; sizes as in the authors' code (fac
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fader.networks.autoencoder import Latent, Layout
-from fader.networks.layers import Down, channels_last, doubling, wide
+from fader.networks.layers import Down, channels_last, doubling
 from fader.networks.normalization import Norm
 
 
@@ -39,7 +38,7 @@ class LatentDiscriminator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [N, C, S, S] to the probability [N] that each is real: the mean over its patches.
+    """Images [N, C, S, S] to a map [N, 1, H, W] of logits, above 0 where a patch looks real.
 
     Raises:
         ValueError: images are smaller than 32 pixels, too small for one patch.
@@ -64,4 +63,4 @@ class PatchDiscriminator(nn.Module):
         self.head = nn.Conv2d(more[-1], 1, 4, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.sigmoid(wide(self.head(self.layers(channels_last(images))))).flatten(1).mean(1)
+        return self.head(self.layers(channels_last(images)))

@@ -10,6 +10,7 @@ from torch import nn
 from fader.adversaries.image import PatchSettings
 from fader.adversaries.latent import LatentSettings
 from fader.attributes import Attribute, Attributes
+from fader.losses.adversarial import patch_probabilities
 from fader.methods import Fader, FaderSettings, Judge, JudgeSettings
 from fader.networks.autoencoder import Decoder, Encoder, Latent, Layout
 from fader.networks.classifier import Classifier
@@ -152,10 +153,11 @@ def test_heads_have_the_attributes_width():
         assert networks["classifier"].head.out_features == width
 
 
-def test_patch_probabilities_lie_between_0_and_1_one_an_image():
+def test_a_patch_discriminator_gives_a_map_of_logits_and_one_probability_an_image():
     network = PatchDiscriminator(32, init_channels=2, max_channels=8)
-    probabilities = network(torch.randn(5, 3, 32, 32))
-    assert probabilities.shape == (5,) and 0 < probabilities.min() and probabilities.max() < 1
+    logits = network(torch.randn(5, 3, 32, 32))
+    assert logits.shape == (5, 1, 2, 2)
+    assert torch.equal(patch_probabilities(logits), logits.sigmoid().mean((1, 2, 3)))
     with pytest.raises(ValueError, match="at least 32"):
         PatchDiscriminator(16)
 
