@@ -322,6 +322,12 @@ class Attributes(tuple[Attribute, ...]):
             raise ValueError(f"labels are {tuple(labels.shape)}; {self!r} needs [N, {len(self)}]")
 
 
+def one_changed(attributes: Attributes, labels: Tensor, draws: Draws) -> Tensor:
+    """A copy of the labels [N, A] with one attribute of each record, drawn for it, moved to another value."""
+    chosen = draws.integers("changed", len(attributes), (1,))
+    return torch.where(chosen == torch.arange(len(attributes), device=labels.device), attributes.flipped(labels, draws), labels)
+
+
 def _slices(widths: Sequence[int]) -> list[slice]:
     slices, start = [], 0
     for width in widths:

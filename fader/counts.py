@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fader.attributes import Attributes
+from fader.attributes import Attributes, Head
 from fader.method import ReduceSum
 
 
@@ -26,6 +26,16 @@ class LabelCounts(nn.Module):
         counts = reduce_sum(attributes.members(labels).sum(0).to(self.counts.dtype))
         self.counts += torch.where(counts.isfinite().all(), counts, 0.0)
 
-    def log_frequencies(self) -> list[Tensor]:
-        """One [k] float32 block an attribute."""
-        return [(self.counts[part] / self.counts[part].sum()).log().float() for part in self.slices]
+    def prior(self, attributes: Attributes, head: Head) -> Tensor:
+        """[logits_width(head)] float32: what the frequencies of values add to logits; 0 for a continuous attribute.
+
+        Logits to which it was added in training are without it those of equally likely values, and the other way round.
+
+        Source: Menon et al. 2021, arXiv:2007.07314, logit adjustment with τ = 1.
+        """
+        parts = []
+        for attribute, part in zip(attributes, self.slices):
+            log = (self.counts[part] / self.counts[part].sum()).log().float()
+            log = log if attribute.logits_width(head) > 1 else log[1:] - log[:1]
+            parts.append(torch.zeros_like(log) if attribute.kind == "continuous" else log)
+        return torch.cat(parts)

@@ -132,7 +132,8 @@ class Phase:
         source: "images" reads images and labels; "labels" reads labels only (no image is decoded); None reads nothing
             and receives a batch of zero records of labels with `size` records of draws.
         others: the mode in which the networks that are not trained stand.
-        repeat: updates of this phase in each step.
+        repeat: updates of this phase in each step that has it.
+        every: steps from one that has this phase to the next; the run's first step has it.
         stream: which sequence of batches it reads; by default its own. Phases that name the same stream share batches.
         observers: names of networks without weights that take note of the batch. The engine does not undo what they noted
             when an update is not finite, so they leave out by themselves what is not finite.
@@ -144,6 +145,7 @@ class Phase:
     source: Source | None = "images"
     others: Literal["eval", "train"] = "eval"
     repeat: int = 1
+    every: int = 1
     stream: str = ""
     observers: tuple[str, ...] = ()
     name: str = ""
@@ -153,8 +155,8 @@ class Phase:
             object.__setattr__(self, "name", "+".join(self.trains or self.observers))
         if not self.stream:
             object.__setattr__(self, "stream", self.name)
-        if self.repeat < 1:
-            raise ValueError(f"phase {self.name}: repeat is {self.repeat}; it must be at least 1")
+        if min(self.repeat, self.every) < 1:
+            raise ValueError(f"phase {self.name}: repeat {self.repeat} and every {self.every} must be at least 1")
 
 
 @dataclass(frozen=True)

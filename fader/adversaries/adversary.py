@@ -114,8 +114,8 @@ class Adversary:
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         """By default its network has the autoencoder's settings, but for the learning rate."""
         own, base = self.settings.learning_rate, self.autoencoder.optimizer
-        optimizer = dataclasses.replace(base, learning_rate=base.learning_rate if own is None else own)
-        return {(self.network,): optimizer}
+        rate = base.learning_rate if own is None else own
+        return {(self.network,): dataclasses.replace(base, learning_rate=rate, ema_half_life=0, decay_images=0)}
 
     def schedule(self) -> Schedule:
         s = self.settings

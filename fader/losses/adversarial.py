@@ -22,11 +22,13 @@ PairLosses = Callable[[Tensor, Tensor], Tensor]
 class Game:
     """The two sides of an adversarial loss. Each takes the logits [N] of real and of decoded images and gives [N] losses.
 
-    discriminator: what the discriminator minimises. maker: what the network that makes images minimises.
+    discriminator: what the discriminator minimises. maker: what the network that makes images minimises. compares: the
+    maker's losses depend on the real images, too.
     """
 
     discriminator: PairLosses
     maker: PairLosses
+    compares: bool = False
 
 
 def non_saturating_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def relativistic_maker(real: Tensor, decoded: Tensor) -> Tensor:
 GAMES = {
     "non_saturating": Game(non_saturating_discriminator, non_saturating_maker),
     "hinge": Game(hinge_discriminator, hinge_maker),
-    "relativistic": Game(relativistic_discriminator, relativistic_maker),
+    "relativistic": Game(relativistic_discriminator, relativistic_maker, compares=True),
 }
 
 

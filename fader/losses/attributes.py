@@ -12,7 +12,12 @@ from fader.networks.layers import wide
 
 
 def attribute_losses(
-    attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head = "softmax"
+    attributes: Attributes,
+    logits: Tensor,
+    labels: Tensor,
+    known: Tensor,
+    head: Head = "softmax",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each attribute, [A], in nats (mean squared error for a continuous one).
 
@@ -22,6 +27,7 @@ def attribute_losses(
         logits: [N, attributes.logits_width(head)].
         labels: [N, A]; -1 = unknown, left out.
         known: [A] divisors.
+        weights: [N, A], what each label counts; by default 1.
 
     Raises:
         ValueError: shapes disagree.
@@ -38,6 +44,7 @@ def attribute_losses(
             each = F.binary_cross_entropy_with_logits(block[:, 0], label.clamp(min=0).to(block.dtype), reduction="none")
         else:
             each = F.cross_entropy(block, label.clamp(min=0).long(), reduction="none")
+        each = each if weights is None else each * weights[:, j]
         losses.append(torch.where(mask, each, 0.0).sum() / known[j].clamp(min=1e-6))
     return torch.stack(losses) if losses else logits.new_zeros(0)
 
@@ -73,6 +80,22 @@ def fool_loss(
     Source: Lample et al. 2017, arXiv:1706.00409, equation 3.
     """
     return attribute_loss(attributes, logits, attributes.flipped(labels, draws), known, head)
+
+
+def log_odds(attributes: Attributes, logits: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """[N, A]: by how much the logits favour each label over all other values; the logit itself if continuous, 0 if unknown."""
+    columns = []
+    for j, (attribute, block) in enumerate(zip(attributes, attributes.blocks(wide(logits), head))):
+        label = labels[:, j].clamp(min=0)
+        if attribute.kind == "continuous":
+            odds = block[:, 0]
+        elif block.shape[1] == 1:
+            odds = block[:, 0] * (2 * label - 1).to(block.dtype)
+        else:
+            own = label[:, None] == torch.arange(block.shape[1], device=label.device)
+            odds = torch.where(own, block, 0.0).sum(1) - torch.where(own, -torch.inf, block).logsumexp(1)
+        columns.append(torch.where(labels[:, j] >= 0, odds, 0.0))
+    return torch.stack(columns, 1)
 
 
 def accuracies(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head) -> Tensor:

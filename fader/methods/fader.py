@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from fader.adversaries.adversary import Adversary, AdversarySettings, Autoencoder, Mode, View
 from fader.adversaries.attribute import AttributeAdversary, ClassifierSettings
-from fader.adversaries.image import PatchAdversary, PatchSettings
+from fader.adversaries.image import ImageAdversary, ImageSettings
 from fader.adversaries.latent import LatentAdversary, LatentSettings
+from fader.adversaries.patch import PatchAdversary, PatchSettings
 from fader.adversaries.solved import SolvedAdversary, SolvedSettings
 from fader.attributes import Attributes, Head
 from fader.losses.reconstruction import absolute_errors, squared_errors
@@ -66,6 +67,7 @@ class FaderSettings(Settings):
     patch: PatchSettings = setting(PatchSettings(), "a discriminator of image patches")
     classifier: ClassifierSettings = setting(ClassifierSettings(), "a classifier that reads the attributes of swaps")
     solved: SolvedSettings = setting(SolvedSettings(), "a critic of latents that is solved for, not trained")
+    image: ImageSettings = setting(ImageSettings(), "a discriminator of images, which also reads their attributes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +117,8 @@ class Fader(Method):
 
         solved = built(SolvedAdversary, s.solved)
         latent = [LatentAdversary(s.latent, about, observers=solved)] if s.latent.steps else []
-        return [*latent, *built(PatchAdversary, s.patch), *built(AttributeAdversary, s.classifier), *solved]
+        images = [*built(PatchAdversary, s.patch), *built(ImageAdversary, s.image)]
+        return [*latent, *images, *built(AttributeAdversary, s.classifier), *solved]
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -127,16 +130,14 @@ class Fader(Method):
         return (Stage("fader", (*phases, autoencoder), s.images),)
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
-        s, groups = self.settings, {}
+        groups = {}
         for adversary in self.adversaries:
             groups |= adversary.optimizers()
-        decay = round(s.decay_share * s.images)
-        more = {"ema_half_life": s.ema_half_life, "decay_from": s.images - decay, "decay_images": decay}
-        return {**groups, ("encoder", "decoder"): dataclasses.replace(self._optimizer(), **more)}
+        return {**groups, ("encoder", "decoder"): self._optimizer()}
 
     def _optimizer(self) -> Optimizer:
-        s = self.settings
-        return Optimizer(learning_rate=s.learning_rate, betas=s.betas, clip_norm=s.clip_norm)
+        s, decay = self.settings, round(self.settings.decay_share * self.settings.images)
+        return dataclasses.replace(Optimizer.of(s), decay_from=s.images - decay, decay_images=decay)
 
     def schedules(self) -> dict[str, Schedule]:
         return {adversary.name: adversary.schedule() for adversary in self.adversaries}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fader.attributes import Attributes, Head
@@ -78,10 +77,7 @@ def refuse_judges_networks(method: Method) -> None:
 
 @register
 class Judge(Method):
-    """Networks: classifier, and the observer label_counts.
-
-    Source of the uniform prior: Menon et al. 2021, arXiv:2007.07314, post-hoc logit adjustment with τ = 1.
-    """
+    """Networks: classifier, and the observer label_counts."""
 
     name = "judge"
     Settings = JudgeSettings
@@ -119,14 +115,4 @@ class Judge(Method):
         logits = wide(self.networks["classifier"](images))
         if self.settings.prior == "data":
             return logits
-        blocks = []
-        for attribute, block, log_p in zip(
-            self.attributes,
-            self.attributes.blocks(logits, self.settings.head),
-            self.networks["label_counts"].log_frequencies(),
-        ):
-            if attribute.kind == "continuous":
-                blocks.append(block)
-            else:
-                blocks.append(block - (log_p if block.shape[1] > 1 else log_p[1] - log_p[0]))
-        return torch.cat(blocks, 1)
+        return logits - self.networks["label_counts"].prior(self.attributes, self.settings.head)

@@ -52,7 +52,7 @@ def steps(stages: tuple[Stage, ...], batch_size: int, position: Position) -> Ite
             position = Position(position.clock.next_stage(), position.counters)
             continue
         turns, read = [], {}
-        for phase in stage.phases:
+        for phase in (phase for phase in stage.phases if position.clock.updates % phase.every == 0):
             stream = f"{stage.name}/{phase.stream}"
             first = position.counters.get(stream, 0)
             turns += [Turn(phase, stream, first + k) for k in range(phase.repeat)]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fader.adversaries.image import PatchSettings
 from fader.adversaries.latent import LatentSettings
+from fader.adversaries.patch import PatchSettings
 from fader.attributes import Attribute, Attributes
 from fader.losses.adversarial import patch_probabilities
 from fader.methods import Fader, FaderSettings, Judge, JudgeSettings

@@ -46,6 +46,17 @@ def test_phases_that_name_one_stream_share_its_batches():
     assert [turn.draw for turn in two.turns] == [2, 3, 2]
 
 
+def test_a_phase_that_comes_every_few_steps_comes_first_in_the_first_and_reads_its_stream_in_order():
+    lazy = (Stage("all", (phase("d"), phase("r1", every=3, repeat=2)), 140),)
+    turns = [[(turn.stream, turn.draw) for turn in step.turns[1:]] for step in steps(lazy, 20, Position())]
+    first, second, third = ([("all/r1", 2 * k), ("all/r1", 2 * k + 1)] for k in range(3))
+    assert turns == [first, [], [], second, [], [], third]
+    resumed = list(steps(lazy, 20, Position()))[3].after
+    assert [len(step.turns) for step in steps(lazy, 20, resumed)] == [1, 1, 3], "by the clock, not by a counter of its own"
+    with pytest.raises(ValueError, match="repeat 1 and every 0 must be at least 1"):
+        phase("r1", every=0)
+
+
 @pytest.mark.parametrize("done", range(8))
 def test_going_on_from_anywhere_makes_the_steps_that_are_left(done):
     whole = list(steps(STAGES, 20, Position()))
