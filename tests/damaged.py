@@ -18,7 +18,8 @@ from pipeline import config
 from pipeline.data.datasets.record import Dataset
 from pipeline.data.shards import ShardSet, prepare
 from pipeline.engine import Engine
-from pipeline.training import run as train
+from pipeline.training import assembly
+from pipeline.training.run import train
 
 SIZES = {"train": 40, "valid": 8}
 BAD = (11, 12, 30)  # rows of train; the second stands right behind the first
@@ -103,10 +104,10 @@ class Watched(Engine):
 
 def main() -> None:
     path, out = map(Path, sys.argv[1:])
-    train.Engine = Watched
+    assembly.Engine = Watched
     for name, parts in {"unbroken": [320], "resumed": [160, 320]}.items():
         for images in parts:
-            train.train(experiment(path, images), out / name, resume=images != parts[0])
+            train(experiment(path, images), out / name, resume=images != parts[0])
         engine = Watched.now
         weights = {f"w:{n}/{k}": v.clone() for n, w in engine.method.networks.items() for k, v in w.state_dict().items()}
         seen = {"known": torch.stack(engine.known), "index": torch.stack(engine.index)}

@@ -20,7 +20,9 @@ from fader.draws import key_of
 from fader.method import METHODS, Loss, Method, Optimizer, Phase, Stage, register
 from pipeline.config import build
 from pipeline.loading.plan import salted
-from pipeline.training import run as training
+from pipeline.training.assembly import assemble
+from pipeline.training.interruption import Listener
+from pipeline.training.run import complete
 
 BATCH = 8
 
@@ -94,10 +96,10 @@ def main() -> None:
     with registered():
         for backend in ("ddp", "deepspeed"):
             experiment = build(tree(faces, backend, engine={"backend": backend}), "test")
-            with training.Listener() as listener:
-                run = training._Run(experiment, out / backend, False, None, listener)
-                run.go()
-            state = {"salt": torch.tensor(run.salt), **run.engine.state().networks}
+            with Listener() as listener:
+                run = assemble(experiment, out / backend, False, listener)
+                complete(run)
+            state = {"salt": torch.tensor(run.point.salt), **run.engine.state().networks}
             save_file(state, out / f"{backend}-{run.engine.rank}.safetensors")
 
 

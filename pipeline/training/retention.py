@@ -1,17 +1,39 @@
-"""Write a run's checkpoints in the background, and remove those that need not be kept."""
+"""Write a run's checkpoints in the background, remove those that need not be kept, and go back to one."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.engine import State
+from pipeline.engine import Engine, State
 from pipeline.models import checkpoint
+from pipeline.training.steps import ResumePoint
 
 log = logging.getLogger(__name__)
+
+
+def restore(engine: Engine, run: Path, up_to: float = math.inf) -> ResumePoint | None:
+    """Load the newest sound checkpoint of at most `up_to` images seen, which the main rank chooses for all.
+
+    Returns:
+        Where the run stood, or None when there is no such checkpoint.
+    """
+    newest = checkpoint.latest(run, up_to) if engine.is_main else None
+    images = int(engine.largest(-1 if newest is None else checkpoint.images_of(newest)))
+    if images < 0:
+        return None
+    state, extra = checkpoint.read(checkpoint.at(run, images))
+    engine.load(state)
+    if extra["format"] < 2 and engine.is_main:
+        log.warning(
+            "%s was begun by an earlier version: flips, noise and swaps are drawn anew from here on, so it will not "
+            "repeat an unbroken run of that version", run,
+        )  # fmt: skip
+    return ResumePoint.from_dict(extra)
 
 
 class CheckpointWriter:

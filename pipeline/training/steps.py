@@ -1,4 +1,4 @@
-"""Where a run stands, and every update that is left: stages and phases unrolled, as a pure function."""
+"""Say where a run stands, and unroll its stages and phases into every update that is left, as a pure function."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Step:
 
 
 def steps(stages: tuple[Stage, ...], batch_size: int, position: Position) -> Iterator[Step]:
-    """Every step that is left, a pure function of where the run stands: the loop and its loader each walk their own."""
+    """Give every step that is left, as a pure function of where the run stands: the loop and its loader each walk their own."""
     while position.clock.stage < len(stages):
         stage = stages[position.clock.stage]
         if position.clock.stage_images >= stage.images:
@@ -60,3 +60,31 @@ def steps(stages: tuple[Stage, ...], batch_size: int, position: Position) -> Ite
         after = Position(position.clock.after(batch_size), {**position.counters, **read})
         yield Step(stage, tuple(turns), position.clock, after)
         position = after
+
+
+def total_images(stages: tuple[Stage, ...], batch_size: int) -> int:
+    """Return how many images a run has seen at its end: whole steps, so a little more than its stages say."""
+    return sum(-(-stage.images // batch_size) * batch_size for stage in stages)
+
+
+@dataclass
+class ResumePoint:
+    """What a run needs to go on, beside the state of its engine; it stands in every checkpoint's state.json.
+
+    salt: how often the run went back, because it sees other batches after each return.
+    quarantine: keys of the records that any rank left out because they do not decode.
+    validation: the best validation so far, as plain data; None where the run does not measure.
+    """
+
+    position: Position = Position()
+    salt: int = 0
+    quarantine: list[str] = field(default_factory=list)
+    validation: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "position": self.position.to_dict()}
+
+    @staticmethod
+    def from_dict(tree: Mapping[str, Any]) -> ResumePoint:
+        known = {entry.name: tree[entry.name] for entry in dataclasses.fields(ResumePoint) if entry.name in tree}
+        return ResumePoint(**{**known, "position": Position.from_dict(tree["position"])})
