@@ -1,4 +1,7 @@
-"""`fader train configs/X.yaml key=value …`, `fader train --resume RUN`, and the same under `accelerate launch -m launch.train`."""
+"""Train an experiment or go on with one: `fader train configs/X.yaml key=value …`, `fader train --resume RUN`.
+
+The same words follow `accelerate launch … -m launch.train`.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,17 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    config: Annotated[list[str] | None, typer.Argument(help="a config file, then key=value overrides", metavar="CONFIG [KEY=VALUE]...")] = None,
+    config: Annotated[
+        list[str] | None, typer.Argument(help="a config file, then key=value overrides", metavar="CONFIG [KEY=VALUE]...")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run; key=value overrides are allowed")] = None,
-    go_on: Annotated[bool, typer.Option("--continue", help="go on with CONFIG's run if its folder holds one, else start it")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="go on with CONFIG's run if its folder holds one, else start it")
+    ] = False,
 ) -> None:
     """Train an experiment, or go on with one.
 
-    Ctrl-C, SIGTERM, SIGUSR1 or a file RUN/stop end it between two steps, with everything saved.
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or a file RUN/stop end it between two steps, with everything saved.
     """
     words = config or []
     if resume is None and (not words or "=" in words[0]):
@@ -62,7 +69,7 @@ def train(
 
 
 def _what_to_train(words: list[str], resume: Path | None, go_on: bool) -> tuple[Experiment, Path, bool]:
-    """The experiment, its run's folder, and whether that holds a run to go on with."""
+    """Return the experiment, its run's folder, and whether that holds a run to go on with."""
     from pipeline.config import load, load_run
 
     if resume is not None:
@@ -79,7 +86,7 @@ def _what_to_train(words: list[str], resume: Path | None, go_on: bool) -> tuple[
 
 
 def _leave_word(code: int | None) -> None:
-    """Write the exit code where a batch script reads it, for a launcher's own does not say; None clears what is there."""
+    """Write the exit code where a batch script reads it, because the launcher's exit code does not say; None clears it."""
     place = os.environ.get("FADER_EXIT_FILE")
     if place and code is None:
         Path(place).unlink(missing_ok=True)
@@ -88,7 +95,7 @@ def _leave_word(code: int | None) -> None:
 
 
 def exit_code(code: int) -> int:
-    """The code to exit with, after word of it is left.
+    """Return the code to exit with, after word of it is left.
 
     A launcher takes any code but 0 for a crash, which it would mend by starting the workers again: a run that wants to
     go on in another job ends its workers with 0, and FADER_EXIT_FILE alone says so.

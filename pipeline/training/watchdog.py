@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and says which rank it is. A thread a rank, which the loop tells what it begins.
+"""End a run that hangs, and say which rank it is: a thread a rank, which the loop tells what it begins.
 
 When one rank of several stands still, all do: the others wait for it in their next collective. So each rank's thread
 keeps a small file, `RUN/ranks/00000.json`, with how far its loop has come; it needs no collective and no launcher's
@@ -37,7 +37,11 @@ _FAREWELL_SECONDS = 2.0  # for the log and the tracker to get rid of the news
 
 @dataclass(frozen=True)
 class _Rank:
-    """What a rank's file says. started: when its process did. marks: things begun so far. idle: seconds since the last. silent: seconds since the file."""
+    """What a rank's file says.
+
+    started: when its process did. marks: how many things it has begun. idle: seconds since it began the last of them.
+    silent: seconds since it wrote the file.
+    """
 
     rank: int
     host: str
@@ -54,7 +58,7 @@ class _Rank:
 
 
 class Watchdog:
-    """While entered, watches that `at` is called.
+    """Watches, while entered, that `at` is called.
 
     Args:
         run: the run's folder, which all ranks see.
@@ -75,7 +79,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, what: str, slow: bool = False) -> None:
-        """The loop begins something. All ranks must call it alike: who has called it less often is behind."""
+        """Note that the loop begins something. All ranks must call it alike, because one that has called it less is behind."""
         self._mark = (self._mark[0] + 1, what, slow)
 
     def __enter__(self) -> Watchdog:
@@ -90,7 +94,7 @@ class Watchdog:
             self._file(self.rank).unlink(missing_ok=True)
 
     def _watch(self) -> None:
-        """Idle time is summed over polls: time in which this process was itself stopped does not count."""
+        """Watch in a thread. Idle time is summed over polls, so that time in which this process was stopped does not count."""
         seen, idle = self._mark, 0.0
         while not self._over.wait(self._poll):
             if self._mark is not seen:
@@ -117,19 +121,19 @@ class Watchdog:
         return self.folder / f"{rank:05d}.json"
 
     def _others(self) -> list[_Rank]:
-        """Every rank whose file can be read, ages by this rank's own file, which was written now by the same clock."""
-        found = []
+        """Return every rank whose file can be read, with its age by this rank's own file, which has just been written."""
+        ranks = []
         now = self._file(self.rank).stat().st_mtime if self._file(self.rank).exists() else time.time()
         for rank in range(self.world_size):
             try:
                 silent = max(now - self._file(rank).stat().st_mtime, 0.0)
-                found.append(_Rank(rank=rank, silent=silent, **json.loads(self._file(rank).read_text())))
+                ranks.append(_Rank(rank=rank, silent=silent, **json.loads(self._file(rank).read_text())))
             except (OSError, ValueError, TypeError):
                 continue  # not written yet, or gone
-        return found
+        return ranks
 
     def _verdict(self, ranks: list[_Rank]) -> str | None:
-        """Who hangs, in words; None when somebody is still entitled to his time."""
+        """Return which ranks hang, in words; None while some rank may still take its time."""
         silent = [rank for rank in ranks if self._is_silent(rank)]
         running = [rank for rank in ranks if rank not in silent]
         missing = sorted(set(range(self.world_size)) - {rank.rank for rank in ranks})
@@ -148,7 +152,8 @@ class Watchdog:
     def _end(self, verdict: str, silent: list[_Rank]) -> None:
         stack = self._file(self.rank).with_suffix(".stack")
         text = f"no step for {self.patience / 60:g} minutes: {verdict}"
-        log.critical("%s. Rank %d ends with code %d, its stacks are in %s; checkpoints are intact", text, self.rank, EXIT_HUNG, stack)
+        words = "%s. Rank %d ends with code %d, its stacks are in %s; checkpoints are intact"
+        log.critical(words, text, self.rank, EXIT_HUNG, stack)
         try:
             with stack.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -162,7 +167,7 @@ class Watchdog:
 
 
 def _kill(rank: _Rank) -> None:
-    """End a rank's process if it is of this machine and still the one that wrote the file."""
+    """Kill a rank's process if it is of this machine and still the one that wrote the file."""
     if rank.host != socket.gethostname():
         return
     try:
@@ -174,6 +179,6 @@ def _kill(rank: _Rank) -> None:
 
 
 def clear(run: Path) -> None:
-    """Remove where the ranks of an earlier attempt stood; stacks stay. For one rank, before it is watched."""
+    """Remove the files of an earlier attempt's ranks, but not their stacks; one rank does it, before it is watched."""
     for left in (run / "ranks").glob("*.json"):
         left.unlink(missing_ok=True)
