@@ -25,7 +25,8 @@ RUN = {"data.md": "tests/test_docs_data.py", "cluster.md": "tests/slurm/test_doc
 STAND_FOR = {
     "RUN|MODEL...": "runs/x", "RUN...": "runs/x", "CONFIG": "configs/faces_fader.yaml", "key=value": "seed=1",
     "KEY=VALUE,VALUE…": "seed=0,1", "[KEY=VALUE]…": "batch_size=8",
-    "configs/X.yaml": "configs/faces_fader.yaml", "launch/accelerate/X.yaml": "launch/accelerate/cpu.yaml",
+    "configs/X.yaml": "configs/faces_fader.yaml",
+    "mini.yaml": "configs/faces_fader.yaml", "launch/accelerate/X.yaml": "launch/accelerate/cpu.yaml",
 }  # fmt: skip
 PROGRAMS = ("fader", "accelerate", "sbatch", "make")
 
