@@ -52,7 +52,7 @@ def demo(
     passed, lines = _verdict(json.loads(report.read_text()))
     typer.echo("\n" + "\n".join(lines))
     typer.echo(f"\nthe whole way took {time.monotonic() - began:.0f} s; pictures: {out / 'sweep' / 'sweep-Smiling.png'}")
-    typer.echo(_next(photos[0], model, out))
+    typer.echo(next_commands(photos[0], model, out))
     if not passed:
         typer.echo("error: the demo did not reach what it is asked for (see the table above)", err=True)
         raise typer.Exit(1)
@@ -103,11 +103,11 @@ def _verdict(report: Mapping[str, Any]) -> tuple[bool, list[str]]:
     return passed, rows
 
 
-def _next(photo: Path, model: str, out: Path) -> str:
+def next_commands(photo: Path, model: str, out: Path) -> str:
     return "\n".join(
         [
             "next:",
-            f"  fader edit {photo} --model {model} --set Smiling=1.5 Beard=full --out {out / 'edited'}",
+            f"  fader edit {photo} --model {model} --set Smiling=1.5 Beard=beard --out {out / 'edited'}",
             "  mlflow ui --port 5000            # the runs and the registered model, at http://127.0.0.1:5000",
             "  fader prepare celeba FOLDER_WITH_THE_OFFICIAL_FILES data/celeba",
             "  fader train configs/celeba_judge.yaml && fader train configs/celeba_fader.yaml",
