@@ -62,29 +62,29 @@ def data(
         if batch_size > len(split):
             raise ValueError(f"a batch of {batch_size} and {len(split)} records; give a larger set or --batch-size")
         about = throughput.machine()
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "machine": about,
             "command": ["fader", "bench", *sys.argv[1:]],
             "set": {"name": shards.name, "digest": shards.digest, "records": len(split)},
             "batch_size": batch_size, "threads": threads, "rounds": rounds, "seconds": seconds, "device": str(place),
             "images_per_second": {},
         }  # fmt: skip
-        typer.echo(_heading(about, found))
+        typer.echo(_heading(about, figures))
         files = throughput.write_files(split, work / "files")
-        found["prepare_seconds"] = throughput.prepare_seconds(files, work, rounds, threads)
-        typer.echo(_prepare_line(found["prepare_seconds"], len(files)))
+        figures["prepare_seconds"] = throughput.prepare_seconds(files, work, rounds)
+        typer.echo(_prepare_line(figures["prepare_seconds"], len(files)))
         typer.echo("\n" + " ".join([f"{'images/s':>10}", *(f"{name:>11}" for name in COLUMNS), *RATIOS]))
         for size in wanted:
             preprocessing = _preprocessing(split, size)
             rates = throughput.loading_rates(split, preprocessing, work, measure, _show)
-            found["images_per_second"][str(size)] = rates
+            figures["images_per_second"][str(size)] = rates
             typer.echo(_line(size, rates))
-        found["memory"] = [_memory(split, work, n) for n in records]
-        for entry in found["memory"]:
+        figures["memory"] = [_memory(split, work, n) for n in records]
+        for entry in figures["memory"]:
             size = f"{entry['bytes'] / 1e6:,.0f} MB of anonymous memory"
             typer.echo(f"streaming {entry['records']:,} records takes at most {size}")
     if to:
-        to.write_text(json.dumps(found, indent=1) + "\n")
+        to.write_text(json.dumps(figures, indent=1) + "\n")
         typer.echo(f"wrote {to}")
     typer.echo("next: docs/performance.md says what these figures should be")
 
@@ -97,7 +97,7 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _show(what: str) -> None:
-    """What is being measured, on a terminal; gone when the line is done."""
+    """Show on a terminal what is being measured; it goes when the line is done."""
     if sys.stderr.isatty():
         print(f"\r\033[K{what}", end="\r", file=sys.stderr, flush=True)
 
@@ -117,15 +117,15 @@ def _preprocessing(split: Any, size: int) -> Any:
     return Preprocessing(size, crop="celeba" if celeba else "center")
 
 
-def _heading(about: dict[str, Any], found: dict[str, Any]) -> str:
+def _heading(about: dict[str, Any], figures: dict[str, Any]) -> str:
     where = f"{about['cores']} cores of {about['cpu']}" + (f", {about['gpu']}" if about["gpu"] else "")
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "nvidia-dali-cuda130", "webdataset", "pillow"))
     busy = f"\nother work keeps it busy (load {about['load']:.1f}): look at the ratios" if about["load"] > 1 else ""
     return (
         f"{where}, {about['memory_bytes'] / 2**30:.0f} GiB; {versions}\n"
-        f"{found['set']['name']}, {found['set']['records']:,} records; batches of {found['batch_size']} "
-        f"on {found['device']}, {found['threads']} threads; "
-        f"median of {found['rounds']} turns of {found['seconds']:g} s{busy}\n"
+        f"{figures['set']['name']}, {figures['set']['records']:,} records; batches of {figures['batch_size']} "
+        f"on {figures['device']}, {figures['threads']} threads; "
+        f"median of {figures['rounds']} turns of {figures['seconds']:g} s{busy}\n"
     )
 
 
@@ -148,7 +148,7 @@ def _line(size: int, rates: Rates) -> str:
 
 
 def _memory(split: Any, work: Path, records: int) -> dict[str, int]:
-    """Measured in a process of its own, over a set in which the split's pictures repeat."""
+    """Measure peak memory in a process of its own, over a set in which the split's pictures repeat."""
     from pipeline.loading import throughput
 
     out = throughput.write_repeated(split, work / f"repeated{records}", records)
@@ -166,8 +166,8 @@ def one_memory(path: Path) -> None:
     from pipeline.loading import throughput
 
     split = ShardSet.open(path).split("train")
-    found = throughput.streaming_memory(split, _preprocessing(split, 64), throughput.Measure())
-    typer.echo(json.dumps(found))
+    figures = throughput.streaming_memory(split, _preprocessing(split, 64), throughput.Measure())
+    typer.echo(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ def inspect(
     whole = ShardSet.open(out)
     name = out.rstrip("/").rpartition("/")[2]
     to = _writable(to) if to else _folder_for(whole.path, name, local=whole.remote is None)
-    found = inspection.inspect(whole, seed=seed)
-    write_whole(to / "inspect.txt", found.text + "\n", durable=False)
-    for picture, png in found.pictures.items():
+    report = inspection.inspect(whole, seed=seed)
+    write_whole(to / "inspect.txt", report.text + "\n", durable=False)
+    for picture, png in report.pictures.items():
         write_whole(to / f"{picture}.png", png, durable=False)
-    typer.echo(found.text)
+    typer.echo(report.text)
     if log:
-        _log(found, to, log, name)
-    typer.echo(f"\nwrote {', '.join(f'{picture}.png' for picture in found.pictures)} and inspect.txt to {to}")
+        _log(report, to, log, name)
+    typer.echo(f"\nwrote {', '.join(f'{picture}.png' for picture in report.pictures)} and inspect.txt to {to}")
     typer.echo("next: write a config whose data.path is this folder (docs/data.md), then fader train CONFIG")
 
 
@@ -67,13 +67,13 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _log(found: Inspection, to: Path, experiment: str, name: str) -> None:
+def _log(report: Inspection, to: Path, experiment: str, name: str) -> None:
     from pipeline import tracking
 
     tracker = tracking.open_tracker(True, to, experiment, f"inspect {name}", True)
     tracker.start()
-    tracker.log(found.metrics, 0, 0)
-    for picture, png in found.pictures.items():
+    tracker.log(report.metrics, 0, 0)
+    for picture, png in report.pictures.items():
         tracker.picture(picture, png, 0)
     tracker.artifact(to / "inspect.txt")
     tracker.finish("FINISHED")

@@ -136,7 +136,7 @@ def daynight(
     source: Annotated[str, typer.Argument(help="Folder with labels.csv (path, label, camera) or day/ and night/.")],
     out: Out,
     labels: Annotated[str, typer.Option(help="Column that says day or night.")] = "label",
-    camera: Annotated[str | None, typer.Option(help="Column of cameras; found by itself when it is called so.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Column of cameras; by default one that is called so.")] = None,
     split: Split = None,
     workers: Workers = None,
     skip_bad: SkipBad = False,

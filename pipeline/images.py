@@ -56,8 +56,8 @@ _DAMAGE = (
 def _celeba_boxes(width: np.ndarray, height: np.ndarray) -> np.ndarray:
     wrong = (width != CELEBA_SIZE[0]) | (height != CELEBA_SIZE[1])
     if wrong.any():
-        found = f"{width[wrong][0]}x{height[wrong][0]}"
-        raise ValueError(f"crop 'celeba' needs 178x218 pictures, found {found}; set crop: center for other pictures")
+        size = f"{width[wrong][0]}x{height[wrong][0]}"
+        raise ValueError(f"crop 'celeba' needs 178x218 pictures, found {size}; set crop: center for other pictures")
     one = np.ones_like(width)
     return np.stack([0 * one, 20 * one, 178 * one, 198 * one], 1)
 
@@ -253,8 +253,8 @@ _PLAIN = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # before it: Huffman and quantisation t
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG that has nothing before its frame that could change them (EXIF may turn it), at a
-    twentieth of the time that Pillow takes to open it; None of everything else.
+    """Width and height of a JPEG without metadata that may turn it, in a twentieth of the time that Pillow takes to open
+    it; None for everything else.
 
     Source: ITU-T T.81, B.1 and B.2.2.
     """
@@ -278,7 +278,7 @@ _PNG_END = b"IEND\xaeB`\x82"
 
 
 def _has_end(data: bytes, kind: str | None) -> bool:
-    """Whether the mark of a picture's end is there, whatever follows it; where a format has none, it is taken to be."""
+    """Whether the mark of a picture's end is there, whatever follows it. Formats that have none pass."""
     if kind == "WEBP":
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
     if kind == "PNG":

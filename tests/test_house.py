@@ -28,9 +28,7 @@ HOMES = {
 }
 FILE, CLASS, FUNCTION, LINE = 400, 250, 60, 130  # lines, lines, lines without the docstring, characters
 WHOLE = 19_000  # lines of Python in FOLDERS together
-TOO_BIG = {  # what is above its limit today; this list only shrinks
-    "pipeline/loading/throughput.py long lines",
-}
+TOO_BIG: set[str] = set()  # what is above its limit today; this list only shrinks
 
 
 def imports(path: Path) -> list[tuple[int, str]]:

@@ -53,9 +53,9 @@ def balanced_weights(split: Split, shares: Shares) -> tuple[np.ndarray, np.ndarr
     )
     groups = groups.reshape(-1)
     mass = counts.astype(np.float64)
-    before = _found(chosen, patterns, mass)
-    for attribute, target, found in zip(chosen, targets, before):
-        for value in np.flatnonzero((target > 0) & (found == 0)):
+    before = _shares_now(chosen, patterns, mass)
+    for attribute, target, share in zip(chosen, targets, before):
+        for value in np.flatnonzero((target > 0) & (share == 0)):
             raise ValueError(
                 f"data.balance: no record of {split.name} is known to have {_named(attribute, value)}, "
                 f"so its share cannot be {target[value]:g}; take it out"
@@ -67,7 +67,7 @@ def balanced_weights(split: Split, shares: Shares) -> tuple[np.ndarray, np.ndarr
 
 
 def _targets(attribute: Attribute, wanted: float | Mapping[str, float]) -> np.ndarray:
-    """[k] shares that are asked for; 0 where nothing is."""
+    """The [k] shares that are asked for; 0 where none is."""
     if attribute.kind == "continuous":
         raise ValueError(f"data.balance: {attribute.name} is continuous; only binary and k-way attributes have shares")
     for part in wanted.values() if isinstance(wanted, Mapping) else [wanted]:
@@ -101,8 +101,8 @@ def _named(attribute: Attribute, value: int) -> str:
     return f"{attribute.name} = {attribute.value_name(int(value))}"
 
 
-def _found(chosen: Attributes, patterns: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
-    """Of each attribute the [k] share of each value among the known. bincount adds in order, so alike on all machines."""
+def _shares_now(chosen: Attributes, patterns: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
+    """The [k] shares of each attribute's values among the known; alike on all machines, because bincount adds in order."""
     shares = []
     for j, attribute in enumerate(chosen):
         known = patterns[:, j] >= 0
@@ -114,25 +114,25 @@ def _found(chosen: Attributes, patterns: np.ndarray, mass: np.ndarray) -> list[n
 def _raked(
     chosen: Attributes, patterns: np.ndarray, mass: np.ndarray, targets: list[np.ndarray], split: str
 ) -> np.ndarray:
-    """[patterns] mass that meets every target, by turns."""
+    """The mass [patterns] that meets every target, which are met by turns."""
     for _ in range(_ROUNDS):
         for j, target in enumerate(targets):
-            found = _found(chosen, patterns, mass)[j]
+            now = _shares_now(chosen, patterns, mass)[j]
             rest = target == 0
-            factor = np.divide(target, found, out=np.ones_like(target), where=found > 0)
-            if found[rest].any():
-                factor[rest] = (1 - math.fsum(target)) / math.fsum(found[rest])
+            factor = np.divide(target, now, out=np.ones_like(target), where=now > 0)
+            if now[rest].any():
+                factor[rest] = (1 - math.fsum(target)) / math.fsum(now[rest])
             known = patterns[:, j] >= 0
             mass = np.where(known, mass * factor[patterns[:, j]], mass)
-        found = _found(chosen, patterns, mass)
-        off = [float(np.abs(share - target)[target > 0].max()) for share, target in zip(found, targets)]
+        shares = _shares_now(chosen, patterns, mass)
+        off = [float(np.abs(share - target)[target > 0].max()) for share, target in zip(shares, targets)]
         if max(off) < _TOLERANCE:
             return mass
     j = int(np.argmax(off))
-    value = int(np.argmax(np.abs(found[j] - targets[j]) * (targets[j] > 0)))
+    value = int(np.argmax(np.abs(shares[j] - targets[j]) * (targets[j] > 0)))
     raise ValueError(
         f"data.balance: no weights of {split} meet all targets at once: {_named(chosen[j], value)} is to be "
-        f"{targets[j][value]:.1%} and comes to {found[j][value]:.1%} beside the others; "
+        f"{targets[j][value]:.1%} and comes to {shares[j][value]:.1%} beside the others; "
         "the labels hang together too closely: take one out or move its share"
     )
 
@@ -141,8 +141,8 @@ def _tell(
     split: str, chosen: Attributes, targets: list[np.ndarray], before: list[np.ndarray], weights: np.ndarray
 ) -> None:
     parts = [
-        f"{_named(attribute, value)} {found[value]:.1%} -> {target[value]:.1%}"
-        for attribute, target, found in zip(chosen, targets, before)
+        f"{_named(attribute, value)} {share[value]:.1%} -> {target[value]:.1%}"
+        for attribute, target, share in zip(chosen, targets, before)
         for value in ((1,) if attribute.kind == "binary" else np.flatnonzero(target))
     ]
     logger.info(

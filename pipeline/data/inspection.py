@@ -62,7 +62,7 @@ def inspect(whole: ShardSet, *, seed: int = 0) -> Inspection:
     together = _Values(values[splits[0].name].names, np.concatenate([values[s.name].held for s in splits]))
     width, height = (np.concatenate([getattr(s, side) for s in splits]) for side in ("width", "height"))
     size = np.concatenate([split.size for split in splits])
-    quality, looked = _qualities(splits, seed)
+    quality, num_read = _qualities(splits, seed)
     duplicates, torn = _duplicates(whole)
     text = "\n".join(
         [
@@ -72,7 +72,7 @@ def inspect(whole: ShardSet, *, seed: int = 0) -> Inspection:
             _spread("height", height, "pixels"),
             _spread("file size", size, "bytes"),
             _formats(whole),
-            _spread(f"JPEG quality, read off the tables of {looked:,}", quality, "of 100"),
+            _spread(f"JPEG quality, read off the tables of {num_read:,}", quality, "of 100"),
             _about_duplicates(duplicates, torn),
         ]
     )
@@ -100,7 +100,7 @@ def _values(split: Split) -> _Values:
 
 
 def _share(held: np.ndarray) -> np.ndarray:
-    """[m] of the known, how many hold each value; nan where none is known."""
+    """The share [m] of the known that hold each value; nan where none is known."""
     known = np.isfinite(held).sum(0)
     return np.where(known, np.nansum(held, 0) / np.maximum(known, 1), np.nan)
 
@@ -185,19 +185,19 @@ _TABLE_SUMS = np.array([_table_sum(quality) for quality in range(1, 101)])
 
 
 def _qualities(splits: Sequence[Split], seed: int) -> tuple[np.ndarray, int]:
-    """Quality of each JPEG looked at, and how many pictures were."""
+    """The quality of each JPEG that was read, and how many pictures were read."""
     rows = [(split, row) for split in splits for row in range(len(split))]
     if len(rows) > _MOST_READ:
         chosen = np.random.default_rng(seed).choice(len(rows), _MOST_READ, replace=False)
         rows = [rows[n] for n in sorted(chosen.tolist())]
-    found = []
+    qualities = []
     for split, row in rows:
         try:
             with Image.open(io.BytesIO(split.bytes(row)), formats=("JPEG",)) as image:
-                found.append(jpeg_quality(image.quantization[0]))
+                qualities.append(jpeg_quality(image.quantization[0]))
         except UnidentifiedImageError:
             continue
-    return np.array(found), len(rows)
+    return np.array(qualities), len(rows)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _histogram(values: _Values) -> bytes:
-    """Records that hold each value, as a bar each, and those that do not as the rest of it."""
+    """A bar for each value: the records that hold it, and those that do not as the rest."""
     from matplotlib.figure import Figure
 
     present = np.nansum(values.held, 0)
@@ -228,8 +228,8 @@ def _histogram(values: _Values) -> bytes:
 
 
 def cooccurrence(held: np.ndarray) -> np.ndarray:
-    """[m, m] P(column | row): of the records that hold the row's value and whose column is known, the share that holds
-    the column's; nan where there are none. held: [n, m] of 1, 0, nan."""
+    """P(column | row), [m, m]: the share that holds the column's value, of the records that hold the row's and whose column
+    is known; nan where there are none. held: [n, m] of 1, 0, nan."""
     one, known = np.nan_to_num(held), np.isfinite(held).astype(np.float32)
     both, base = one.T @ one, one.T @ known
     return np.where(base > 0, both / np.maximum(base, 1), np.nan)
@@ -270,14 +270,14 @@ def _contact(splits: Sequence[Split], values: dict[str, _Values], chance: np.ran
     names = values[split.name].names
     rule = Preprocessing(_CELL, crop="letterbox")
     rows = [(name, np.flatnonzero(held[:, j] == 1)) for j, name in enumerate(names)]
-    rows = [(name, found) for name, found in rows if len(found)][:_MOST_ROWS] or [("all", np.arange(len(split)))]
+    rows = [(name, those) for name, those in rows if len(those)][:_MOST_ROWS] or [("all", np.arange(len(split)))]
     gap, margin = 2, 150
     sheet = Image.new("RGB", (margin + _ROW_LENGTH * (_CELL + gap), len(rows) * (_CELL + gap)), "white")
     pen = ImageDraw.Draw(sheet)
-    for r, (name, found) in enumerate(rows):
+    for r, (name, those) in enumerate(rows):
         words = name[:24].encode("latin-1", "replace").decode("latin-1")
         pen.text((4, r * (_CELL + gap) + _CELL // 2 - 6), words, "black")
-        for c, row in enumerate(chance.choice(found, min(_ROW_LENGTH, len(found)), replace=False).tolist()):
+        for c, row in enumerate(chance.choice(those, min(_ROW_LENGTH, len(those)), replace=False).tolist()):
             cell = Image.fromarray(preprocess(split.picture(row), rule))
             sheet.paste(cell, (margin + c * (_CELL + gap), r * (_CELL + gap)))
     return png_bytes(np.asarray(sheet))

@@ -110,7 +110,7 @@ def fetch(place: Place, path: Path, size: int, digest: str | None, stopped: thre
         OSError: it cannot be read, or the disk is full.
         ValueError: it is shorter than `size`, or its sha256 is another.
     """
-    found, done = hashlib.sha256(), 0
+    sha256, done = hashlib.sha256(), 0
     with replacing(path, durable=False) as file:
         while done < size:
             if stopped is not None and stopped.is_set():
@@ -119,9 +119,9 @@ def fetch(place: Place, path: Path, size: int, digest: str | None, stopped: thre
             if not part:
                 raise ValueError(f"{place} ends after {done:,} of {size:,} bytes: upload it again")
             file.write(part)
-            found.update(part)
+            sha256.update(part)
             done += len(part)
-        if digest is not None and found.hexdigest() != digest:
+        if digest is not None and sha256.hexdigest() != digest:
             raise ValueError(f"{place} differs from its digest: upload it again")
 
 
@@ -155,7 +155,7 @@ class Ahead:
 
 
 def _make_room(size: int) -> None:
-    """Remove the tars that were not opened for longest until `size` more bytes fit. Who maps one keeps its bytes."""
+    """Remove the tars that were not opened for longest until `size` more bytes fit. A process that maps one keeps its bytes."""
     limit = cache_limit()
     if limit is None:
         return

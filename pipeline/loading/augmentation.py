@@ -65,8 +65,8 @@ def _half_or_none(draws: Draws, name: str) -> Tensor:
 
 
 def _one_by_one(images: Tensor) -> bool:
-    """On the CPU it goes picture by picture, which stays in the core's cache, and in the calling thread alone: torch's
-    threads would wait for the cores that decoding has."""
+    """Whether pictures are moved one by one: on the CPU, where a picture stays in the core's cache, and in the calling
+    thread alone, because torch's threads would wait for the cores that decoding has."""
     return images.device.type == "cpu"
 
 

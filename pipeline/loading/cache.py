@@ -49,9 +49,9 @@ def choose(cache: Cache, num_bytes: int, device: torch.device, on_node: OnNode =
     """
     if cache not in get_args(Cache):
         raise ValueError(f"unknown cache {cache!r}; there are: {', '.join(get_args(Cache))}")
-    found = on_node((free_memory(device), free_memory(torch.device("cpu"))))
-    on_device, on_host = (min(free) for free in zip(*found))
-    ranks, on_cpu = len(found), device.type == "cpu"
+    free = on_node((free_memory(device), free_memory(torch.device("cpu"))))
+    on_device, on_host = (min(part) for part in zip(*free))
+    ranks, on_cpu = len(free), device.type == "cpu"
     needed = num_bytes * (ranks if on_cpu else 1)
     copies = f" in {ranks} processes" if on_cpu and ranks > 1 else ""
     said = f"{_gigabytes(on_host)} of the machine's memory are free"
@@ -161,8 +161,8 @@ class Kept(ABC):
 
 
 class _InProcess(Kept):
-    """For the CPU: an array of this process, or one it shares. In numpy, which uses the calling thread alone: torch's
-    threads would wait for cores that a decoder has."""
+    """An array of this process, or one it shares, for the CPU. It is numpy's, which uses the calling thread alone, because
+    torch's threads would wait for cores that a decoder has."""
 
     def __init__(self, pixels: np.ndarray, there: np.ndarray) -> None:
         super().__init__(there)
@@ -177,8 +177,7 @@ class _InProcess(Kept):
 
 
 class _OnDevice(Kept):
-    """In the memory of a CUDA device. It is written and read on the stream that is current, so the order of the calls
-    is that of the device."""
+    """Memory of a CUDA device. It is written and read on the current stream, so the device keeps the order of the calls."""
 
     def __init__(self, size: int, shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__(np.zeros(size, np.uint8))
@@ -195,8 +194,8 @@ class _OnDevice(Kept):
 
 
 class _HostForDevice(Kept):
-    """In the machine's memory, for a CUDA device: pictures are gathered into pinned memory and copied from there beside
-    whatever the device computes."""
+    """The machine's memory, for a CUDA device. Pictures are gathered into pinned memory and copied from there, while the
+    device computes."""
 
     def __init__(self, pixels: np.ndarray, there: np.ndarray, device: torch.device) -> None:
         super().__init__(there)
@@ -272,7 +271,7 @@ def _shared(size: int, shape: tuple[int, ...], on_node: OnNode) -> tuple[np.ndar
             memory = mmap.mmap(handle, num_bytes)
         except OSError as error:
             fault = f"process {os.getpid()} cannot open the shared cache {first}: {error}"
-        faults = [found for found in on_node(fault) if found]  # no rank goes on before all have opened it
+        faults = [other for other in on_node(fault) if other]  # no rank goes on before all have opened it
         if faults:
             raise ValueError(f"{faults[0]}; set data.cache=device or none")
     finally:

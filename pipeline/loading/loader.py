@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """Makes the batches a plan asks for. seed: keys their draws; it may be set anew before each call of `batches`."""
+    """Makes the batches that a plan asks for. seed: keys their draws; it may be set anew before each call of `batches`."""
 
     seed: int
 
@@ -92,12 +92,12 @@ class SplitLoader:
         self.labels = torch.from_numpy(labels).to(self.device)
 
     def readable(self, rows: np.ndarray) -> np.ndarray:
-        """Rows with what stands in for those that are known not to decode."""
+        """The rows, those that are known not to decode replaced by others."""
         return rows if self.quarantine is None else self.quarantine.readable(rows)
 
     def rows(self, request: Request) -> Tensor:
-        """The request's rows [B] on the device, without waiting for what the device is doing; those that do not decode
-        replaced, so to be asked for when this rank's pictures are there. Labels alone are read of any record."""
+        """The request's rows [B], copied to the device without waiting for it. Where pictures are read, records that do not
+        decode are replaced, so call it when this rank's pictures are there."""
         rows = torch.from_numpy(self.readable(request.rows) if request.images else request.rows)
         return rows if self.device.type == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
 
@@ -111,8 +111,8 @@ class SplitLoader:
     def ahead(
         self, requests: Iterable[Request], needed: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
     ) -> Iterator[Request]:
-        """The same requests. Of a set that lies elsewhere, the tars of those to come are fetched meanwhile, as far ahead
-        as two tars have records.
+        """Give the same requests. Of a set that lies elsewhere, the tars of later requests are fetched meanwhile, as far
+        ahead as two tars have records.
 
         Args:
             needed: those of some rows whose bytes will be read.

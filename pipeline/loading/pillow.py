@@ -57,7 +57,7 @@ class PillowLoader(SplitLoader):
             pool.shutdown(cancel_futures=True)
 
     def _pixels(self, row: int) -> np.ndarray:
-        """uint8 [S, S, C] of one record, or of what stands in for it."""
+        """Pixels of one record, or of the one that is read in its place: uint8 [S, S, C]."""
         while True:
             row = int(self.readable(np.array([row]))[0])
             try:

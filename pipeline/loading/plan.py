@@ -97,8 +97,8 @@ class Plan:
             if replacement:
                 raise ValueError("a window orders a pass over the shards; sampling with replacement has none: drop one")
             if shard_of is None or len(shard_of) != size:
-                found = "no shard numbers" if shard_of is None else f"{len(shard_of)} shard numbers"
-                raise ValueError(f"a window needs the shard of each of {size} records, got {found}")
+                given = "no shard numbers" if shard_of is None else f"{len(shard_of)} shard numbers"
+                raise ValueError(f"a window needs the shard of each of {size} records, got {given}")
             _, counts = np.unique(shard_of, return_counts=True)
             if window < len(counts):
                 order = np.argsort(shard_of, kind="stable")
@@ -254,7 +254,7 @@ def _words(seed: int, salt: int, stream: str, epoch: int) -> Words:
 
 
 def _at(ends: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Which stretch of a line each point lies on; `ends` are where the stretches end. One of length 0 holds none."""
+    """The stretch of a line on which each point lies. `ends` are where the stretches end; one of length 0 holds no point."""
     last = np.searchsorted(ends, ends[-1])  # rounding may put a point on the very end
     return np.minimum(np.searchsorted(ends, points, side="right"), last)
 
@@ -283,11 +283,6 @@ def share(rows: Rows, rank: int, world_size: int) -> Rows:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}; ranks run from 0 to world_size - 1")
     return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
-
-
-def largest_share(batch_size: int, world_size: int) -> int:
-    """Records of the largest share of a global batch."""
-    return -(-batch_size // world_size)
 
 
 def sequential(size: int, batch_size: int, stream: str = "eval") -> Iterator[Request]:

@@ -1,8 +1,8 @@
-"""Records that do not decode while a run reads them: named, left out, and what stands in for each.
+"""Records that do not decode while a run reads them: they are named and left out, and others are read in their place.
 
-What stands in for a record is the next one of the split, in the order of its rows, that does decode. That is a function
-of which records are damaged, not of when or by which rank that was found out: a rank needs nobody's word to make its
-share of a batch, and a resumed run makes the batches of the unbroken one.
+A record is replaced by the next one of the split, in the order of its rows, that does decode. This depends on which
+records are damaged, and not on when or by which rank that was noticed. So a rank makes its share of a batch without asking
+the others, and a resumed run makes the batches of the unbroken one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Quarantine:
 
     @property
     def rows(self) -> np.ndarray:
-        """Sorted int64."""
+        """Rows that are left out, sorted, int64."""
         return self._left_out[0]
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class Quarantine:
 
     @property
     def keys(self) -> list[str]:
-        """In the order of rows."""
+        """Keys of the records that are left out, in the order of rows."""
         return [str(key) for key in self.split.keys[self.rows]]
 
     def add(self, row: int, reason: str) -> None:
@@ -72,7 +72,7 @@ class Quarantine:
             )
 
     def check(self, count: int, last: str = "") -> None:
-        """Raises ValueError when so many records are more than may be left out."""
+        """Raise a ValueError when so many records are more than may be left out."""
         if count > self.most:
             folder = self.split.shards[0].parent
             raise ValueError(
@@ -86,7 +86,7 @@ class Quarantine:
         return int(np.isin(self.split.keys, known).sum()) if known else 0
 
     def readable(self, rows: np.ndarray) -> np.ndarray:
-        """Rows with what stands in for those that are left out."""
+        """The rows, those that are left out replaced."""
         bad, stand_ins = self._left_out
         if not len(bad) or not len(rows):
             return rows
@@ -94,7 +94,7 @@ class Quarantine:
         return np.where(bad[place] == rows, stand_ins[place], rows)
 
     def _next_readable(self, rows: np.ndarray) -> np.ndarray:
-        """Of each of these sorted rows the next one, from the first again after the last, that is none of them."""
+        """For each of these sorted rows the next row that is none of them; after the last row comes the first."""
         out, bad = np.empty_like(rows), set(rows.tolist())
         for n, row in enumerate(rows.tolist()):
             while row in bad:

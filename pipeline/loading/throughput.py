@@ -1,9 +1,9 @@
 """How fast data comes: our loaders beside what others offer, and beside DALI alone, which is the limit.
 
-Whoever is measured gives the next ready batch of flipped floats in [-1, 1], but for DALI alone, which stops at uint8
-squares. All take turns, round after round, so that what else the machine does meets all of them; a rate is the median
-of its rounds, and a ratio the median of the rounds' ratios. The first batches of a turn are not counted: some of them
-were made before the clock started.
+Each of them gives the next ready batch of flipped floats in [-1, 1]; only DALI alone stops at uint8 squares. They take
+turns, round after round, because what else the machine does should meet all of them. A rate is the median of its rounds,
+and a ratio the median of the rounds' ratios. The first batches of a turn are not counted, because some of them were made
+before the clock started.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -35,7 +35,7 @@ from pipeline.data.datasets import DATASETS
 from pipeline.data.shards import Split, prepare
 from pipeline.images import Preprocessing, preprocess, to_float
 from pipeline.loading.cache import Cache
-from pipeline.loading.dali import bare_pipeline, open_loader
+from pipeline.loading.dali import dali_alone, open_loader
 from pipeline.loading.loader import Loader
 from pipeline.loading.pillow import stock_stream
 from pipeline.loading.plan import Plan, Request
@@ -43,14 +43,13 @@ from pipeline.loading.plan import Plan, Request
 Maker = Callable[[], Iterator[Any]]
 Rates = dict[str, list[float]]
 
-BARE_DEPTHS = (2, 3, 5)
-OURS = ("streamed", "cached")
+DEPTHS = (2, 3, 5)  # batches that DALI alone makes ahead
 _WORKER_PREFETCH = 2
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What to measure with.
+    """How to measure.
 
     Args:
         batch_size: records of a batch.
@@ -83,19 +82,17 @@ def loading_rates(
 
     Returns:
         "bare 2", "bare 3", …: DALI alone with so many batches ahead; "bare": the best of them; "floats 2", … "floats":
-        the same to flipped floats, which all that follow give; "streamed", "cached": ours; "webdataset": its stock stream, and "files": a torch DataLoader over picture files, both with Pillow in
-        worker processes.
+        the same to flipped floats, which all that follow give; "streamed", "cached": ours; "webdataset": its stock stream,
+        and "files": a torch DataLoader over picture files, both with Pillow in worker processes.
     """
     files = write_files(split, folder / "files")
-    alone = partial(
-        bare_pipeline, split, preprocessing, folder, batch_size=measure.batch_size, threads=measure.threads,
-        device=measure.device,
-    )  # fmt: skip
-    bare = {f"bare {depth}": partial(alone, prefetch=depth) for depth in BARE_DEPTHS}
-    floats = {f"floats {depth}": partial(alone, prefetch=depth, floats=True) for depth in BARE_DEPTHS}
+    options = {"batch_size": measure.batch_size, "threads": measure.threads, "device": measure.device}
     makers: dict[str, Maker] = {
-        **bare,
-        **floats,
+        f"{name} {depth}": partial(dali_alone, split, preprocessing, folder, **options, prefetch=depth, floats=name == "floats")
+        for name in ("bare", "floats")
+        for depth in DEPTHS
+    }
+    makers |= {
         "streamed": partial(_ours, _loader(split, preprocessing, measure, "none"), len(split), measure),
         "cached": partial(_ours, _loader(split, preprocessing, measure, "device"), len(split), measure),
         "webdataset": partial(_over_and_over, partial(_webdataset, split, preprocessing, measure), measure.device),
@@ -105,12 +102,15 @@ def loading_rates(
     for turn in range(measure.rounds):
         for name, maker in makers.items():
             progress(f"{preprocessing.image_size} pixels: {name}")
-            ahead = 2 * max(*BARE_DEPTHS, _WORKER_PREFETCH * measure.threads)
+            ahead = 2 * max(*DEPTHS, _WORKER_PREFETCH * measure.threads)
             if name == "cached" and not turn:
                 ahead = -(-len(split) // measure.batch_size) + 1  # it fills
             rates[name].append(_rate(maker(), measure, ahead))
-    best, best_floats = (max(depths, key=lambda name: statistics.median(rates[name])) for depths in (bare, floats))
-    return {"bare": rates[best], "floats": rates[best_floats], **rates}
+
+    def best(name: str) -> list[float]:
+        return max((rates[f"{name} {depth}"] for depth in DEPTHS), key=statistics.median)
+
+    return {"bare": best("bare"), "floats": best("floats"), **rates}
 
 
 def _rate(batches: Iterator[Any], measure: Measure, ahead: int) -> float:
@@ -170,7 +170,7 @@ def _stock_pair(sample: tuple) -> tuple[Tensor, str]:
 
 
 class _PictureFiles(Dataset):
-    """Pictures in files, as everybody's first data set is."""
+    """A torch data set over picture files, as most people begin."""
 
     def __init__(self, paths: list[Path], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
@@ -207,29 +207,30 @@ def write_files(split: Split, folder: Path) -> list[Path]:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def prepare_seconds(paths: list[Path], folder: Path, rounds: int, workers: int) -> dict[str, list[float]]:
+def prepare_seconds(paths: list[Path], folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds that `fader prepare` and `tar cf` take for the same picture files, round by round, in turns.
 
-    Both read what the system has kept in memory. "prepare" decodes every picture, "prepare header" does not; both start
-    their processes, digest and sync, which tar does not.
+    Both read what the system has kept in memory. "prepare" decodes every picture, "prepare header" does not; both digest
+    and sync, which tar does not. Python is running already, and has loaded what prepare needs.
     """
     table = folder / "list.csv"
-    with open(table, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "odd"])
-        writer.writerows([str(path), number % 2] for number, path in enumerate(paths))
-    found: dict[str, list[float]] = {"prepare": [], "prepare header": [], "tar": []}
+    _write_table(table, ["path", "odd"], ([str(path), number % 2] for number, path in enumerate(paths)))
+    seconds: dict[str, list[float]] = {"prepare": [], "prepare header": [], "tar": []}
     for turn in range(rounds):
         for name, check in (("prepare", "full"), ("prepare header", "header")):
             began = time.monotonic()
-            dataset = DATASETS["table"](table, attributes=("odd",))
-            prepare(dataset, folder / f"set {name} {turn}", workers=workers, check=check)
-            found[name].append(time.monotonic() - began)
+            prepare(DATASETS["table"](table, attributes=("odd",)), folder / f"set {name} {turn}", check=check)
+            seconds[name].append(time.monotonic() - began)
         began = time.monotonic()
         tar = ["tar", "cf", str(folder / f"plain{turn}.tar"), "-C", str(paths[0].parent), "."]
         subprocess.run(tar, check=True)
-        found["tar"].append(time.monotonic() - began)
-    return found
+        seconds["tar"].append(time.monotonic() - began)
+    return seconds
+
+
+def _write_table(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -261,33 +262,26 @@ def streaming_memory(split: Split, preprocessing: Preprocessing, measure: Measur
 def write_repeated(split: Split, folder: Path, records: int) -> Path:
     """A shard set of so many training records, and one of each other split, in which the pictures come again and again."""
     files = write_files(split, folder / "files")
-    table = folder / "list.csv"
-    with open(table, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "key", "odd", "split"])
-        splits = itertools.chain(itertools.repeat("train", records), ("valid", "test"))
-        writer.writerows([files[n % len(files)].name, f"{n:07d}", n % 2, split] for n, split in enumerate(splits))
-    dataset = DATASETS["table"](table, images=str(folder / "files"), key="key", split="split", attributes=("odd",))
-    return prepare(dataset, folder / "set").path
+    splits = itertools.chain(itertools.repeat("train", records), ("valid", "test"))
+    rows = ([files[n % len(files)].name, f"{n:07d}", n % 2, split] for n, split in enumerate(splits))
+    _write_table(folder / "list.csv", ["path", "key", "odd", "split"], rows)
+    options = {"images": str(folder / "files"), "key": "key", "split": "split", "attributes": ("odd",)}
+    return prepare(DATASETS["table"](folder / "list.csv", **options), folder / "set").path
 
 
 def _anonymous() -> int:
     """RssAnon of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    return int((_field("/proc/self/status", "RssAnon") or "0").split()[0]) * 1024
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
-    model = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
-    )
-    memory = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    """The machine that is measured, and versions of packages."""
     packages = ("torch", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
+    memory = _field("/proc/meminfo", "MemTotal")
     return {
-        "cpu": model,
+        "cpu": _field("/proc/cpuinfo", "model name") or "unknown",
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": memory,
+        "memory_bytes": int(memory.split()[0]) * 1024 if memory else 0,
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
@@ -295,5 +289,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+def _field(path: str, name: str) -> str | None:
+    """The value behind `name:` in a file of the kernel; None where there is no such file or line."""
+    lines = Path(path).read_text().splitlines() if os.path.exists(path) else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)

@@ -175,7 +175,7 @@ def _key(name: str) -> tuple[str, str | None]:
 
 
 def _read_partition(path: Place, faults: Faults) -> dict[str, str]:
-    """Key to split."""
+    """The split of each key."""
     splits: dict[str, str] = {}
     lines: dict[str, int] = {}
     head = 1 if _is_csv(path) else 0
@@ -194,7 +194,7 @@ def _read_partition(path: Place, faults: Faults) -> dict[str, str]:
 
 
 def _tell_missing(splits: Iterable[str], rows: dict[str, _Row], annotation: Place, partition: Place, faults: Faults) -> None:
-    """Pictures with a partition and no labels: listed when skipping, else only said: they are no part of the set."""
+    """List pictures with a partition and no labels when skipping; else log how many there are. They are no part of the set."""
     keys = [key for key in splits if key not in rows]
     if keys and faults.skip:
         faults.left_out += [LeftOut(key, f"{partition.name}: {key} has no row in {annotation.name}") for key in keys]
@@ -203,7 +203,7 @@ def _tell_missing(splits: Iterable[str], rows: dict[str, _Row], annotation: Plac
 
 
 def _locations(images: Place, names: list[str]) -> list[str]:
-    """Where the pictures lie: under their names, or under the extension that the first of them has in the folder."""
+    """File names of the pictures, with the extension that the first of them has in the folder."""
     if not names or (images / names[0]).is_file():
         return names
     stem = names[0].rpartition(".")[0]

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def text_of(cell: Any) -> str:
-    """A cell as text, "" where there is none: 1 of a whole number that came as 1.0, 0 and 1 of false and true."""
+    """A cell as text: "" where it is empty, 1 for 1.0, 0 and 1 for false and true."""
     if isinstance(cell, str):
         return cell.strip()
     if cell is None:
@@ -45,7 +45,7 @@ def text_of(cell: Any) -> str:
 
 
 def is_unknown(text: str) -> bool:
-    """Whether a cell's text says that nothing is known. "None" does, as Python writes it; "none" is a word."""
+    """Whether a cell's text says that nothing is known. "None", as Python writes it, does; "none" is a word."""
     return text == "None" or text.lower() in _UNKNOWN
 
 
@@ -74,7 +74,7 @@ class Kind:
 
     @staticmethod
     def parse(text: str) -> tuple[str, Kind]:
-        """Of "COLUMN=KIND"; the column `*` means every one that is not named.
+        """Read "COLUMN=KIND"; the column `*` means every one that is not named.
 
         Raises:
             ValueError: not of that form.
@@ -104,7 +104,7 @@ class Kind:
 
 @dataclass
 class Column:
-    """The cells of one column, each different one kept once."""
+    """The cells of one column. Equal cells are kept once."""
 
     name: str
     kind: Kind | None = None
@@ -112,11 +112,11 @@ class Column:
     _numbers: dict[str, int] = field(default_factory=dict)
 
     def add(self, cell: Any) -> None:
-        """The next record's cell: text, a number, true or false, or None."""
+        """Take the next record's cell: text, a number, true or false, or None."""
         self._codes.append(self._numbers.setdefault(text_of(cell), len(self._numbers)))
 
     def add_unknown(self, count: int) -> None:
-        """The cells of so many records that have none."""
+        """Take the cells of so many records that lack this column."""
         if count:
             self._codes.extend([self._numbers.setdefault("", len(self._numbers))] * count)
 
@@ -217,7 +217,7 @@ def _number(text: str) -> float | None:
 
 
 def _label(text: str, kind: Kind, categories: Sequence[str]) -> float | None:
-    """The label of a known cell, or None where it is none of the kind's values."""
+    """The label of a known cell; None where the cell holds none of the kind's values."""
     if kind.name == "continuous":
         number = _number(text)
         if number is None or not kind.low <= number <= kind.high:

@@ -64,15 +64,15 @@ def read_mnist(
     keys, given, locations, places, labels = [], [], [], [], []
     for split, part in PARTS.items():
         place = _file(folder, f"{part}-labels-idx1-ubyte")
-        found, pictures = _numbers(place, 1), _numbers(_file(folder, f"{part}-images-idx3-ubyte"), 3)
-        if len(found) != len(pictures):
-            raise ValueError(f"{place.name} has {len(found):,} labels for {len(pictures):,} pictures; fetch both again")
-        width = max(5, len(str(len(found))))
-        keys += [f"{split}-{number:0{width}d}" for number in range(len(found))]
-        given += [split] * len(found)
-        locations += [f"{part} {number}" for number in range(len(found))]
-        places += [f"{place.name} record {number}" for number in range(len(found))]
-        labels += found.tolist()
+        values, pictures = _numbers(place, 1), _numbers(_file(folder, f"{part}-images-idx3-ubyte"), 3)
+        if len(values) != len(pictures):
+            raise ValueError(f"{place.name} has {len(values):,} labels for {len(pictures):,} pictures; fetch both again")
+        width = max(5, len(str(len(values))))
+        keys += [f"{split}-{number:0{width}d}" for number in range(len(values))]
+        given += [split] * len(values)
+        locations += [f"{part} {number}" for number in range(len(values))]
+        places += [f"{place.name} record {number}" for number in range(len(values))]
+        labels += values.tolist()
     categories = [str(value) for value in range(max(labels, default=0) + 1)]
     splits, how = assign(keys, given=given, shares=shares)
     return Dataset(
@@ -118,9 +118,9 @@ def _numbers(place: Place, dimensions: int) -> np.ndarray:
         return len(head) + math.prod(shape)
 
     with unpacked(place, 4 + 4 * dimensions, size_of) as file:
-        expected, found = 4 + 4 * dimensions + math.prod(shape), os.fstat(file.fileno()).st_size
-        if expected != found:
-            much = f"{found:,} bytes" if found < expected else "more bytes than that"
+        expected, size = 4 + 4 * dimensions + math.prod(shape), os.fstat(file.fileno()).st_size
+        if expected != size:
+            much = f"{size:,} bytes" if size < expected else "more bytes than that"
             raise ValueError(f"{place} says it is {expected:,} bytes and holds {much}: damaged; fetch it again")
         if not shape[0]:
             return np.zeros(shape, np.uint8)

@@ -1,4 +1,4 @@
-"""The people of the drawn faces: everything about a face that chance decides and no attribute says."""
+"""The people of the drawn faces: what chance decides about a face, apart from its attributes."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "l
 
 
 def is_remote(address: str | os.PathLike[str]) -> bool:
-    """Whether fsspec has to be asked: an address with a protocol, rather than a path."""
+    """Whether this is an address with a protocol, for fsspec, rather than a path."""
     return "://" in os.fspath(address)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder, here or elsewhere; the few things that readers of sets ask of one. It pickles.
+    """A file or folder, here or at an address, with what readers of sets ask of one. It pickles.
 
     Remote reading is tried again a few times, with longer and longer pauses, unless the answer is that there is no such
     file or that it may not be read.
@@ -79,10 +79,10 @@ class Place:
         return self.parent / name
 
     def is_file(self) -> bool:
-        return self._asked(lambda system, path: system.isfile(path)) if self.remote else os.path.isfile(self.address)
+        return self._ask(lambda system, path: system.isfile(path)) if self.remote else os.path.isfile(self.address)
 
     def is_dir(self) -> bool:
-        return self._asked(lambda system, path: system.isdir(path)) if self.remote else os.path.isdir(self.address)
+        return self._ask(lambda system, path: system.isdir(path)) if self.remote else os.path.isdir(self.address)
 
     def read_bytes(self) -> bytes:
         """The whole file: for pictures and annotations.
@@ -91,7 +91,7 @@ class Place:
             OSError: it cannot be read.
         """
         if self.remote:
-            return self._asked(lambda system, path: system.cat_file(path))
+            return self._ask(lambda system, path: system.cat_file(path))
         return _read(self.address)
 
     def open(self) -> BinaryIO:
@@ -100,7 +100,7 @@ class Place:
         Raises:
             OSError: it cannot be opened.
         """
-        return self._asked(lambda system, path: system.open(path, "rb")) if self.remote else open(self.address, "rb")
+        return self._ask(lambda system, path: system.open(path, "rb")) if self.remote else open(self.address, "rb")
 
     def read_part(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on; fewer where the file ends before.
@@ -109,7 +109,7 @@ class Place:
             OSError: it cannot be read.
         """
         if self.remote:
-            return self._asked(lambda system, path: system.cat_file(path, start=offset, end=offset + size))
+            return self._ask(lambda system, path: system.cat_file(path, start=offset, end=offset + size))
         with open(self.address, "rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
 
@@ -120,7 +120,7 @@ class Place:
             OSError: the address does not answer.
         """
         if self.remote:
-            return self._asked(lambda system, path: system.size(path) if system.isfile(path) else None)
+            return self._ask(lambda system, path: system.size(path) if system.isfile(path) else None)
         return os.stat(self.address).st_size if self.is_file() else None
 
     def write_file(self, path: str | os.PathLike[str]) -> None:
@@ -135,7 +135,7 @@ class Place:
             system.put_file(os.fspath(path), there)
             system.invalidate_cache()
 
-        self._asked(put)
+        self._ask(put)
 
     def folders(self) -> list[str]:
         """Names of the folders in this one, sorted, without hidden ones and those that operating systems leave.
@@ -144,7 +144,7 @@ class Place:
             OSError: it cannot be listed.
         """
         if self.remote:
-            entries = self._asked(lambda system, path: system.ls(path, detail=True))
+            entries = self._ask(lambda system, path: system.ls(path, detail=True))
             names = [e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory"]
         else:
             with os.scandir(self.address) as listing:
@@ -159,9 +159,9 @@ class Place:
         Raises:
             OSError: it cannot be listed.
         """
-        return sorted(self._asked(_remote_files) if self.remote else _local_files(self.address))
+        return sorted(self._ask(_remote_files) if self.remote else _local_files(self.address))
 
-    def _asked(self, question: Callable[[AbstractFileSystem, str], Result]) -> Result:
+    def _ask(self, question: Callable[[AbstractFileSystem, str], Result]) -> Result:
         """What the file system answers.
 
         Raises:
@@ -176,12 +176,12 @@ class Place:
                 raise ValueError(f"{self.address} cannot be opened: {error}") from error
             except Exception as error:
                 if trial == RETRIES - 1:
-                    raise OSError(f"{self.address} cannot be read, tried {RETRIES} times: {_said(error)}") from error
+                    raise OSError(f"{self.address} cannot be read, tried {RETRIES} times: {_words_of(error)}") from error
             time.sleep(FIRST_WAIT_SECONDS * 2**trial)
         raise AssertionError("unreachable")
 
 
-def _said(error: Exception) -> str:
+def _words_of(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
@@ -224,7 +224,7 @@ def _local_files(folder: str, prefix: str = "", above: frozenset[tuple[int, int]
 
 
 def is_litter(name: str) -> bool:
-    """Whether a part of a relative name is hidden, or is what an operating system leaves in folders."""
+    """Whether a part of a relative name is hidden, or is one that operating systems leave in folders."""
     return any(part.startswith(".") or part.lower() in _LITTER for part in name.split("/"))
 
 
@@ -252,7 +252,7 @@ class Reader:
 
 
 def _read(path: str) -> bytes:
-    """A local file; in half the time that `open` takes for a small one."""
+    """Read a local file; a small one in half the time that `open` takes."""
     handle = os.open(path, os.O_RDONLY)
     try:
         data = os.read(handle, _PART)
@@ -267,8 +267,8 @@ def _read(path: str) -> bytes:
 
 
 def unpacked(place: Place, head_size: int, size_of: Callable[[bytes], int]) -> BinaryIO:
-    """A local file of the same content, gunzipped if it was packed, that can be mapped: itself, or one that vanishes
-    with its last reader. Its memory is the page cache's, so that any number of bytes may come.
+    """A local file of the same content, unpacked, that can be mapped: the file itself, or one that vanishes with its last
+    reader. It may have any number of bytes, because they are in the page cache.
 
     Args:
         head_size: bytes that say how long the whole is.
@@ -300,6 +300,6 @@ def unpacked(place: Place, head_size: int, size_of: Callable[[bytes], int]) -> B
 
 
 def describe_missing(place: Place, what: str) -> ValueError:
-    """What to say of a source that lacks something: also whether it is there at all."""
+    """The error for a source that lacks something; it says whether the source is there at all."""
     there = place.is_dir() or place.is_file()
     return ValueError(f"{place} has no {what}" if there else f"{place} has no {what}; there is no such folder or file")

@@ -27,7 +27,7 @@ class Shares:
 
     @staticmethod
     def parse(text: str) -> Shares:
-        """Of "80/10/10".
+        """Read "80/10/10".
 
         Raises:
             ValueError: not three whole numbers that sum to 100.
@@ -56,7 +56,7 @@ def assign(
     groups: Sequence[str | None] | None = None,
     shares: Shares | None = None,
 ) -> tuple[list[str], str]:
-    """The split of each record, and in words how it came about.
+    """The split of each record, and how it came about, in words.
 
     Args:
         keys: of the records.

@@ -51,13 +51,14 @@ class Rows:
         if fault:
             self.faults.add(key, place, f"key {key[:100]!r} {fault}")
             return False
-        if split is not None and split.lower() not in NAMES:
+        given = None if split is None else NAMES.get(plain(split).lower())
+        if split is not None and given is None:
             self.faults.add(key, place, f"split is {split!r}; train, valid or test is needed")
             return False
         self.keys.append(key)
         self.locations.append(location)
         self.places.append(place)
-        self.splits.append(split if split is None else NAMES[split.lower()])
+        self.splits.append(given)
         if self.grouped:
             self.groups.append(None if is_unknown(group) else plain(group))
         for column, cell in zip(self.columns, cells, strict=True):
@@ -65,7 +66,7 @@ class Rows:
         return True
 
     def dataset(self, name: str, source: dict[str, Any], read: Any, shares: Shares | None) -> Dataset:
-        """The index, without the records whose cells are wrong or whose key stands before."""
+        """The index, without records whose cells are wrong or whose key an earlier record has."""
         labels, entries, bad = np.zeros((len(self.keys), len(self.columns)), np.float32), [], {}
         for j, column in enumerate(self.columns):
             entry, labels[:, j], wrong = column.finish()
@@ -202,7 +203,7 @@ def _csv(source: Place) -> tuple[list[str], Generator[Row]]:
 
 
 def _csv_rows(source: Place) -> Generator[Row]:
-    """Rows of a CSV, the header first, never more than one in memory."""
+    """The rows of a CSV one by one, the header first."""
     with source.open() as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
 
         def lines() -> Iterator[str]:

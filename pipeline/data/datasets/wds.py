@@ -143,7 +143,7 @@ def _tars(source: Place) -> list[str]:
 
 
 def _splits_of(source: Place, tars: list[str]) -> dict[str, str]:
-    """The split that each tar's name, or else the innermost folder that says one, begins with; none where none says.
+    """The split of each tar: its name begins with it, or the name of the innermost folder that says one.
 
     Raises:
         ValueError: some say one and others do not.
@@ -174,7 +174,7 @@ def _fault(sample: _Sample, key: str | None, split: str | None) -> str | None:
 
 
 def _part_keys(keys: list[str], names: list[tuple[str, str]]) -> None:
-    """Make keys of tar and name where names begin anew in each tar."""
+    """Make each key of the tar's name and the record's, where names of records begin anew in each tar."""
     first: dict[str, str] = {}
     if all(first.setdefault(name, tar) == tar for tar, name in names):
         return

@@ -24,11 +24,11 @@ Result = TypeVar("Result")
 
 
 def silent(done: int, total: int) -> None:
-    """The progress of whoever does not look."""
+    """A progress function that shows nothing."""
 
 
 class _Shared(threading.local):
-    """What a worker shares with whoever started it: a counter of records and a wish to stop."""
+    """What a worker shares with the process that started it: a counter of records, and an event that asks it to stop."""
 
     count: Any = None
     stop: Any = None
@@ -44,7 +44,7 @@ _shared = _Shared()
 
 
 def tick() -> None:
-    """To be called once a record by a function that runs under `spread`: counts, and stops when asked to."""
+    """Count a record, and stop when asked to. A function that runs under `spread` calls it once a record."""
     _shared.unreported += 1
     if _shared.unreported >= 32:
         _shared.flush()
@@ -91,7 +91,7 @@ def spread(
     few: int = 50_000,
     meanwhile: Callable[[], Any] = lambda: None,
 ) -> list[Result]:
-    """`function` of every job, in the order of the jobs: in processes, or in threads where records are few.
+    """Call `function` with every job, in processes, or in threads where records are few; return its results in order.
 
     Reading, digests and decoding leave the interpreter's lock to others, so threads keep some cores busy at once;
     processes take a second or two to start and then keep all of them busy.

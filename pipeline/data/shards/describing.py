@@ -1,4 +1,4 @@
-"""What is written of a set when all its shards are: the manifest, then dataset.json."""
+"""Describing a set whose shards are written: the manifest, then dataset.json."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def padding(data: bytes) -> bytes:
 
 
 def label_members(names: Sequence[str], kinds: Sequence[str], labels: np.ndarray) -> Iterator[bytes]:
-    """KEY.json of each row of labels [N, A]: whole numbers, except for continuous attributes. As `json.dumps` writes it."""
+    """The content of KEY.json for each row of labels [N, A], as `json.dumps` writes it."""
     quoted = [json.dumps(name).replace("%", "%%") for name in names]
     form = ", ".join(f"{name}: %{'r' if kind == 'continuous' else 'd'}" for name, kind in zip(quoted, kinds)).join("{}")
     for values in zip(*labels.T.tolist()) if len(names) else ((),) * len(labels):

@@ -25,7 +25,7 @@ Chunks = Callable[[str], Iterable["pa.Array | pa.ChunkedArray"]]
 
 
 class Manifest:
-    """A manifest's rows, never more than some thousand of them at a time.
+    """A manifest's rows, some thousand at a time.
 
     Args:
         path: the folder of the shard set.
@@ -40,7 +40,7 @@ class Manifest:
         self.sizes = sizes
 
     def parts(self, columns: Sequence[str] | None = None, split: str | None = None) -> Iterator[pa.RecordBatch]:
-        """These columns, all of them by default, of all rows or one split's.
+        """Rows of all splits or of one, some thousand at a time. columns: all by default.
 
         Raises:
             ValueError: a column is missing; the file is damaged; or, when all columns are read, a row of whichever split
@@ -69,7 +69,7 @@ class Manifest:
             pa.default_memory_pool().release_unused()
 
     def table(self) -> pa.Table:
-        """All of it at once.
+        """The whole manifest at once.
 
         Raises:
             ValueError: as `parts`.
@@ -84,12 +84,12 @@ class Manifest:
         return pa.Table.from_batches(parts)
 
     def _columns(self, schema: pa.Schema) -> list[str]:
-        """All columns; the set may be of a time when none said which way up its pictures are stored."""
+        """Names of all columns; older sets lack the one of the orientation."""
         turned = [ORIENTATION] if ORIENTATION in schema.names and ORIENTATION not in self.names else []
         return [*FIXED_COLUMNS, *turned, *self.names]
 
     def data_digest(self, split: str) -> str:
-        """Of one split's records alone."""
+        """The data digest of one split's records alone."""
         return data_digest(self.attribute_list, lambda name: (part[name] for part in self.parts([name], split)))
 
     def _check(self, part: pa.RecordBatch) -> None:
@@ -122,10 +122,10 @@ def numbers(column: pa.Array) -> np.ndarray:
 
 
 def numbered(column: pa.Array, known: Mapping[str, int]) -> np.ndarray:
-    """[n] int64: each string's number; -1 of one that has none."""
+    """Each string's number, [n] int64; -1 for a string that has none."""
     encoded = column.dictionary_encode(null_encoding="encode")
-    found = np.array([known.get(name, -1) for name in encoded.dictionary.to_pylist()], np.int64)
-    return found[encoded.indices.to_numpy()] if len(encoded) else np.zeros(0, np.int64)
+    values = np.array([known.get(name, -1) for name in encoded.dictionary.to_pylist()], np.int64)
+    return values[encoded.indices.to_numpy()] if len(encoded) else np.zeros(0, np.int64)
 
 
 def data_digest(attribute_list: Sequence[Mapping[str, Any]], chunks: Chunks) -> str:

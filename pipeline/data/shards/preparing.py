@@ -139,7 +139,7 @@ def write_part(dataset: Dataset, out: Path | str, task: int, tasks: int, **setti
 
 
 def _complete(dataset: Dataset, out: Path, how: Settings, write: Callable[[list[ShardJob]], list[Written]]) -> ShardSet:
-    """The finished set, which `write` gives the shards of unless it is finished already."""
+    """Describe the shards that `write` gives, unless the set is finished already."""
     source = _source_digest(dataset, how)
     _claim(out)
     with owned(out / WORK / "lock", str(out)):
@@ -154,7 +154,7 @@ def _complete(dataset: Dataset, out: Path, how: Settings, write: Callable[[list[
 def _each_shard(
     function: Callable[[ShardJob], Result], jobs: list[ShardJob], how: Settings, meanwhile: Callable[[], Any] = lambda: None
 ) -> list[Result]:
-    """`function` of every job, in the order of the jobs; large ones begin first, so that the last to end is small."""
+    """Call `function` with every job; return what it gives, in the order of the jobs. Large ones begin first."""
     order = sorted(range(len(jobs)), key=lambda k: -len(jobs[k].keys))
     total = sum(len(job.keys) for job in jobs)
     done = spread(function, [jobs[k] for k in order], how.workers, total, how.progress, meanwhile=meanwhile)
@@ -163,7 +163,7 @@ def _each_shard(
 
 
 def _jobs_of(dataset: Dataset, out: Path, how: Settings) -> list[ShardJob]:
-    """Records dealt to shards: inside each split in the order of a digest of their keys, which is a fixed shuffle."""
+    """Deal records to shards, inside each split in the order of a digest of their keys, which is a fixed shuffle."""
     order = [hashlib.blake2b(key.encode(), digest_size=16).digest() for key in dataset.keys]
     jobs = []
     for split in SPLITS:
@@ -189,7 +189,7 @@ def _jobs_of(dataset: Dataset, out: Path, how: Settings) -> list[ShardJob]:
 
 
 def _source_digest(dataset: Dataset, how: Settings) -> str:
-    """What decides a set's bytes.
+    """The digest of what decides a set's bytes.
 
     Raises:
         ValueError: it cannot be written so.
@@ -203,7 +203,7 @@ def _source_digest(dataset: Dataset, how: Settings) -> str:
 
 
 def _claim(out: Path) -> None:
-    """Make the folder, or see that what lies in it is ours."""
+    """Make the folder, or hold that what lies in it is a set."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a folder is needed")
     ours = (out / WORK).is_dir() or (out / DESCRIPTION).is_file()
@@ -239,7 +239,7 @@ def _of_task(jobs: list[ShardJob], task: int, tasks: int) -> list[ShardJob]:
 
 
 def _written_by_task(job: ShardJob) -> Written | None:
-    """What a task wrote; with bad records left out only where that is allowed."""
+    """What a task wrote of a shard; bad records may be left out only where that is allowed."""
     written = finished_shard(job, short=job.skip_bad)
     for _ in job.keys:
         tick()
@@ -264,7 +264,7 @@ def _agree_on_tasks(out: Path, tasks: int) -> None:
 
 
 def _refuse_missing(out: Path, jobs: list[ShardJob], missing: list[ShardJob]) -> None:
-    """Raises ValueError that names the tasks whose shards are missing, when some are."""
+    """Raise a ValueError that names the tasks whose shards are missing, if some are."""
     if not missing:
         return
     note = out / WORK / "tasks"

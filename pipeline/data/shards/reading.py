@@ -214,10 +214,10 @@ def upload(path: Path | str, address: str) -> None:
     publish(whole.path, place, {DESCRIPTION: (len(description), hashlib.sha256(description).hexdigest())})
 
 
-def _is_another(found: bytes, description: bytes) -> bool:
-    """Whether a description is whole and another one; what came only in part is none."""
+def _is_another(there: bytes, description: bytes) -> bool:
+    """Whether a description is whole and another one; one that came only in part is none."""
     try:
-        return found != description and bool(json.loads(found)["digest"])
+        return there != description and bool(json.loads(there)["digest"])
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -227,9 +227,9 @@ class Split:
     """The records of one split, in the order of its tars, which is a fixed shuffle.
 
     keys [n] str; labels [n, A] float32 in the order of `attributes`, -1 unknown; shard [n] int32 into `shards`;
-    offset, size [n] int64: where the picture's bytes lie in that tar; width, height [n] int32, upright; orientation [n]
-    int8, 1 to 8: which way up it is stored, None in a set of a time when each reader of a picture found that out for
-    itself; digest: the data digest of these records alone.
+    offset, size [n] int64: where the picture's bytes lie in that tar; width, height [n] int32, upright;
+    orientation [n] int8, 1 to 8: which way up it is stored; None in an older set, of which each decoder reads Exif itself;
+    digest: the data digest of these records alone.
     """
 
     name: str
@@ -258,9 +258,9 @@ class Split:
         """
         rows = [self.attributes.index(attribute.name) for attribute in attributes]
         for attribute, row in zip(attributes, rows):
-            found = self.attributes[row]
-            if found != attribute:
-                raise ValueError(f"{attribute.name} is {_kind(found)} in this set, {_kind(attribute)} is asked for")
+            stored = self.attributes[row]
+            if stored != attribute:
+                raise ValueError(f"{attribute.name} is {_kind(stored)} in this set, {_kind(attribute)} is asked for")
         return self.labels[:, rows]
 
     def bytes(self, row: int) -> np.ndarray:

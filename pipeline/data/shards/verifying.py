@@ -55,7 +55,7 @@ def _verify_shard(job: _VerifyJob) -> list[str]:
 
 
 def _faults(job: _VerifyJob) -> list[str]:
-    """What is damaged in one tar. The whole tar follows from the manifest, except the pictures, whose digests do."""
+    """What is damaged in one tar. All of it follows from the manifest; of the pictures their digests do."""
     name, faults, position = job.path.name, [], 0
     try:
         opened = _fetched(job.remote, name) if job.remote else None
@@ -112,13 +112,13 @@ def _fetched(remote: Remote, name: str) -> BinaryIO:
 
 def verify(path: Path | str, *, workers: int | None = None, progress: Progress = silent) -> Report:
     """Read a set back whole: every picture against its digest, every label file against the columns, every tar, the
-    manifest and the data digest against dataset.json. Of a set at an address what the cache has not is fetched.
+    manifest and the data digest against dataset.json. What the cache lacks of a set at an address is fetched.
 
     Raises:
         ValueError: not there, not finished, or damaged; names what is (the first 20 places).
     """
     remote = ShardSet.open(path).remote if is_remote(path) else None
-    path = remote.folder if remote else Path(path)
+    path = remote.folder if remote else Path(path).expanduser()
     info = read_description(path)
     shards = shards_of(info)
     fault = size_fault(path / MANIFEST, info["manifest"]["size"])
@@ -126,8 +126,8 @@ def verify(path: Path | str, *, workers: int | None = None, progress: Progress =
         raise ValueError(f"{path} is damaged: {fault or f'{MANIFEST} differs from its digest in {DESCRIPTION}'}")
     whole = ShardSet(path, info, remote)
     jobs = _verify_jobs(whole, shards)
-    found = spread(_verify_shard, jobs, workers, whole.manifest.num_rows, progress)
-    faults = [fault for part in found for fault in part]
+    parts = spread(_verify_shard, jobs, workers, whole.manifest.num_rows, progress)
+    faults = [fault for part in parts for fault in part]
     if data_digest(info["attributes"], lambda name: [whole.manifest[name]]) != info["digest"]:
         faults.append(f"{MANIFEST} does not give the data digest in {DESCRIPTION}")
     known = {shard["file"] for shard in shards}

@@ -1,4 +1,4 @@
-"""Writing one shard: a tar of pictures and labels, and a note on it, or what an earlier run left of both."""
+"""Writing one shard: a tar of pictures and labels, and a note on it; or taking what an earlier run left of both."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ShardJob:
         return self.out / WORK / f"{self.name}.json"
 
     def digest(self) -> str:
-        """What decides the shard's content, apart from the pictures."""
+        """The digest of what decides the shard's content, apart from the pictures."""
         digest = hashlib.sha256(
             json.dumps([FORMAT, self.name, self.names, self.kinds, self.keys, self.locations]).encode()
         )
@@ -59,7 +59,7 @@ class Written:
 
 
 def _picture(job: ShardJob, i: int) -> tuple[bytes, Checked] | str:
-    """Bytes of a record's picture and what is known of them, or what is wrong with it."""
+    """The bytes of a record's picture and what `check` says of them; or what is wrong with it."""
     try:
         data = job.read(job.locations[i])
         checked = check(data, job.check)
@@ -73,8 +73,11 @@ def _picture(job: ShardJob, i: int) -> tuple[bytes, Checked] | str:
 
 
 def _write_shard(job: ShardJob) -> Written:
-    """Write one tar and, when it stands in its place, the note that says so. Neither need survive a loss of power: a tar
-    that differs from its note is written again, and all are on the disk before the set is described."""
+    """Write one tar and, when it is whole, the note on it.
+
+    Neither is flushed to the disk: a tar that differs from its note is written again, and all tars are flushed before the
+    set is described.
+    """
     rows, left_out = [], []
     with replacing(job.out / job.name, job.out / WORK, durable=False) as file:
         tar = TarWriter(file)

@@ -1,6 +1,6 @@
-"""DALI's only home: decoding (`decoder`), the loaders made of it (`loader`, `sequential`), and DALI alone (`bare`)."""
+"""DALI's only home: decoding (`decoder`), the loaders made of it (`loader`, `sequential`), and DALI alone (`alone`)."""
 
-from pipeline.loading.dali.bare import bare_pipeline
+from pipeline.loading.dali.alone import dali_alone
 from pipeline.loading.dali.loader import DaliLoader, open_loader
 
-__all__ = ["DaliLoader", "bare_pipeline", "open_loader"]
+__all__ = ["DaliLoader", "dali_alone", "open_loader"]

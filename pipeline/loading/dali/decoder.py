@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """A request, the rows of it that this process decodes, and what DALI reads while it does: the bytes of those rows,
-    or of those that replace them. inputs: None where there is nothing to decode."""
+    """A request, and the rows of it that this process decodes. inputs: what DALI reads for them, which are the bytes of those
+    rows or of others in their place; None where there is nothing to decode."""
 
     request: Request
     rows: np.ndarray
@@ -86,7 +86,7 @@ class _Feed:
         raise StopIteration
 
     def begin_again(self, renew: Callable[[_Job], _Job]) -> None:
-        """Hand out once more, renewed, what waits; the pipeline that reads it must be gone."""
+        """Hand out again, renewed, the jobs that wait; the pipeline that reads them must be gone."""
         self._again.extend(renew(job) for job in self.waiting)
         self._again.extend([self.held] if self.held else [])
         self.held, self.largest = None, 0
@@ -94,7 +94,7 @@ class _Feed:
 
 
 class DaliDecoder(SplitLoader):
-    """What turns requests into pixels on the device. Takes and raises what `SplitLoader` does.
+    """Turns requests into pixels on the device. Takes and raises what `SplitLoader` does.
 
     A picture that Pillow decodes and DALI refuses is given to DALI as a PNG of what Pillow decoded: so both read the
     same pictures.
@@ -185,8 +185,8 @@ class DaliDecoder(SplitLoader):
         return build(self.geometry, source, batch_size, self.threads, self.prefetch, self.device, read)
 
     def outputs(self, pipeline: Pipeline, count: int) -> Tensor | str:
-        """The next pixels [count, S, S, C], on the device; on the CPU valid until `release_outputs`. Or what DALI said,
-        when a record of a batch on its way does not decode: its words, because an exception would keep alive the frames
+        """The next pixels [count, S, S, C], on the device; on the CPU they are valid until `release_outputs`. When a record
+        of a batch on its way does not decode: what DALI said. It is no exception, because that would keep alive the frames
         that it went through, and with them the pipeline.
 
         On CUDA: `share_outputs` returns when the outputs are there. They are copied on a stream of its own, which is
@@ -226,7 +226,7 @@ class DaliDecoder(SplitLoader):
         raise RuntimeError(f"DALI failed on a batch of which it decodes every record alone: {_message(error)}")
 
     def _refused(self, rows: np.ndarray) -> list[tuple[int, str]]:
-        """Which of these rows DALI refuses, whatever stands beside them, and its words: found by halving."""
+        """The rows that DALI refuses, whatever stands beside them, each with its words. They are searched by halving."""
         words = self._refusal(rows) if len(rows) else None
         if words is None:
             return []
@@ -236,7 +236,7 @@ class DaliDecoder(SplitLoader):
         return self._refused(rows[:middle]) + self._refused(rows[middle:])
 
     def _refusal(self, rows: np.ndarray) -> str | None:
-        """What a pipeline of its own says to these rows; None when it decodes them."""
+        """What DALI says of these rows in a pipeline of their own; None when it decodes them."""
         inputs = self._inputs(rows)
         once = iter([inputs])
         pipeline = self.build(lambda: next(once), len(rows))
@@ -246,7 +246,7 @@ class DaliDecoder(SplitLoader):
         return pixels if isinstance(pixels, str) else None
 
     def _rewrite(self, row: int, words: str) -> Exception | None:
-        """Have DALI read a refused picture from another file; or what is wrong with it, where Pillow refuses it, too."""
+        """Have DALI read a refused picture from another file; where Pillow refuses it, too, return what is wrong with it."""
         try:
             size = self.split.picture(row).size
             pixels = np.asarray(decode(self.split.bytes(row), None if self.split.orientation is None else 1))
@@ -268,7 +268,7 @@ class DaliDecoder(SplitLoader):
 
 
 def _without_exif_of_webp(data: np.ndarray) -> np.ndarray:
-    """The same bytes, but of a WebP a copy whose header says that it has no Exif, which is not needed here.
+    """The same bytes; for a WebP with Exif a copy whose header says that it has none, because none is needed here.
 
     nvImageCodec 0.9 loses its way to an Exif that stands behind a chunk of odd length, and refuses the picture.
     """
@@ -280,6 +280,6 @@ def _without_exif_of_webp(data: np.ndarray) -> np.ndarray:
 
 
 def _message(words: str) -> str:
-    """What DALI complains of, without the internals of its pipeline around it."""
+    """DALI's words without the internals of its pipeline around them."""
     said = words.rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline object")[0]
     return " ".join(re.sub(r"\[/[^\]]*\]", "", said).split())[:200] or "it says no reason"

@@ -35,7 +35,7 @@ class Geometry:
         self.pads = bool((preprocessing.resized(boxes) != size).any())
         self.turns = self._orientation is not None and bool((self._orientation > 1).any())
         self.by_exif = self._orientation is None
-        """Whether DALI turns pictures as their Exif says, for want of a better word in the manifest."""
+        """Whether DALI turns pictures as their Exif says, because the manifest does not say how they are stored."""
 
     @property
     def kinds(self) -> dict[str, tuple[types.DALIDataType, int]]:

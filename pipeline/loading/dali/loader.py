@@ -1,4 +1,4 @@
-"""The same batches through DALI: streamed, or kept in memory once decoded; and the loader that a config asks for.
+"""The loader that decodes through DALI, streamed or kept in memory, and the choice of the loader that a config asks for.
 
 The memory fills while training already runs. Flip and normalisation are the shared `batches.finish`, so a kept batch
 equals a streamed one to the bit.
@@ -85,8 +85,8 @@ class DaliLoader(DaliDecoder):
                 yield from self._keeping(requests, self._kept)
 
     def _keeping(self, requests: Iterable[Request], kept: Kept) -> Iterator[Batch]:
-        """Only what is not there is decoded, of records that several requests on their way want once. Batches are
-        finished in the order of requests, so what an earlier one decodes is there when a later one is finished."""
+        """Decode only what is not kept yet, and a record that several requests want only once. Batches are finished in the
+        order of requests, so what an earlier one decodes is there when a later one is finished."""
         coming = np.zeros(len(self.split), bool)
         decoding: deque[np.ndarray] = deque()
 

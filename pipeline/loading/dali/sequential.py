@@ -28,7 +28,7 @@ from pipeline.loading.plan import Request, share
 logger = logging.getLogger(__name__)
 
 _RECORDS = 32_768  # that one reader reads: so many that opening it costs little beside them
-_REQUESTS = 4_096  # that wait at most while it is found out what a reader has to read
+_REQUESTS = 4_096  # that wait at most until it is known what a reader has to read
 _RUNS = 256  # stretches of tars that one reader opens; each takes a file handle
 
 
@@ -55,7 +55,7 @@ class _Reader:
 
 
 class SequentialLoader(DaliDecoder):
-    """Gives what any loader gives, fast only when a stream's rows stand in its tars as they are asked for.
+    """Gives what any loader gives; it is fast only when rows are asked for in the order of the tars.
 
     Takes and raises what `SplitLoader` does. Each stream has a reader and decoding threads of its own.
     """
@@ -153,7 +153,7 @@ class SequentialLoader(DaliDecoder):
         return _Reader(pipeline, parts, len(self.rewritten))
 
     def _breaks(self, rows: np.ndarray) -> np.ndarray:
-        """[rows - 1] bool: where another file begins, in which the next row stands."""
+        """Where the next row stands in another file: [rows - 1] bool."""
         alone = np.isin(rows, list(self.rewritten))
         return (np.diff(self.split.shard[rows]) != 0) | alone[1:] | alone[:-1]
 
@@ -162,15 +162,15 @@ class SequentialLoader(DaliDecoder):
         return self.split.bytes(row)
 
     def _path(self, shard: int) -> Path:
-        """Raises OSError when the tar cannot be opened, in fewer words than DALI."""
+        """The file of a tar. An OSError says in fewer words than DALI that it cannot be opened."""
         path = self.split.shards[shard]
         path = path if self.split.remote is None else self.split.remote.fetch(path.name)
         with open(path, "rb"):
             return path
 
     def _next(self, reader: _Reader) -> Tensor | None:
-        """Pixels of the reader's first part. None when it met a record that does not decode: that is left out now, and
-        a new reader is needed, as this one gives nothing any more.
+        """Pixels of the reader's first part; None when it met a record that does not decode. That record is left out now, and
+        a new reader is needed, because this one gives nothing any more.
 
         Raises:
             ValueError: there is no quarantine, or too much in it.
@@ -181,7 +181,7 @@ class SequentialLoader(DaliDecoder):
         in_hand = list(islice(reader.parts, 2 * self.prefetch + 1))
         known = all(np.array_equal(part.read, self.readable(part.rows)) for part in in_hand)
         if known and reader.num_rewritten == len(self.rewritten):
-            self.replace_refused(in_hand, pixels)  # else another stream has found it meanwhile
+            self.replace_refused(in_hand, pixels)  # else another stream has met it meanwhile
         return None
 
     def _write_index(self, path: Path, rows: np.ndarray) -> Path:

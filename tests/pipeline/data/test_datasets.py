@@ -544,10 +544,10 @@ def test_a_remote_answer_is_asked_for_again_and_then_named(tmp_path, monkeypatch
 
         return question
 
-    assert Place("memory://a")._asked(failing(2)) == "answer" and len(tries) == 3
+    assert Place("memory://a")._ask(failing(2)) == "answer" and len(tries) == 3
     tries.clear()
     with pytest.raises(OSError, match="memory://a cannot be read, tried 6 times: 503"):
-        Place("memory://a")._asked(failing(9))
+        Place("memory://a")._ask(failing(9))
     with pytest.raises(OSError):
         Place("memory://nowhere/x").read_bytes()
     assert not Place("memory://nowhere").is_file() and not Place("nosuch").is_dir()

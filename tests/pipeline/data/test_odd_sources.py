@@ -95,8 +95,9 @@ def test_a_null_key_or_path_is_a_fault_of_its_row(tmp_path, parquet):
     assert len(DATASETS["table"](source, skip_bad=True)) == COUNT - 1
 
 
-def test_splits_of_celeba_that_came_as_broken_numbers_are_read(tmp_path):
-    source = table(tmp_path, True, split=[float(n % 3) for n in range(COUNT)])
+@pytest.mark.parametrize("parquet", [True, False])
+def test_splits_of_celeba_that_came_as_broken_numbers_are_read(tmp_path, parquet):
+    source = table(tmp_path, parquet, split=[float(n % 3) for n in range(COUNT)])
     assert splits_of(DATASETS["table"](source)) == {n: ("train", "valid", "test")[n % 3] for n in range(COUNT)}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data.datasets import DATASETS
@@ -131,10 +132,10 @@ def split(request, source, tmp_path_factory) -> Split:
     return whole.split("train")
 
 
-def pixels(kind: str, split: Split, rule: Preprocessing) -> dict[str, np.ndarray]:
+def pixels(kind: str, split: Split, rule: Preprocessing, device: str = "cpu") -> dict[str, np.ndarray]:
     """Grey levels [S, S, 3] of each key."""
-    loader = open_loader(kind, "none", split, split.attributes, rule, seed=0, threads=1)
-    parts = [batch.images.permute(0, 2, 3, 1).numpy() for batch in loader.batches(sequential(len(split), 8))]
+    loader = open_loader(kind, "none", split, split.attributes, rule, seed=0, threads=1, device=torch.device(device))
+    parts = [batch.images.permute(0, 2, 3, 1).cpu().numpy() for batch in loader.batches(sequential(len(split), 8))]
     return dict(zip(split.keys.tolist(), (np.concatenate(parts) + 1) * 127.5))
 
 
@@ -155,6 +156,15 @@ def test_dali_shows_every_picture_as_pillow_shows_it(split, kind, crop, caplog):
             error = np.abs(found - reference[key])
             assert error.mean() < 1 and np.quantile(error, 0.99) <= 3, (key, size, error.mean())
     assert ("DALI gets it as a PNG" in caplog.text) == (kind == "sequential")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("crop", ["center", "letterbox"])
+def test_a_gpu_shows_every_picture_as_pillow_shows_it(split, crop):
+    rule = Preprocessing(61, crop=crop)
+    reference = pixels("pillow", split, rule)
+    for key, found in pixels("dali", split, rule, "cuda").items():
+        assert np.abs(found - reference[key]).mean() < 2, key
 
 
 def test_a_picture_that_dali_alone_refuses_is_no_case_for_quarantine(split, monkeypatch, caplog):

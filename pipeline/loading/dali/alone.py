@@ -16,8 +16,10 @@ from pipeline.loading.dali.graph import index_of, resized
 if TYPE_CHECKING:
     from pipeline.data.shards import Split
 
+_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png"}  # by the first two bytes; else webp
 
-def bare_pipeline(
+
+def dali_alone(
     split: Split,
     preprocessing: Preprocessing,
     folder: Path,
@@ -42,7 +44,7 @@ def bare_pipeline(
     if (boxes != boxes[0]).any() or len(extensions) > 1:
         raise ValueError("DALI alone is measured on pictures of one size and format; give the bench such a set")
     left, top, right, bottom = boxes[0].tolist()
-    on_gpu, size = device.type == "cuda", preprocessing.image_size
+    on_gpu, size, channels = device.type == "cuda", preprocessing.image_size, preprocessing.channels
 
     @pipeline_def(
         batch_size=batch_size,
@@ -59,16 +61,15 @@ def bare_pipeline(
         )
         window = {"start": (top, left), "shape": (bottom - top, right - left), "axes": [0, 1]}
         if on_gpu:
-            images = fn.decoders.image(data, device="mixed", affine=False, jpeg_fancy_upsampling=True)
-            images = fn.slice(images, **window)
+            images = fn.slice(fn.decoders.image(data, device="mixed", affine=False, jpeg_fancy_upsampling=True), **window)
         else:
             images = fn.decoders.image_slice(data, **window, jpeg_fancy_upsampling=True)
         if (bottom - top, right - left) != (size, size):
             images = resized(images, (size, size))
-        if preprocessing.channels == 1:
+        if channels == 1:
             images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
         if floats:
-            scale = [127.5] * preprocessing.channels
+            scale = [127.5] * channels
             images = fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), mean=scale, std=scale)
         return images
 
@@ -80,16 +81,10 @@ def bare_pipeline(
 
 
 def _write_indices(split: Split, folder: Path) -> set[str]:
-    """What `wds2idx` writes of each tar, out of the manifest; the extensions of the pictures."""
-    found = set()
+    """Write, of each tar, what `wds2idx` writes; return the extensions of the pictures."""
+    extensions = [_EXTENSIONS.get(split.bytes(row)[:2].tobytes(), "webp") for row in range(len(split))]
     for number, shard in enumerate(split.shards):
-        rows = np.flatnonzero(split.shard == number)
-        kinds = [_extension(split.bytes(row)) for row in rows.tolist()]
-        found.update(kinds)
-        lines = [f"{kind} {split.offset[row]} {split.size[row]}" for kind, row in zip(kinds, rows.tolist())]
+        rows = np.flatnonzero(split.shard == number).tolist()
+        lines = [f"{extensions[row]} {split.offset[row]} {split.size[row]}" for row in rows]
         (folder / f"{shard.name}.idx").write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
-    return found
-
-
-def _extension(data: np.ndarray) -> str:
-    return {b"\xff\xd8": "jpg", b"\x89P": "png"}.get(data[:2].tobytes(), "webp")
+    return set(extensions)
