@@ -18,13 +18,17 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fader demo
 
-# The tests of the Slurm jobs mostly wait, so they run beside the others; what they print comes at the end.
-# Tests on several ranks need both cores, so they come last, when those of Slurm should be done.
+# The tests of the Slurm jobs mostly wait, so they run beside the others; what they print comes at the end, and what failed last.
+# Tests on several ranks need both cores, so they come last, when those of Slurm should be done. One thread each, because
+# the tests' small tensors take longer with more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(STAMP)
 	@mkdir -p build
-	@$(BIN)/python -m pytest tests/slurm >build/test-slurm.log 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
-	$(BIN)/python -m pytest --ignore tests/slurm; code=$$?; \
-	echo "tests/slurm:"; wait $$slurm || code=1; cat build/test-slurm.log; exit $$code
+	@$(PYTEST) tests/slurm >build/test-slurm.log 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
+	$(PYTEST) --ignore tests/slurm 2>&1 | tee build/test.log; code=$${PIPESTATUS[0]}; \
+	echo "tests/slurm:"; wait $$slurm || code=1; cat build/test-slurm.log; \
+	grep -hE '^(FAILED|ERROR) ' build/test.log build/test-slurm.log; exit $$code
 
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign build/faults/$$(date +%Y%m%d-%H%M%S) --kills 200

@@ -35,7 +35,6 @@ def server(tmp_path_factory):
     line += ["--artifacts-destination", str(folder / "artifacts")]
     env = environment(MLFLOW_DISABLE_TELEMETRY="true", PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     env.pop("MLFLOW_TRACKING_URI", None)
-    env["PYTHONPATH"] = os.environ["PYTHONPATH"]
     if SECURED:
         config = Path(importlib.util.find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"
         own = config.read_text().replace("sqlite:///basic_auth.db", f"sqlite:///{folder}/auth.db")
