@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,14 +31,14 @@ def evaluate(
         typer.Argument(help="runs, RUN@best, RUN@images-N, exports or models:/NAME@alias", metavar="RUN|MODEL..."),
     ],
     judge: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="the judge's run, export or models:/NAME@alias; by default the model's own, "
-            "else one that is trained on the same data and kept beside the run"
+            help="judges: runs, exports or models:/NAME@alias, joined by commas or each with --judge; by default the model's "
+            "own, else a panel that is trained on the same data and kept beside the run"
         ),
     ] = None,
     judge_images: Annotated[
-        int | None, typer.Option(help="length of training of a judge where there is none; by default up to 120,000", min=1)
+        int | None, typer.Option(help="length of training of each judge where there is none; by default up to 120,000", min=1)
     ] = None,
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
@@ -62,13 +63,14 @@ def evaluate(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the tables here")] = None,
 ) -> None:
     """Swap accuracy by attribute and direction, fidelity, leak and cost, judged on images the model has not seen."""
+    from pipeline.config import addresses
     from pipeline.evaluation import Specification
 
     specification = Specification(
         models=tuple(models),
         checkpoint=checkpoint,
         averaged=not raw,
-        judge=judge,
+        judges=addresses(",".join(judge or ())),
         judge_images=judge_images,
         data=data,
         split=split,
@@ -96,15 +98,15 @@ def _evaluate(specification: Specification, page: bool, json_file: Path | None, 
         specification = dataclasses.replace(specification, device=str(ranks.device))
     models = specification.load()
     shards = specification.open(models[0])
-    judge = find_judge(models, shards, specification, ranks)
-    reports = [measure(model, judge, shards, specification, ranks) for model in models]
+    judges = find_judges(models, shards, specification, ranks)
+    reports = [measure(model, judges, shards, specification, ranks) for model in models]
     leave()
     if not ranks.is_main:
         return
     show_reports(reports)
     written = []
     for model, report in zip(models, reports):
-        written += keep(model, report, judge, shards, specification, page)
+        written += keep(model, report, judges, shards, specification, page)
     if json_file:
         written.append(write_whole(json_file, keeping.as_json(reports)))
     if markdown_file:
@@ -115,33 +117,41 @@ def _evaluate(specification: Specification, page: bool, json_file: Path | None, 
     typer.echo(f"next: {next_command(slides)}")
 
 
-def find_judge(models: list[Model], shards: ShardSet, specification: Specification, ranks: Ranks) -> Model | None:
-    """Return the judge of the models, trained first where there is none; end the process where that is interrupted."""
+def find_judges(models: list[Model], shards: ShardSet, specification: Specification, ranks: Ranks) -> tuple[Model, ...]:
+    """Return the judges of the models, trained first where there are none; end the process where that is interrupted."""
     from pipeline.training.interruption import Interrupted
-    from pipeline.training.judges import judge_of
+    from pipeline.training.judges import panel_of
 
     try:
-        return judge_of(models, shards, specification, ranks)
+        return panel_of(models, shards, specification, ranks)
     except Interrupted as stopped:
         log.info("%s; the same command goes on with it", stopped)
         sys.exit(exit_code(stopped.reason.exit_code))
 
 
-def measure(model: Model, judge: Model | None, shards: ShardSet, specification: Specification, ranks: Ranks) -> Report:
+def measure(
+    model: Model, judges: Sequence[Model], shards: ShardSet, specification: Specification, ranks: Ranks
+) -> Report:
     """Return one model's report; the main rank says what it does and how far it is."""
     from pipeline import evaluation
 
     split = specification.split
     if ranks.is_main:
-        judged = f", judged by {judge.source}" if judge is not None and evaluation.makes_pictures(model.method) else ""
+        names = " and ".join(judge.source for judge in judges)
+        judged = f", judged by {names}" if names and evaluation.makes_pictures(model.method) else ""
         count = specification.records(len(shards.split(split)))
         typer.echo(f"evaluating {model.source} on {count:,} records of the {split} split of {shards.path}{judged}", err=True)
     with progress_bar("records") as progress:
-        return evaluation.evaluate(model, judge, shards, specification, ranks, progress=progress)
+        return evaluation.evaluate(model, judges, shards, specification, ranks, progress=progress)
 
 
 def keep(
-    model: Model, report: Report, judge: Model | None, shards: ShardSet, specification: Specification, page: bool = False
+    model: Model,
+    report: Report,
+    judges: Sequence[Model],
+    shards: ShardSet,
+    specification: Specification,
+    page: bool = False,
 ) -> list[Path]:
     """Write a run's report and page, add them to its MLflow run, and say so; return the files."""
     from pipeline.evaluation import keeping
@@ -149,7 +159,7 @@ def keep(
     files = keeping.keep(model, report, specification)
     if page:
         typer.echo(f"drawing the report of {report.model}", err=True)
-        files.append(keeping.draw_page(model, report, judge, shards, specification))
+        files.append(keeping.draw_page(model, report, judges, shards, specification))
     added = keeping.track(model, report, files)
     if added is not None and added.problem:
         typer.echo(f"note: {report.model}: its numbers wait in its spool: {added.problem}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.command import main
-from launch.evaluate import find_judge, measure, show_reports
+from launch.evaluate import find_judges, measure, show_reports
 
 if TYPE_CHECKING:
     from pipeline.evaluation import Specification
@@ -31,7 +31,9 @@ def promote(
         str | None, typer.Option(help="champion, or another alias or version: it must be beaten in the same evaluation")
     ] = None,
     by: Annotated[str | None, typer.Option(help="the number in which it must be beaten; by default the swaps'")] = None,
-    judge: Annotated[str | None, typer.Option(help="the judge of both; by default as fader evaluate takes it")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="the judges of both, joined by commas; by default as fader evaluate takes them")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
@@ -43,6 +45,7 @@ def promote(
 
     Exits with 1 when something does not hold; the champion then stays what it is.
     """
+    from pipeline.config import addresses
     from pipeline.evaluation import Specification
     from pipeline.models import aliases
 
@@ -55,7 +58,7 @@ def promote(
     beaten = _address(name, better_than) if better_than else None
     specification = Specification(
         models=(candidate,),
-        judge=judge,
+        judges=addresses(judge),
         data=data,
         split=split,
         limit=limit,
@@ -92,11 +95,11 @@ def _promote(
     if version == replaces:
         raise ValueError(f"{candidate} is version {version}, which is the champion already")
     shards = specification.open(models[0])
-    judge = find_judge(models, shards, specification, ranks)
-    known = quantities(models[0], judge, specification.tables)
+    judges = find_judges(models, shards, specification, ranks)
+    known = quantities(models[0], judges, specification.tables)
     bounds = [promotion.parse_bound(word, option, known) for word, option in words]
     by = promotion.quantity(by, known) if by else None
-    reports = [measure(model, judge, shards, specification, ranks) for model in models]
+    reports = [measure(model, judges, shards, specification, ranks) for model in models]
     leave()
     show_reports(reports)
     reasons = promotion.reasons_against(reports[0], reports[1] if beaten else None, bounds, by)

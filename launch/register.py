@@ -15,7 +15,8 @@ def register(
     name: Annotated[str, typer.Option(help="the registered model, made when there is none of that name")],
     alias: Annotated[str, typer.Option(help="what points to the new version afterwards")] = "challenger",
     judge: Annotated[
-        str | None, typer.Option(help="a judge to put in: run, export or models:/ address; by default the run's own")
+        str | None,
+        typer.Option(help="judges to put in, joined by commas: runs, exports or models:/ addresses; by default the run's own"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="where the export is written; RUN/export by default")] = None,
     checkpoint: Annotated[str, typer.Option(help="of the run: latest, best or images-N")] = "latest",
@@ -32,7 +33,7 @@ def register(
     typer.echo(f"registered {version.name} version {version.version} as {version.address} in {version.store}{linked}")
     if not model.card["metrics"] and not models.aligner(model.method):
         typer.echo(f"note: it carries no metrics; 'fader evaluate {run}' before registering puts them on its card")
-    if model.judge is None and models.editor(model.method):
+    if not model.judges and models.editor(model.method):
         typer.echo("note: it carries no judge; a photo's own attributes will be estimated when it is edited")
     typer.echo(f"next: {model.capabilities[0].next_command(version.address)}")
 

@@ -95,8 +95,8 @@ def _submit(asked: Sweep, words: list[str], options: list[str]) -> None:
     Raises:
         ValueError: no judge is named (the children would each train the same one); Slurm takes no job.
     """
-    if not asked.base.judge:
-        raise ValueError("children in jobs of their own need a judge that is there: name it, as judge=runs/JUDGE")
+    if not asked.base.judges:
+        raise ValueError("children in jobs of their own need judges that are there: name them, as judge=[runs/A,runs/B]")
     script = str(Path(__file__).resolve().parent / "slurm" / "sweep.sbatch")
     array = _sbatch([*options, f"--array=0-{len(asked.children) - 1}", script, *words])
     table = _sbatch([*options, f"--dependency=afterany:{array}", script, *words, "--table"])

@@ -187,6 +187,12 @@ class TrackingConfig(BaseModel):
     parent: str = Field("", description="the MLflow run that this one belongs to, as one of a sweep")
 
 
+def addresses(named: str | Path | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the models that are named: none, one, some joined by commas, or a list."""
+    parts = str(named).split(",") if isinstance(named, (str, Path)) else named or ()
+    return tuple(str(part).strip() for part in parts if str(part).strip())
+
+
 class Experiment(BaseModel):
     """A whole experiment. `method` is the settings dataclass of METHODS[method.name]."""
 
@@ -199,7 +205,9 @@ class Experiment(BaseModel):
     batch_size: int = Field(32, ge=1, description="records of one step over all ranks")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp16 scales its losses and needs CUDA")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything that is drawn")
-    judge: str | None = Field(None, description="run, export or models:/ address that evaluates this run")
+    judge: tuple[str, ...] | str | None = Field(
+        None, description="runs, exports or models:/ addresses that judge this run: one, or a list of judges of different builds"
+    )
     engine: EngineConfig = EngineConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -207,6 +215,10 @@ class Experiment(BaseModel):
     @property
     def folder(self) -> Path:
         return Path(self.run.folder or f"runs/{self.name}")
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        return addresses(self.judge)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved tree, as a config file would hold it."""

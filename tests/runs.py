@@ -43,10 +43,11 @@ def make_run(folder: Path, method: dict[str, Any], *, images: int = 3200, seed: 
 
     attributes: of its shard set.
     """
-    torch.manual_seed(seed)
+    own_seed = 7001 if method["name"] == "judge" else seed  # no run starts as its judge did
+    torch.manual_seed(own_seed)
     attributes = tree.pop("attributes", ATTRIBUTES)
     data = {"path": "nowhere", "attributes": ["*"], "image_size": 32} | tree.pop("data", {})
-    experiment = config.build({"name": folder.name, "method": method, "data": data, **tree}, "test")
+    experiment = config.build({"name": folder.name, "seed": own_seed, "method": method, "data": data, **tree}, "test")
     built = config.build_method(experiment, attributes)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(experiment.dump())

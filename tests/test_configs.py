@@ -170,5 +170,5 @@ def test_every_official_judge_has_a_residual_one_beside_it_and_no_two_configs_th
             assert other.method.is_residual and not experiment.method.is_residual
             assert other.data == experiment.data and other.seed != experiment.seed
             assert experiment.data.augment.blur and experiment.data.augment.noise and experiment.data.augment.rescaling
-    assert {experiment.seed for experiment in judges.values()} == {1, 2}
+    assert {experiment.seed for experiment in judges.values()} == {7001, 7002}
     assert {config.load(path).seed for path in CONFIGS if "judge" not in path.stem} == {0}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fader.methods.judge import refuse_judges_networks
 from pipeline.evaluation import tables as made
 from pipeline.evaluation.cost import cost_of
 from pipeline.evaluation.distribution import (
@@ -28,7 +29,7 @@ from pipeline.evaluation.records import OneProcess, Processes, Records, pillow_l
 from pipeline.evaluation.report import Leak, Report
 from pipeline.evaluation.specification import Specification
 from pipeline.loading.loader import Loader
-from pipeline.models import check_judge, editor
+from pipeline.models import check_independent, check_judge, editor
 from pipeline.models import judge as judge_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ FID_RECORDS = 2048  # features of the Inception network: with fewer records its 
 
 def evaluate(
     model: Model,
-    judge: Model | None,
+    judges: Sequence[Model],
     shards: ShardSet,
     specification: Specification,
     ranks: Processes = OneProcess(),
@@ -53,19 +54,19 @@ def evaluate(
     Args:
         model: edits or samples; or judges only, for a table of a judge's own accuracy. Its networks and the judge's stand on
             the specification's device; they are not moved, because that would break what wraps them in training.
-        judge: says what an image shows. It must know every attribute of the model with the same values, at the same
-            size and preprocessing; it may know more. None when only tables that need no judge are asked for, and for a
-            model that is a judge itself.
+        judges: say what an image shows. Each must know every attribute of the model with the same values, at the same crop
+            and size (or PANEL_SIZE, if that is smaller); it may know more. None is needed when only tables that need no judge
+            are asked for, and for a model that is a judge itself.
         shards: where the split is, and the training split from which the leak table's probe learns.
         open_loader, progress: see `Records`; the default loader is the reference decoder.
 
     Raises:
-        ValueError: the judge does not fit the model; what a table needs is missing.
+        ValueError: a judge does not fit the model, or started as it did; what a table needs is missing.
     """
     split = shards.split(specification.split)
-    judge, tables = fitting(model, judge, specification.tables)
+    judges, tables = fitting(model, judges, specification.tables)
     definitions = class_definitions(model.attributes, specification.classes) if "distribution" in tables else ()
-    report = _opened(model, judge, split, specification, shards.digest)
+    report = _opened(model, judges, split, specification, shards.digest)
     device, attributes = torch.device(specification.device), model.attributes
     labels = torch.from_numpy(split.columns(attributes)[: report.records].copy()).float()
     attributes.check_labels(labels)
@@ -73,12 +74,12 @@ def evaluate(
     if train_split is not None and not len(train_split):
         raise ValueError("the leak table trains a probe, and the training split is empty")
     records = Records(specification.batch_size, ranks, open_loader or pillow_loader(model, specification), progress)
-    networks = [*model.method.networks.values(), *(judge.method.networks.values() if judge else ())]
+    networks = [network for one in (model, *judges) for network in one.method.networks.values()]
     with evaluating(networks):
-        pass_ = Pass(model, judge, device, tables, report.records)
+        pass_ = Pass(model, judges, device, tables, report.records)
         if "distribution" in tables:
             inception = specification.inception
-            pass_.describe_with(inception_features(inception, device) if inception else judge_features(judge), definitions)
+            pass_.describe_with(inception_features(inception, device) if inception else judge_features(judges[0]), definitions)
         if set(tables) != {"cost"}:
             records.read(split, report.records, pass_.measure)
         rows, measured = pass_.rows.gathered(ranks.reduce_sum)
@@ -90,12 +91,12 @@ def evaluate(
             report.leak = leaks(pass_, records, train_split, latents, labels, specification, report.warnings)
         if "cost" in tables and ranks.rank == 0:
             report.cost = cost_of(model, device, specification.batch_size)
-    _fill(report, judge, labels, pass_, rows, specification)
+    _fill(report, judges, labels, pass_, rows, specification)
     return report
 
 
-def fitting(model: Model, judge: Model | None, tables: Sequence[str]) -> tuple[Model | None, tuple[str, ...]]:
-    """Return the judge and the tables that a model gets: a judge alone is its own, for one table.
+def fitting(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> tuple[Sequence[Model], tuple[str, ...]]:
+    """Return the judges and the tables that a model gets: a judge alone is its own, for one table.
 
     Raises:
         ValueError: model and judge do not fit together, or something is missing.
@@ -103,44 +104,49 @@ def fitting(model: Model, judge: Model | None, tables: Sequence[str]) -> tuple[M
     if not makes_pictures(model.method):
         if judge_of(model.method) is None:
             raise ValueError(f"{model.source}: {model.method.name} does not encode and decode, so nothing can be swapped")
-        return model, ("swap",)
-    if judge is not None:
+        return (model,), ("swap",)
+    refuse_judges_networks(model.method)
+    seed = (model.card.get("config") or {}).get("seed")
+    for judge in judges:
         check_judge(judge, model.attributes, model.preprocessing, model.source)
-    elif "swap" in tables:
+        check_independent(judge, seed, model.source, model.method)
+    if "swap" in tables and not judges:
         raise ValueError(
             f"{model.source}: no judge to say whether attributes changed; name one (--judge), or train one first"
         )
-    elif "distribution" in tables:
+    if "distribution" in tables and not judges:
         raise ValueError("the distribution table scores classes by a judge; name one (--judge)")
     if editor(model.method) is None:
         asked, tables = tables, [table for table in tables if table not in ("leak", "error")]
         if not tables:
             raise ValueError(f"{model.source}: {model.method.name} has no latent and reconstructs nothing: no {asked[0]} table")
-    return judge, tuple(tables)
+    return judges, tuple(tables)
 
 
-def quantities(model: Model, judge: Model | None, tables: Sequence[str]) -> list[str]:
+def quantities(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> list[str]:
     """Name every number that a report with these tables may hold: those of a report on records that nobody measured.
 
     Raises:
         ValueError: as `evaluate`.
     """
-    judge, tables = fitting(model, judge, tables)
+    judges, tables = fitting(model, judges, tables)
     attributes = model.attributes
     records = max((attribute.k for attribute in attributes), default=1)
     labels = torch.arange(records)[:, None] % torch.tensor([attribute.k for attribute in attributes])  # each value once
     device = next((p.device for network in model.method.networks.values() for p in network.parameters()), "cpu")
-    pass_ = Pass(model, judge, torch.device(device), tables, records)
+    pass_ = Pass(model, judges, torch.device(device), tables, records)
     pass_.rows.results["measured"] += 1
     rows, _ = pass_.rows.gathered(lambda tensor: tensor)
     report = Report(model.source, model.method.name, None, "", "", records, records, 0, None, 0)
-    _fill(report, judge, labels.float(), pass_, rows, Specification(resamples=0))
+    _fill(report, judges, labels.float(), pass_, rows, Specification(resamples=0))
     if "leak" in tables:
         report.leak = [Leak(name, math.nan, math.nan, math.nan, math.nan, "", 0, 0) for name in attributes.names]
     return list(report.quantities())
 
 
-def _opened(model: Model, judge: Model | None, split: Split, specification: Specification, data_digest: str) -> Report:
+def _opened(
+    model: Model, judges: Sequence[Model], split: Split, specification: Specification, data_digest: str
+) -> Report:
     """A report without numbers: what they will rest on, and the warnings that this alone calls for."""
     if not len(split):
         raise ValueError(f"the {split.name} split is empty; there is nothing to evaluate")
@@ -148,7 +154,7 @@ def _opened(model: Model, judge: Model | None, split: Split, specification: Spec
     report = Report(
         model=model.source,
         method=model.method.name,
-        judge=judge.source if judge else None,
+        judge=", ".join(judge.source for judge in judges) or None,
         split=split.name,
         split_digest=split.digest,
         records=records,
@@ -161,6 +167,8 @@ def _opened(model: Model, judge: Model | None, split: Split, specification: Spec
         report.warnings.append("evaluated on TRAINING images: the numbers say nothing about pictures it has not seen")
     if records < len(split):
         report.warnings.append(f"{records:,} of the {len(split):,} records of the {split.name} split")
+    if any("classifier" in names for names in model.method.optimizers()) and makes_pictures(model.method):
+        report.warnings.append("a classifier was among its losses, and what pleases that one may please a judge of its build")
     trained_on = model.card.get("data_digest")
     if trained_on and trained_on != data_digest:
         digests = f"digest {trained_on[:12]}, here {data_digest[:12]}"
@@ -172,7 +180,7 @@ def _opened(model: Model, judge: Model | None, split: Split, specification: Spec
 
 def _fill(
     report: Report,
-    judge: Model | None,
+    judges: Sequence[Model],
     labels: Tensor,
     pass_: Pass,
     rows: dict[str, Tensor],
@@ -181,18 +189,22 @@ def _fill(
     """Make tables 1, 2 and 4 of all ranks' rows."""
     attributes = pass_.attributes
     if "swap" in pass_.tables:
-        assert judge is not None
-        report.scores = made.scores(attributes, labels, rows, specification)
-        report.warnings += made.missing_values(attributes, labels)
+        report.readers = [reader.name for reader in pass_.readers]
+        readings = [made.read(attributes, labels, rows, r, specification) for r in range(len(report.readers))]
+        report.scores = made.scores(readings, report.readers)
+        report.readings = made.beside(readings, report.readers)
+        if "swap/0" in rows and specification.resamples:
+            report.flattered = made.flatteries(attributes, readings, report.readers)
+            report.look_at_grid = made.better_than_real(report)
+        report.warnings += [*report.verdicts(), *made.missing_values(attributes, labels)]
         report.plain = made.plain_accuracies(attributes, labels, rows)
         report.auc = made.aucs(attributes, labels, rows)
-        uniform = getattr(judge.method.settings, "prior", "data") == "uniform"
+        uniform = getattr(judges[0].method.settings, "prior", "data") == "uniform"
         report.calibration = made.calibration(attributes, labels, rows, uniform)
     if "mse" in rows:
         report.fidelity = made.fidelity(rows, specification)
     if "response" in rows:
-        assert pass_.reader is not None
-        report.preservation = made.preservation(attributes, pass_.reader.judged, rows)
+        report.preservation = made.preservation(attributes, pass_.readers[0].judged, rows)
         report.sliders = made.sliders(attributes, rows)
     if pass_.features is not None:
         report.features = pass_.features.name

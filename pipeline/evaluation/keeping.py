@@ -40,10 +40,10 @@ def keep(model: Model, report: Report, specification: Specification) -> list[Pat
     ]
 
 
-def draw_page(model: Model, report: Report, judge: Model | None, shards: ShardSet, specification: Specification) -> Path:
+def draw_page(model: Model, report: Report, judges: Sequence[Model], shards: ShardSet, specification: Specification) -> Path:
     """Write a run's page into its folder."""
     assert model.run is not None
-    judge = judge if makes_pictures(model.method) else None
+    judge = judges[0] if judges and makes_pictures(model.method) else None
     return page.write(report, model, judge, shards.split(report.split), model.run / "report", specification)
 
 
@@ -54,15 +54,15 @@ def track(model: Model, report: Report, files: Sequence[Path]) -> tracking.Addit
     """
     if model.run is None or report.records < report.split_records or model.variant.endswith("-raw"):
         return None
-    return tracking.add(model.run, report.metrics(), report.images_seen or 0, files=list(files))
+    return tracking.add(model.run, report.metrics(), report.images_seen or 0, files=list(files), tags=report.tags())
 
 
-def is_kept(path: Path, model: Model, judge: Model | None, shards: ShardSet, specification: Specification) -> bool:
-    """Whether a report lies there that rests on the same weights, judge and records."""
+def is_kept(path: Path, model: Model, judges: Sequence[Model], shards: ShardSet, specification: Specification) -> bool:
+    """Whether a report lies there that rests on the same weights, judges and records."""
     split = shards.split(specification.split)
     rests_on = {
         "images_seen": model.card["images_seen"],
-        "judge": judge.source if judge else None,
+        "judge": ", ".join(judge.source for judge in judges) or None,
         "split_digest": split.digest,
         "records": specification.records(len(split)),
     }

@@ -14,7 +14,7 @@ from fader.method import Batch, Method, ReduceSum
 from pipeline import metrics
 from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.report import SLIDER_POSITIONS
-from pipeline.models import Reader, editor, sampler
+from pipeline.models import editor, readers_of, sampler
 
 if TYPE_CHECKING:
     from pipeline.evaluation.distribution import Classes, Features
@@ -125,14 +125,14 @@ class Rows:
 
 
 class Pass:
-    """What one model's pictures are like, record by record, as a judge and pure measures see them."""
+    """What one model's pictures are like, record by record, as the readers of a panel and pure measures see them."""
 
     def __init__(
-        self, model: Model, judge: Model | None, device: torch.device, tables: Sequence[str], records: int
+        self, model: Model, judges: Sequence[Model], device: torch.device, tables: Sequence[str], records: int
     ) -> None:
         self.method, self.attributes, self.device = model.method, model.attributes, device
         self.editor, self.tables = editor(model.method), set(tables)
-        self.reader = Reader(judge, model.attributes) if judge else None
+        self.readers = readers_of(judges, model.attributes)
         self.own = "reconstruction" if self.editor else "sample"  # what a picture of a record's own labels is
         self.features: Features | None = None
         self.classes: tuple[Classes, ...] = ()
@@ -141,9 +141,10 @@ class Pass:
 
     def _allocate(self, size: int) -> None:
         width, rows, method = len(self.attributes), self.rows, self.method
-        if self.reader:
-            for name in ("real", "real_present", "real_confidence"):
-                rows.allocate(name, (width,))
+        for r in range(len(self.readers)):
+            rows.allocate(f"real/{r}", (width,))
+        for name in ("real_present", "real_confidence") if self.readers else ():
+            rows.allocate(name, (width,))
         if not makes_pictures(method):
             return
         if self.editor and "leak" in self.tables:
@@ -157,11 +158,11 @@ class Pass:
             for name, smallest in (("ssim", metrics.SSIM_FROM), ("ms_ssim", metrics.MS_SSIM_FROM)):
                 if size >= smallest:
                     rows.allocate(name, ())
-        if self.reader and self.tables & _DECODING - {"error"}:
-            rows.allocate(self.own, (width,))
-            rows.allocate("swap", (sum(attribute.k - 1 for attribute in self.attributes),))
-        if self.reader and "fidelity" in self.tables:
-            zeros = torch.zeros(width, len(self.reader.judged), 2, dtype=torch.float64, device=self.device)
+        for r in range(len(self.readers) if self.tables & _DECODING - {"error"} else 0):
+            rows.allocate(f"{self.own}/{r}", (width,))
+            rows.allocate(f"swap/{r}", (sum(attribute.k - 1 for attribute in self.attributes),))
+        if self.readers and "fidelity" in self.tables:
+            zeros = torch.zeros(width, len(self.readers[0].judged), 2, dtype=torch.float64, device=self.device)
             rows.sums |= {"preserved": zeros, "preserved_counts": zeros[:, 0, 0].clone()}
             sliders = len(list(slider_values(self.attributes)))
             rows.allocate("response", (sliders, len(SLIDER_POSITIONS)), most=SLIDER_RECORDS)
@@ -190,8 +191,8 @@ class Pass:
     def _describe(self, name: str, index: Tensor, images: Tensor, judged: Sequence[Tensor] | None = None) -> None:
         if self.features is None:
             return
-        assert self.reader
-        blocks = self.reader.own(self.reader.probabilities(images) if judged is None else judged)
+        first = self.readers[0]
+        blocks = first.own(first.probabilities(images) if judged is None else judged)
         self.rows.put(f"features/{name}", index, self.features(images))
         self.rows.put(f"probabilities/{name}", index, torch.cat(blocks, 1))
 
@@ -214,10 +215,9 @@ class Pass:
         images, index, rows = batch.images, batch.index, self.rows
         assert images is not None
         rows.put("measured", index, torch.ones_like(index))
-        if self.reader:
-            real = self.reader.probabilities(images)
-            own = self.reader.own(real)
-            rows.put("real", index, torch.stack([block.argmax(1) for block in own], 1))
+        if self.readers:
+            real = self._read("real", index, images)
+            own = self.readers[0].own(real)
             rows.put("real_present", index, torch.stack([block[:, 1] for block in own], 1))
             rows.put("real_confidence", index, torch.stack([block.amax(1) for block in own], 1))
             self._describe("real", index, images, real)
@@ -233,28 +233,36 @@ class Pass:
         for name, measure in (("mse", metrics.mse), ("ssim", metrics.ssim), ("ms_ssim", metrics.ms_ssim)):
             if name in rows:
                 rows.put(name, index, measure(decoded, images))
-        if "swap" in rows:
+        if "swap/0" in rows:
             self._judge_swaps(batch, picture, decoded)
         if "response" in rows and (index < SLIDER_RECORDS).any():
             rows.put("response", index, self._response(picture, code))
         self._describe_classes(batch, picture)
 
     def _judge_swaps(self, batch: Batch, picture: Callable[[Tensor], Tensor], decoded: Tensor) -> None:
-        """Keep what the judge reads off pictures of the records' own labels and off every swap."""
-        assert self.reader
+        """Keep what the readers read off pictures of the records' own labels and off every swap."""
         labels, index = batch.attributes, batch.index
-        before = self.reader.probabilities(decoded)
-        self.rows.put(self.own, index, torch.stack([block.argmax(1) for block in self.reader.own(before)], 1))
+        before = self._read(self.own, index, decoded)
         self._describe(self.own, index, decoded, before)
-        preds = []
+        preds: list[list[Tensor]] = [[] for _ in self.readers]
         for j, step, changed, _ in self.attributes.swaps(labels):
             swap = picture(self.attributes.code(changed))
-            after = self.reader.probabilities(swap)
-            preds.append(self.reader.own(after)[j].argmax(1))
+            read = [reader.probabilities(swap) for reader in self.readers]
+            for reader, blocks, own in zip(self.readers, read, preds):
+                own.append(reader.own(blocks)[j].argmax(1))
+            after = read[0]
             self._describe(f"{self.attributes[j].name}/{step}", index, swap, after)
             if "preserved" in self.rows.sums:
                 self._preserve(j, labels[:, j] >= 0, before, after)
-        self.rows.put("swap", index, torch.stack(preds, 1))
+        for r, own in enumerate(preds):
+            self.rows.put(f"swap/{r}", index, torch.stack(own, 1))
+
+    def _read(self, name: str, index: Tensor, images: Tensor) -> list[Tensor]:
+        """Keep the value of each attribute that each reader reads off pictures; return the first reader's probabilities."""
+        read = [reader.probabilities(images) for reader in self.readers]
+        for r, (reader, blocks) in enumerate(zip(self.readers, read)):
+            self.rows.put(f"{name}/{r}", index, torch.stack([block.argmax(1) for block in reader.own(blocks)], 1))
+        return read[0]
 
     def _preserve(self, j: int, known: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         """Add, over the records whose label of attribute j is known, what its swap did to every judged attribute."""
@@ -265,13 +273,12 @@ class Pass:
         sums["preserved_counts"][j] += known.sum()
 
     def _response(self, picture: Callable[[Tensor], Tensor], code: Tensor) -> Tensor:
-        """[N, sliders, positions]: the judge's probability of each slider's value."""
-        assert self.reader
-        sliders = []
+        """[N, sliders, positions]: the first reader's probability of each slider's value."""
+        first, sliders = self.readers[0], []
         for j, attribute, value, category in slider_values(self.attributes):
             steps = []
             for position in SLIDER_POSITIONS:
                 images = picture(self.attributes.with_slider(code, attribute.name, position, category))
-                steps.append(self.reader.own(self.reader.probabilities(images))[j][:, value])
+                steps.append(first.own(first.probabilities(images))[j][:, value])
             sliders.append(torch.stack(steps, 1))
         return torch.stack(sliders, 1)

@@ -42,7 +42,7 @@ def write(
 
     Args:
         report: what `evaluate` measured of this model on this split.
-        judge: who judged; None leaves best and worst cases out.
+        judge: the first of those who judged; None leaves best and worst cases out.
 
     Returns:
         The page.
@@ -76,7 +76,7 @@ def _overview(report: Report, model: Model, first: Batch) -> Iterator[Section]:
         note = f"The first {len(first.index)} records of the split, the same for every model; each swap changes one attribute."
         yield Section("Swaps", [pictures.swap_sheet(model, first)], note)
     if report.scores:
-        about = "Balanced accuracy of the judge's answers, 95% intervals; dotted: 0.9, the aim for swaps"
+        about = "Balanced accuracy by the lowest reader, 95% intervals; dotted: 0.9, the aim for swaps"
         bars = [Picture("accuracy", about, plots.accuracy(report))]
         if report.sliders:
             bars.append(Picture("sliders", "The judge's mean probability along each slider", plots.responses(report)))
@@ -149,8 +149,9 @@ def _html(report: Report, model: Model, above: Sequence[Section], below: Sequenc
     body = [f"<h1>{say(str(name))}</h1>", f"<p>{say(report.model)} · {say(' · '.join(filter(None, facts)))}</p>"]
     body += [f'<div class="warning">{say(warning)}</div>' for warning in report.warnings]
     cards = "".join(f'<div class="card"><b>{say(n)}</b><span>{say(what)}</span></div>' for n, what in _headline(report))
-    body.append(f'<div class="cards">{cards}</div>')
-    body += map(_block, above)
+    pictured = [*map(_block, above)]
+    first = 1 if makes_pictures(model.method) else 0  # a reader looks at the swaps before he reads a number
+    body += [*pictured[:first], f'<div class="cards">{cards}</div>', *pictured[first:]]
     body.append(f"<section><h2>Tables</h2>{''.join(map(_table, as_tables([report])))}</section>")
     body += map(_block, below)
     body.append(f"<section><h2>Config</h2><pre>{say(_config(model))}</pre></section>")
@@ -163,7 +164,7 @@ def _html(report: Report, model: Model, above: Sequence[Section], below: Sequenc
 def _headline(report: Report) -> list[tuple[str, str]]:
     """Return the numbers that stand above everything, with their names."""
     cards = []
-    for images, what in (("swap", "balanced swap accuracy"), ("real", "judge on real pictures")):
+    for images, what in (("swap", "balanced swap accuracy, lowest reader"), ("real", "real pictures, lowest reader")):
         score = plots.balanced(report, images, "*")
         if score is not None:
             cards.append((f"{score.value:.3f}", what))

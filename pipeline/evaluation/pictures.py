@@ -20,7 +20,7 @@ from pipeline.evaluation.measure import evaluating, makes_pictures, pictures
 from pipeline.evaluation.report import SLIDER_POSITIONS
 from pipeline.files import file_name
 from pipeline.images import png_bytes, to_uint8
-from pipeline.models import Reader, editor
+from pipeline.models import editor, readers_of
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Split
@@ -106,7 +106,7 @@ class _Judged:
 
 def case_sheets(model: Model, judge: Model, split: Split, batches: Sequence[Batch]) -> list[Picture]:
     """Draw a sheet an attribute: pictures above their swaps, from the judge's lowest probability to its highest."""
-    attributes, reader = model.attributes, Reader(judge, model.attributes)
+    attributes, reader = model.attributes, readers_of([judge], model.attributes)[0]
     cases: dict[str, list[_Judged]] = {attribute.name: [] for attribute in tuple(attributes)[:MOST_SLIDERS]}
     with evaluating([*model.method.networks.values(), *judge.method.networks.values()]), torch.inference_mode():
         for batch in batches:

@@ -44,7 +44,7 @@ def _with_interval(value: float, low: float, high: float, digits: int = 3) -> st
 
 def as_tables(reports: Sequence[Report]) -> list[Table]:
     """Everything in some reports as tables, side by side where several speak of the same."""
-    tables = [_summary(reports), *_directions(reports), _published(reports)]
+    tables = [_summary(reports), _readers(reports), *_directions(reports), _published(reports)]
     tables += [_fidelity_table(reports), _preservation_table(reports), _slider_table(reports)]
     tables += [_leak_table(reports), _distance_table(reports), _conditional_table(reports), _cost_table(reports)]
     return [table for table in tables if table.rows]
@@ -94,16 +94,33 @@ def _summary(reports: Sequence[Report]) -> Table:
         for row, report, images in _rows_of(reports)
     ]
     note = (
-        "Balanced accuracy of the judge's answers (95% bootstrap interval): the mean over values of the share judged "
-        "as labelled"
+        "Each number is the lowest of the readers': balanced accuracy (95% bootstrap interval), the mean over values of the "
+        "share read as labelled"
     )
     if _swapped(reports):
         note += (
-            "; for a swap the mean over ordered pairs of values of the share judged as "
+            "; for a swap the mean over ordered pairs of values of the share read as "
             "asked for, among the records that have the other value"
         )
     title = "1. Does it slide?" if _swapped(reports) else "1. The judge on real images"
     return Table(title, ["images", *names, "mean"], rows, note + ".")
+
+
+def _readers(reports: Sequence[Report]) -> Table:
+    """What each reader of a panel reads, swaps beside real pictures, and what follows from their differences."""
+    names, rows, words = _all_attributes(reports), [], []
+    for model, report in _labelled(reports):
+        images = "swap" if _swapped([report]) else "real"
+        for reader in report.readers:
+            known = {(s.images, s.attribute): s.value for s in report.readings if s.reader == reader and s.to is None}
+            cells = (
+                " / ".join(_number(known[kind, name]) for kind in dict.fromkeys((images, "real")) if (kind, name) in known)
+                for name in (*names, "*")
+            )
+            rows.append([model, reader, *(cell or "–" for cell in cells)])
+        words += [f"{model}: {verdict}." for verdict in report.verdicts()]
+    note = "Balanced accuracy of each reader, swaps / real pictures. A judge looks at a picture as it is, and slightly blurred."
+    return Table("The readers", ["model", "reader", *names, "mean"], rows, " ".join([note, *words]))
 
 
 def _directions(reports: Sequence[Report]) -> Iterator[Table]:
@@ -127,11 +144,11 @@ def _directions(reports: Sequence[Report]) -> Iterator[Table]:
         names = dict.fromkeys(name for name, _ in chunk)
         first = reports[0]
         about_judge = {"plain accuracy": first.plain, "AUC": first.auc, "calibration error": first.calibration}
-        note = "Of the records labelled with a value, the share judged to have it"
-        note += "; of the records swapped to it, the share judged to have it." if _swapped(reports) else "."
+        note = "Of the records labelled with a value, the share read as having it"
+        note += "; of the records swapped to it, the share read as having it." if _swapped(reports) else "."
         for what, known in about_judge.items():
             if numbers := [f"{n} {known[n]:.3f}" for n in names if not math.isnan(known.get(n, math.nan))]:
-                note += f" The judge's {what} on real images: {', '.join(numbers)}."
+                note += f" The first reader's {what} on real images: {', '.join(numbers)}."
         title = "Each direction" + (f", {i + 1} of {len(chunks)}" if len(chunks) > 1 else "")
         yield Table(title, ["images", *(f"{name} {value}" for name, value in chunk)], rows if chunk else [], note)
     for name, own in values.items():
@@ -176,7 +193,7 @@ def _preservation_table(reports: Sequence[Report]) -> Table:
     ]
     note = (
         "kept: share of the other judged attributes whose judged value stays under a swap, against the reconstruction. "
-        "shift: mean total variation distance of the judge's probabilities."
+        "shift: mean total variation distance of the probabilities; both by the first reader."
     )
     return Table(
         "What a swap does to the other attributes", ["model", "swapped", "kept", "shift", "moves most"], rows, note
@@ -197,7 +214,7 @@ def _slider_table(reports: Sequence[Report]) -> Table:
     ]
     counts = {slider.records for report in reports for slider in report.sliders}
     note = (
-        f"The judge's mean probability at each slider position, over the first {max(counts, default=0):,} records. "
+        f"The first reader's mean probability at each slider position, over the first {max(counts, default=0):,} records. "
         "monotonic: share of records that rise by more than 0.05 and never fall by more than 0.01 between positions. "
         "effective: where the middle 80% of the mean rise takes place."
     )

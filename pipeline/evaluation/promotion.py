@@ -73,6 +73,7 @@ def reasons_against(
         better_by: the quantity in which the champion must be beaten; by default the first of USUAL that there is.
     """
     reasons = [broken for bound in bounds if (broken := bound.broken(candidate))]
+    reasons += [f"{f.attribute} is flattered: {f.pleased} reads swaps that {f.other} does not" for f in candidate.flattered or ()]
     if champion is None:
         return reasons
     by = better_by or next(name for name in USUAL if name in candidate.quantities())
@@ -91,7 +92,7 @@ def tags(report: Report, bounds: Sequence[Bound]) -> dict[str, str]:
     for name in names:
         value = f"{report.quantities()[name]:.4g}"
         figures[f"promotion.{name}"] = value + (" ({:.4g} to {:.4g})".format(*intervals[name]) if name in intervals else "")
-    return figures | {
+    return figures | {f"promotion.{name}": word for name, word in report.tags().items()} | {
         "promotion.judge": str(report.judge),
         "promotion.records": f"{report.records} of {report.split}",
         "promotion.split_digest": report.split_digest,

@@ -17,7 +17,7 @@ class Score:
     images: real, reconstruction, sample or swap. attribute: its name, or "*" for the mean over attributes.
     start, to: value names. A swap has both for one ordered pair, only `to` for the mean over all pairs that end there,
     and neither when balanced; for other images `to` is the label they carry.
-    records: how many records it rests on; 0 leaves the value not a number.
+    records: how many records it rests on; 0 leaves the value not a number. reader: who read it.
     """
 
     images: str
@@ -26,6 +26,23 @@ class Score:
     to: str | None
     records: int
     value: float
+    low: float
+    high: float
+    reader: str = ""
+
+
+@dataclass(frozen=True)
+class Flattery:
+    """An attribute whose swaps please the reader `pleased` and not the reader `other`.
+
+    excess: by how much the two differ on swaps beyond their difference on real pictures and the margin; low, high: its 95%
+    bootstrap interval.
+    """
+
+    attribute: str
+    pleased: str
+    other: str
+    excess: float
     low: float
     high: float
 
@@ -131,7 +148,12 @@ class Conditional:
 
 @dataclass
 class Report:
-    """Everything that `evaluate` measured of one model. Parts that were not asked for are empty."""
+    """Everything that `evaluate` measured of one model. Parts that were not asked for are empty.
+
+    scores: for each number the lowest of the readers'. readings: every reader's own. flattered: None where it was not asked,
+    because numbers have no intervals. look_at_grid: the attributes whose
+    lowest reader reads swaps better than real pictures, which may be so because labels of real pictures are noisy.
+    """
 
     model: str
     method: str
@@ -144,7 +166,11 @@ class Report:
     images_seen: int | None
     seed: int
     warnings: list[str] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    readings: list[Score] = field(default_factory=list)
+    flattered: list[Flattery] | None = None
+    look_at_grid: list[str] = field(default_factory=list)
     plain: dict[str, float] = field(default_factory=dict)
     auc: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, float] = field(default_factory=dict)
@@ -214,6 +240,31 @@ class Report:
         """Return the same named split/quantity, without what is not a number."""
         flat = self.quantities().items()
         return {f"{self.split}/{name}": float(value) for name, value in flat if not math.isnan(value)}
+
+    def reading(self, reader: str, images: str, attribute: str) -> float:
+        """Return one reader's balanced accuracy."""
+        key = (reader, images, attribute, None)
+        return next(s.value for s in self.readings if (s.reader, s.images, s.attribute, s.to) == key)
+
+    def verdicts(self) -> list[str]:
+        """Say in words which attributes are flattered, and which a person should look at."""
+        words = []
+        for f in self.flattered or ():
+            swaps, reals = (
+                " and ".join(f"{self.reading(reader, images, f.attribute):.2f} by {reader}" for reader in (f.pleased, f.other))
+                for images in ("swap", "real")
+            )
+            words.append(f"{f.attribute} is FLATTERED: swaps are read with {swaps}, real pictures with {reals}")
+        for name in self.look_at_grid:
+            words.append(f"{name}: its lowest reader reads swaps better than real pictures; look at the grid")
+        return words
+
+    def tags(self) -> dict[str, str]:
+        """Return the verdicts as tags; none where they were not asked."""
+        if self.flattered is None:
+            return {}
+        names = [f.attribute for f in self.flattered]
+        return {"flattered": ", ".join(names) or "none", "look_at_the_grid": ", ".join(self.look_at_grid) or "none"}
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON; None stands for what is not a number."""

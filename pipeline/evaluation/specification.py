@@ -20,7 +20,7 @@ class Specification:
     Args:
         models: runs, exports or registry addresses. checkpoint: which of a run's. averaged: take the moving averages
             of a run's weights, where it keeps them.
-        judge: the judge's run, export or registry address; None takes the models' own, or one that is trained and kept.
+        judges: runs, exports or registry addresses; none takes the models' own, or a panel that is trained and kept.
         judge_images: length of that training; None takes the usual.
         data: the shard set; None takes the one that the first model was trained on.
         split, limit: the records, the first so many of them; None takes all (their order on disk is shuffled).
@@ -39,7 +39,7 @@ class Specification:
     models: tuple[str, ...] = ()
     checkpoint: str = "latest"
     averaged: bool = True
-    judge: str | None = None
+    judges: tuple[str, ...] = ()
     judge_images: int | None = None
     data: Path | None = None
     split: str = "test"
@@ -66,7 +66,7 @@ class Specification:
         Raises:
             ValueError: as `pipeline.models.load`.
         """
-        keywords = {"checkpoint": self.checkpoint, "ema": self.averaged, "own_judge": self.judge is None}
+        keywords = {"checkpoint": self.checkpoint, "ema": self.averaged, "own_judge": not self.judges}
         return [self.place(models.load(source, **keywords)) for source in self.models]
 
     def place(self, model: Model) -> Model:

@@ -7,6 +7,7 @@ share that the judge then reads as the value asked for; the balanced accuracy is
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -16,68 +17,121 @@ from torch import Tensor
 from fader.attributes import Attributes
 from pipeline import metrics
 from pipeline.evaluation.labels import slider_values
-from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Measure, Preservation, Score, Slider
+from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Flattery, Measure, Preservation, Report, Score, Slider
 from pipeline.evaluation.specification import Specification
 
+MARGIN = 0.03  # by which two readers may differ on swaps more than on real pictures
 Key = tuple[str, str, str | None, str | None]  # images, attribute, start, to: what a `Score` is of
 
 
-def scores(
-    attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], specification: Specification
-) -> list[Score]:
-    """Table 1 from judged values: every direction, then what is a mean over directions."""
-    answers = list(_answers(attributes, labels, rows))
+Number = tuple[int, Tensor, Tensor]  # records, mean, and the mean of each resample
+
+
+def read(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], reader: int, asked: Specification) -> dict[Key, Number]:
+    """Table 1 as one reader has it: every direction, then what is a mean over directions."""
+    answers = list(_answers(attributes, labels, rows, reader))
     keys, bits, mask = [key for key, *_ in answers], *(torch.stack(part, 1) for part in list(zip(*answers))[1:])
     value, counts = metrics.means(bits, mask), mask.sum(0).tolist()
-    resampled = metrics.bootstrap_means(bits, mask, seed=specification.seed, resamples=specification.resamples)
+    resampled = metrics.bootstrap_means(bits, mask, seed=asked.seed, resamples=asked.resamples)
 
-    def mean_of(members: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The mean over the members that have records, and the same of each resample."""
+    def number(members: Sequence[int], records: int | None = None) -> Number:
+        """The mean over the members that have records."""
         some = [m for m in members if counts[m]]
+        total = sum(counts[m] for m in members) if records is None else records
         if not some:
-            return torch.tensor(math.nan), torch.full((len(resampled),), math.nan, dtype=torch.float64)
-        return value[some].mean(), resampled[:, some].nanmean(1)
+            return total, torch.tensor(math.nan), torch.full((len(resampled),), math.nan, dtype=torch.float64)
+        return total, value[some].mean(), resampled[:, some].nanmean(1)
 
-    def score(key: Key, records: int, mean: Tensor, samples: Tensor) -> Score:
-        return Score(*key, records, float(mean), *metrics.interval(samples))
-
-    result = []
+    result: dict[Key, Number] = {}
     for images in IMAGES:
         balanced = []
         for j, attribute in enumerate(attributes):
             own = [i for i, key in enumerate(keys) if key[:2] == (images, attribute.name)]
             if not own:
                 continue
-            result += [score(keys[i], counts[i], *mean_of([i])) for i in own]
+            result |= {keys[i]: number([i]) for i in own}
             if images == "swap":
                 for to in map(attribute.value_name, attribute.values):
-                    ends = [i for i in own if keys[i][3] == to]
-                    total = sum(counts[i] for i in ends)
-                    result.append(score((images, attribute.name, None, to), total, *mean_of(ends)))
-            mean, samples = mean_of(own)
-            result.append(score((images, attribute.name, None, None), int((labels[:, j] >= 0).sum()), mean, samples))
-            if not mean.isnan():
-                balanced.append((mean, samples))
+                    result[images, attribute.name, None, to] = number([i for i in own if keys[i][3] == to])
+            records = int((labels[:, j] >= 0).sum())
+            result[images, attribute.name, None, None] = mean = number(own, records)
+            if not mean[1].isnan():
+                balanced.append(mean[1:])
         if balanced:
             means, samples = (torch.stack(part) for part in zip(*balanced))
-            result.append(score((images, "*", None, None), len(labels), means.mean(), samples.mean(0)))
+            result[images, "*", None, None] = len(labels), means.mean(), samples.mean(0)
     return result
 
 
-def _answers(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> Iterator[tuple[Key, Tensor, Tensor]]:
-    """Yield what each single number rests on: its key, whom the judge read as asked [N], and who is counted [N]."""
+def scores(readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[Score]:
+    """Return for each number the lowest of the readers'."""
+    lowest = []
+    for key in readings[0]:
+        reader = min(range(len(names)), key=lambda r: math.inf if readings[r][key][1].isnan() else float(readings[r][key][1]))
+        lowest.append(_score(key, readings[reader][key], names[reader]))
+    return lowest
+
+
+def beside(readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[Score]:
+    """Return what each reader reads, in each direction and balanced."""
+    return [
+        _score(key, number, name)
+        for reading, name in zip(readings, names)
+        for key, number in reading.items()
+        if key[2] is None
+    ]
+
+
+def _score(key: Key, number: Number, reader: str) -> Score:
+    records, mean, samples = number
+    return Score(*key, records, float(mean), *metrics.interval(samples), reader)
+
+
+def flatteries(attributes: Attributes, readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[Flattery]:
+    """Return the attributes whose swaps please one reader and not another.
+
+    Two readers differ on swaps by more than they differ on real pictures plus 3 points, and the interval of that excess,
+    over the same resamples for all, excludes 0.
+    """
+    result = []
+    for name in attributes.names:
+        worst: Flattery | None = None
+        for a, b in itertools.permutations(range(len(names)), 2):
+            (swap, swaps), (real, reals) = (
+                tuple(readings[a][images, name, None, None][i] - readings[b][images, name, None, None][i] for i in (1, 2))
+                for images in ("swap", "real")
+            )
+            excess = float(swap - real.abs() - MARGIN)
+            low, high = metrics.interval(swaps - reals.abs() - MARGIN)
+            if excess > 0 and low > 0 and (worst is None or excess > worst.excess):
+                worst = Flattery(name, names[a], names[b], excess, low, high)
+        result += [worst] if worst else []
+    return result
+
+
+def better_than_real(report: Report) -> list[str]:
+    """Return the attributes whose swaps the lowest reader reads better than it reads real pictures."""
+    lowest = [s for s in report.scores if (s.images, s.to) == ("swap", None) and s.attribute != "*"]
+    return [s.attribute for s in lowest if s.value > report.reading(s.reader, "real", s.attribute)]
+
+
+def _answers(
+    attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], reader: int
+) -> Iterator[tuple[Key, Tensor, Tensor]]:
+    """Yield what each single number rests on: its key, whom the reader read as asked [N], and who is counted [N]."""
     first_swap = 0
     for j, attribute in enumerate(attributes):
         name, label = attribute.value_name, attribute.hard(labels[:, j])
         for images in IMAGES:
-            if images in rows and images != "swap":
+            if f"{images}/{reader}" in rows and images != "swap":
+                preds = rows[f"{images}/{reader}"][:, j]
                 for value in attribute.values:
-                    yield (images, attribute.name, None, name(value)), rows[images][:, j] == value, label == value
-        if "swap" in rows:
+                    yield (images, attribute.name, None, name(value)), preds == value, label == value
+        if f"swap/{reader}" in rows:
             for start in attribute.values:
                 for step in range(1, attribute.k):
                     value = (start + step) % attribute.k
-                    right = rows["swap"][:, first_swap + step - 1] == value
+                    right = rows[f"swap/{reader}"][:, first_swap + step - 1] == value
                     yield ("swap", attribute.name, name(start), name(value)), right, label == start
             first_swap += attribute.k - 1
 
@@ -93,7 +147,7 @@ def missing_values(attributes: Attributes, labels: Tensor) -> list[str]:
 
 
 def aucs(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
-    """The judge's area under the ROC curve on real images, for what has two values."""
+    """The first reader's area under the ROC curve on real images, for what has two values."""
     return {
         attribute.name: metrics.auc(rows["real_present"][:, j], attribute.hard(labels[:, j]))
         for j, attribute in enumerate(attributes)
@@ -102,24 +156,24 @@ def aucs(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dic
 
 
 def plain_accuracies(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
-    """The share of real images whose known label the judge gives: common values count for more than rare ones."""
+    """The share of real images whose known label the first reader gives: common values count for more than rare ones."""
     result = {}
     for j, attribute in enumerate(attributes):
         label = attribute.hard(labels[:, j])
-        right = rows["real"][:, j][label >= 0] == label[label >= 0]
+        right = rows["real/0"][:, j][label >= 0] == label[label >= 0]
         result[attribute.name] = float(right.double().mean()) if len(right) else math.nan
     return result
 
 
 def calibration(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], uniform: bool) -> dict[str, float]:
-    """The judge's calibration error on real images. uniform: its prior is, so values of an attribute weigh alike."""
+    """The first reader's calibration error on real images. uniform: its prior is, so values of an attribute weigh alike."""
     result = {}
     for j, attribute in enumerate(attributes):
         label = attribute.hard(labels[:, j])
         counts = torch.stack([(label == value).sum() for value in attribute.values]).double()
         share = 1 / counts.clamp(min=1) if uniform else torch.ones_like(counts)
         weights = torch.where(label >= 0, share[label.clamp(min=0)], 0.0)
-        result[attribute.name] = metrics.calibration_error(rows["real_confidence"][:, j], rows["real"][:, j] == label, weights)
+        result[attribute.name] = metrics.calibration_error(rows["real_confidence"][:, j], rows["real/0"][:, j] == label, weights)
     return result
 
 

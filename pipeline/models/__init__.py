@@ -18,7 +18,7 @@ MLflow pyfunc model "from code": a file of two lines that calls `served_model`, 
 
 from pipeline.models.capabilities import Aligning, Capability, Editing, Judging, Sampling, aligner, editor, judge, sampler
 from pipeline.models.export import export
-from pipeline.models.judges import Reader, check_judge
+from pipeline.models.judges import PANEL_SIZE, Reader, check_independent, check_judge, readers_of
 from pipeline.models.loading import load, parse_source, variant_of
 from pipeline.models.model import Model
 from pipeline.models.serving import served_model
@@ -31,12 +31,15 @@ __all__ = [
     "Editing",
     "Judging",
     "Model",
+    "PANEL_SIZE",
     "Reader",
     "Sampling",
     "Slider",
     "Version",
     "aligner",
+    "check_independent",
     "check_judge",
+    "readers_of",
     "editor",
     "export",
     "judge",

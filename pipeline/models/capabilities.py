@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fader.draws import Draws
+from fader.filters import reduced
 from fader.method import Aligns, Edits, Judges, Method, Samples
 from pipeline.models.sliders import Slider, moved, parse_label, parse_slider
 
@@ -135,9 +136,14 @@ class Judging(Capability):
         return f"fader train CONFIG judge={address}"
 
     def probabilities(self, images: Tensor) -> list[Tensor]:
-        """Return one [N, k] block an attribute: the probability of each value; (1 - v, v) of a continuous one."""
-        self._check_images(images)
+        """Return one [N, k] block an attribute: the probability of each value; (1 - v, v) of a continuous one.
+
+        Pictures that are larger than the judge's are reduced first.
+        """
         with torch.inference_mode():
+            if images.ndim == 4 and images.shape[-1] > self.pixels[-1]:
+                images = reduced(images, self.pixels[-1])
+            self._check_images(images)
             logits = self.method.judge(images)
         head = "softmax" if logits.shape[1] == self.attributes.logits_width("softmax") else "sigmoid"
         return self.attributes.probabilities(logits, head)

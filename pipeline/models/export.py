@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from pipeline.config import addresses
 from pipeline.files import digest_of, replacing_folder
 from pipeline.models.judges import check_judge
-from pipeline.models.loading import load
+from pipeline.models.loading import judge_folders, load
 from pipeline.models.model import Model
 
 
 def export(
     run: str | Path,
     out: str | Path,
-    judge: str | Path | None = None,
+    judge: str | Sequence[str] | None = None,
     *,
     checkpoint: str = "latest",
     ema: bool = True,
 ) -> Path:
-    """Write a model for use: model.safetensors, card.json, and its judge's export in judge/. All of it or nothing.
+    """Write a model for use: model.safetensors, card.json, and its judges' exports in judge/, judge-2/ …, whole.
 
     Args:
         run, checkpoint, ema: what `load` takes.
         out: the export's folder; an export that is there already is replaced.
-        judge: the judge to put in; by default the one the run names.
+        judge: the judges to put in; by default those that the run names.
 
     Raises:
         ValueError: the run cannot be loaded, the judge does not fit, or `out` holds something else.
@@ -36,8 +38,9 @@ def export(
         raise ValueError(f"{out} exists and is no export; choose another folder")
     model = load(run, checkpoint=checkpoint, ema=ema, own_judge=judge is None)
     if judge is not None:
-        model.judge = load(judge)
-        check_judge(model.judge, model.attributes, model.preprocessing, model.source, partly=True)
+        model.judges = tuple(load(address) for address in addresses(judge))
+        for one in model.judges:
+            check_judge(one, model.attributes, model.preprocessing, model.source, partly=True)
     with replacing_folder(out) as folder:
         _write(model, folder)
     return out
@@ -52,7 +55,8 @@ def _write(model: Model, folder: Path) -> None:
     }
     save_file(tensors, folder / "model.safetensors")
     card = model.card | {"weights_digest": digest_of(folder / "model.safetensors")}
-    if model.judge is not None:
-        _write(model.judge, folder / "judge")
-        card["judge"] = model.judge.source
+    if model.judges:
+        card["judge"] = [judge.source for judge in model.judges]
+        for name, judge in zip(judge_folders(card), model.judges):
+            _write(judge, folder / name)
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -1,13 +1,21 @@
-"""Which judge may speak about a model's pictures, and what it reads off them."""
+"""Which judges may speak about a model's pictures, and how they read them.
+
+A panel is judges of different builds, each of which looks at a picture as it is and slightly blurred: what a decoder has
+drawn for the eye of one of them is seldom read by all.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fader.attributes import Attribute, Attributes
+from fader.filters import blurred, reduced
+from fader.method import Method
 from pipeline.models import capabilities
 
 if TYPE_CHECKING:
@@ -15,23 +23,63 @@ if TYPE_CHECKING:
     from pipeline.models.model import Model
 
 
-class Reader:
-    """A judge's readings of pictures, for a model whose attributes it knows, perhaps among others.
+PANEL_SIZE = 128  # pixels a side: pictures of a larger model are reduced to it
+BLUR = 1.0  # sigma of the second reading, in pixels of a picture of 64
 
-    judged: all the attributes it knows.
+
+class Reader:
+    """One way in which a judge reads pictures, as they are or slightly blurred, for a model whose attributes it knows.
+
+    judged: all the attributes it knows, perhaps more than the model's.
     """
 
-    def __init__(self, judge: Model, attributes: Attributes) -> None:
-        self._judging, self.judged = judge.judging, judge.attributes
+    def __init__(self, judge: Model, attributes: Attributes, name: str, sigma: float = 0.0) -> None:
+        self.name, self.judged = name, judge.attributes
+        self._judging, self._sigma, self._size = judge.judging, sigma, judge.preprocessing.image_size
         self._columns = [judge.attributes.index(name) for name in attributes.names]
 
     def probabilities(self, images: Tensor) -> list[Tensor]:
         """Return one [N, k] block for each attribute that the judge knows."""
-        return self._judging.probabilities(images)
+        images = reduced(images, self._size)
+        return self._judging.probabilities(blurred(images, self._sigma) if self._sigma else images)
 
     def own(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """Of such blocks, return those of the model's attributes, in the model's order."""
         return [blocks[column] for column in self._columns]
+
+
+def readers_of(judges: Sequence[Model], attributes: Attributes) -> tuple[Reader, ...]:
+    """Return a panel's readers: each judge looks at a picture as it is, and slightly blurred."""
+    names = [judge.source.rstrip("/").rsplit("/", 1)[-1] for judge in judges]
+    if len(set(names)) < len(names):
+        names = [judge.source for judge in judges]
+    looks = (("", 0.0), (", blurred", BLUR))
+    return tuple(Reader(judge, attributes, name + how, sigma) for judge, name in zip(judges, names) for how, sigma in looks)
+
+
+def check_independent(judge: Model, seed: int | None, source: str, method: Method | None = None) -> None:
+    """Refuse a judge whose networks started where those of a run did, or that gave the run its weights.
+
+    Args:
+        seed: the run's; None where its config is not known. source: what errors call the run.
+        method: the run's; None where its networks are not made yet.
+
+    Raises:
+        ValueError: judge and run have the same seed, or the same weights in one layer.
+    """
+    theirs, ours = (_weights(one) if one else [] for one in (judge.method, method))
+    if any(a.shape == b.shape and torch.equal(a, b) for a in theirs for b in ours):
+        raise ValueError(f"{source} has weights of the judge {judge.source}, which then judges itself; name another judge")
+    if seed is not None and (judge.card.get("config") or {}).get("seed") == seed:
+        raise ValueError(
+            f"the judge {judge.source} was trained with seed {seed}, as {source} is: their networks start alike, and what is "
+            "drawn for one is read by the other; train the judge anew with another seed (seed=7001)"
+        )
+
+
+def _weights(method: Method) -> list[Tensor]:
+    """Return a method's matrices and kernels; what is not larger than a bias may be alike by chance."""
+    return [p for network in method.networks.values() for p in network.parameters() if p.ndim > 1 and p.numel() >= 64]
 
 
 def check_judge(
@@ -41,7 +89,8 @@ def check_judge(
 
     Args:
         attributes, preprocessing: the model's. source: what errors call it.
-        partly: a judge may do without attributes of the model, whose values are then estimated.
+        partly: the judge only reads the labels of photos that are edited: it may do without attributes of the model, whose
+            values are then estimated, and may see smaller pictures.
 
     Raises:
         ValueError: it does not judge, lacks an attribute or has it with other values, or sees images of another size
@@ -61,10 +110,14 @@ def check_judge(
                 f"the judge {judge.source} knows {attribute.name} as {_kind(known[attribute.name])}, "
                 f"{source} as {_kind(attribute)}; train a judge on the same attributes"
             )
+    if not partly:
+        preprocessing = dataclasses.replace(preprocessing, image_size=min(preprocessing.image_size, PANEL_SIZE))
+    elif judge.preprocessing.image_size <= preprocessing.image_size:  # it reads what is reduced
+        preprocessing = dataclasses.replace(preprocessing, image_size=judge.preprocessing.image_size)
     if judge.preprocessing != preprocessing:
         raise ValueError(
             f"the judge {judge.source} sees images as {_describe(judge.preprocessing)}, {source} makes them as "
-            f"{_describe(preprocessing)}; train a judge with the same preprocessing"
+            f"{_describe(preprocessing)} (reduced to {PANEL_SIZE} pixels at most); train a judge with the same preprocessing"
         )
 
 

@@ -128,14 +128,14 @@ def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
         "licence": licence((about.get("data") or {}).get("name")),
     }
     card["limits"] = limits(card, evaluation)
-    judge = None
-    if own_judge and experiment.judge:
-        if experiment.judge.startswith("models:") or Path(experiment.judge).exists():
-            judge = load(experiment.judge)
-            check_judge(judge, method.attributes, preprocessing, source, partly=True)
+    judges = []
+    for address in experiment.judges if own_judge else ():
+        if address.startswith("models:") or Path(address).exists():
+            judges.append(load(address))
+            check_judge(judges[-1], method.attributes, preprocessing, source, partly=True)
         else:
-            logger.warning("%s names the judge %s, which is not here: it goes without one", run, experiment.judge)
-    model = Model(method, card, method.attributes, preprocessing, judge, source, run, variant)
+            logger.warning("%s names the judge %s, which is not here: it goes without one", run, address)
+    model = Model(method, card, method.attributes, preprocessing, tuple(judges), source, run, variant)
     card["intended_use"] = [capability.use for capability in model.capabilities]
     return model
 
@@ -171,9 +171,16 @@ def _from_export(folder: Path, ema: bool, own_judge: bool) -> Model:
         network, _, key = name.partition("/")
         networks.setdefault(network, {})[key] = tensor
     _fill(method, networks, str(folder))
-    has_judge = own_judge and (folder / "judge" / "card.json").is_file()
-    judge = _from_export(folder / "judge", True, False) if has_judge else None
-    return Model(method, card, attributes, Preprocessing.from_dict(card["preprocessing"]), judge, str(folder))
+    kept = [folder / name for name in judge_folders(card) if own_judge and (folder / name / "card.json").is_file()]
+    judges = tuple(_from_export(one, True, False) for one in kept)
+    return Model(method, card, attributes, Preprocessing.from_dict(card["preprocessing"]), judges, str(folder))
+
+
+def judge_folders(card: Mapping[str, Any]) -> list[str]:
+    """Return the names of the folders of an export's judges, as its card counts them: judge, judge-2 and so on."""
+    named = card.get("judge")
+    count = 1 if named is None or isinstance(named, str) else len(named)
+    return ["judge", *(f"judge-{number}" for number in range(2, count + 1))]
 
 
 def _from_registry(address: str, ema: bool, own_judge: bool) -> Model:
@@ -188,8 +195,8 @@ def _from_registry(address: str, ema: bool, own_judge: bool) -> Model:
             raise ValueError(f"{address} holds no export (card.json); it was not registered by 'fader register'")
         model = _from_export(cards[0].parent, ema, own_judge)
     model.source = address
-    if model.judge is not None:
-        model.judge.source = f"{address} (its judge)"
+    for folder_name, judge in zip(judge_folders(model.card), model.judges):
+        judge.source = f"{address} (its {folder_name})"
     model.card["registered"] = {"name": version.name, "version": int(version.version)}
     return model
 

@@ -28,7 +28,7 @@ class Model:
     card: dict[str, Any]
     attributes: Attributes
     preprocessing: Preprocessing
-    judge: Model | None
+    judges: tuple[Model, ...]
     source: str
     run: Path | None = None
     variant: str = ""
@@ -58,7 +58,7 @@ class Model:
     @property
     def editing(self) -> Editing:
         """Raises ValueError when the model cannot edit, as its siblings do."""
-        return Editing(self.method, self.source, self.judge.judging if self.judge else None)
+        return Editing(self.method, self.source, self.judges[0].judging if self.judges else None)
 
     @property
     def sampling(self) -> Sampling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def register(
     *,
     alias: str = ALIAS,
     out: str | Path | None = None,
-    judge: str | Path | None = None,
+    judge: str | Sequence[str] | None = None,
     checkpoint: str = "latest",
     ema: bool = True,
 ) -> Version:

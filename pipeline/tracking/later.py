@@ -43,6 +43,7 @@ def add(
     *,
     pictures: Mapping[str, bytes] | None = None,
     files: Sequence[str | Path] = (),
+    tags: Mapping[str, str] | None = None,
 ) -> Addition | None:
     """Add what was found out about a run to its MLflow run: delivered now, or later by its trainer or `fader sync`.
 
@@ -53,6 +54,7 @@ def add(
         run: the run's folder.
         metrics: numbers at `images` seen.
         pictures: PNG bytes by name.
+        tags: words by name, which replace older ones.
         files: files in the run's folder, kept in MLflow under the folder they have there (RUN/report/a as report/a).
 
     Returns:
@@ -66,6 +68,7 @@ def add(
     if not (spool / "main.jsonl").is_file():
         return None
     events: list[dict[str, Any]] = [{"kind": "metrics", "metrics": as_numbers(metrics)}] if metrics else []
+    events += [{"kind": "tags", "tags": dict(tags)}] if tags else []
     for name, png in (pictures or {}).items():
         events.append({"kind": "picture", "name": name, "file": keep_picture(spool, name, images, png)})
     for file in map(os.path.abspath, files):
@@ -99,13 +102,15 @@ def _mark(event: Mapping[str, Any]) -> str:
     """Return what an event is about; a newer one about the same takes its place."""
     if event["kind"] == "artifact":
         return json.dumps(["artifact", event["path"]])
+    if event["kind"] == "tags":
+        return json.dumps(["tags", sorted(event["tags"])])
     about = sorted(event["metrics"]) if event["kind"] == "metrics" else event["name"]
     return json.dumps([event["kind"], event["step"], about])
 
 
 def _content(event: Mapping[str, Any]) -> str:
-    """Return what an event says, without the time at which it is said; a file says the same at every step."""
-    left_out = {"time", "step"} if event.get("kind") == "artifact" else {"time"}
+    """Return what an event says, without the time at which it is said; a file and a tag say the same at every step."""
+    left_out = {"time", "step"} if event.get("kind") in ("artifact", "tags") else {"time"}
     return json.dumps({key: value for key, value in event.items() if key not in left_out}, sort_keys=True)
 
 

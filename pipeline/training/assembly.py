@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fader.method import Stage
-from pipeline import models
 from pipeline.config import Experiment, build_method
 from pipeline.data.shards import ShardSet
 from pipeline.engine import Engine
@@ -23,7 +22,7 @@ from pipeline.training.batches import Batches, Loaders
 from pipeline.training.interruption import STOP_FILE, Listener
 from pipeline.training.retention import CheckpointWriter, restore
 from pipeline.training.steps import ResumePoint
-from pipeline.training.validation import BestSoFar, Validation
+from pipeline.training.validation import BestSoFar, Validation, named_judges
 from pipeline.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def assemble(experiment: Experiment, folder: Path, resume: bool, listener: Liste
     torch.manual_seed(experiment.seed)
     method = build_method(experiment, shards.attributes)
     before = _read_card(folder, resume, shards)
-    judge = models.load(experiment.judge) if experiment.judge and experiment.run.evaluate_images else None
+    judges = named_judges(experiment)
     engine = Engine(method, precision=experiment.precision, seed=experiment.seed, settings=experiment.engine)
     _check_batch_size(experiment, engine.world_size)
     if before and engine.is_main:
@@ -82,7 +81,7 @@ def assemble(experiment: Experiment, folder: Path, resume: bool, listener: Liste
     batches = Batches(experiment, engine, shards.split("train"), loaders)
     validation = None
     if experiment.run.evaluate_images or experiment.run.picture_images:
-        validation = Validation(experiment, engine, judge, shards, lambda split: loaders.open(split, whole=True))
+        validation = Validation(experiment, engine, judges, shards, lambda split: loaders.open(split, whole=True))
     engine.wait()
     batches.open()
     tracker = open_tracker(

@@ -18,7 +18,7 @@ from pipeline.data.shards import ShardSet
 from pipeline.engine import Ranks
 from pipeline.evaluation import Specification, Table, evaluate, keeping
 from pipeline.evaluation.compare import Compared
-from pipeline.training.judges import judge_of
+from pipeline.training.judges import panel_of
 
 MSE_FACTOR = 1.25  # the chosen point's MSE may exceed the reference's by this
 _LAMBDA = "method.latent.weight"
@@ -159,10 +159,10 @@ def evaluate_child(
     own = dataclasses.replace(specification, models=(str(child.folder),), data=data, device=str(ranks.device))
     [model] = own.load()
     shards = own.open(model)
-    judge = judge_of([model], shards, own, ranks)
-    if keeping.is_kept(report_of(child, own), model, judge, shards, own):
+    judges = panel_of([model], shards, own, ranks)
+    if keeping.is_kept(report_of(child, own), model, judges, shards, own):
         return []
-    report = evaluate(model, judge, shards, own, ranks, progress=progress)
+    report = evaluate(model, judges, shards, own, ranks, progress=progress)
     files = keeping.keep(model, report, own) if ranks.is_main else []
     if ranks.is_main:
         keeping.track(model, report, files)

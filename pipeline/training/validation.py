@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -162,30 +163,31 @@ class Validation:
     best_so_far: None where the run does not measure (run.evaluate_images is 0) and only shows pictures.
 
     Args:
-        judge: says what an image shows; None leaves reconstructions only. A run that trains a judge needs none.
+        judges: say what an image shows; none leaves reconstructions only. A run that trains a judge needs none.
         shards: the set trained on; its validation split is measured.
         open_loader: opens a split as the run reads it, each batch whole.
 
     Raises:
-        ValueError: the judge does not fit; a table that cannot be had; a metric that is not measured; no validation split.
+        ValueError: a judge does not fit, or starts as the run does; a table that cannot be had; a metric that is not
+            measured; no validation split.
     """
 
     def __init__(
         self,
         experiment: Experiment,
         engine: Engine,
-        judge: Model | None,
+        judges: Sequence[Model],
         shards: ShardSet,
         open_loader: Callable[[Split], Loader],
     ) -> None:
-        self.engine, self.judge, self.shards, self.split = engine, judge, shards, shards.split("valid")
+        self.engine, self.judges, self.shards, self.split = engine, judges, shards, shards.split("valid")
         self._open, self._loaders = open_loader, {}
         run, method, preprocessing = experiment.run, engine.method, experiment.data.preprocessing()
-        self.model = Model(method, {}, method.attributes, preprocessing, None, experiment.name)
+        self.model = Model(method, {"config": {"seed": experiment.seed}}, method.attributes, preprocessing, (), experiment.name)
         self.specification = evaluation.Specification(
             split="valid",
             limit=run.evaluate_records,
-            tables=tables(run.evaluate_tables, method, judge),
+            tables=tables(run.evaluate_tables, method, judges),
             resamples=0,
             seed=experiment.seed,
             batch_size=BATCH_SIZE,
@@ -203,17 +205,16 @@ class Validation:
             raise ValueError(f"{name} neither makes pictures nor judges: set run.evaluate_images=0")
         if not self.specification.tables:
             raise ValueError(f"{name} reconstructs nothing, so it needs a judge: name one with judge=RUN")
-        if self.judge is not None:
-            for network in self.judge.method.networks.values():
-                network.to(self.engine.device)
-        known = evaluation.quantities(self.model, self.judge, self.specification.tables)
+        for judge in self.judges:
+            self.specification.place(judge)
+        known = evaluation.quantities(self.model, self.judges, self.specification.tables)
         return BestSoFar(run, next(name for name in (*USUAL, *known) if name in known), known)
 
     def measure(self, images: int) -> Measured:
         """Return the metrics after so many images seen, the same on every rank. All ranks call it together."""
         with self.engine.averaged():
             report = evaluation.evaluate(
-                self.model, self.judge, self.shards, self.specification, self.engine, open_loader=self._loader
+                self.model, self.judges, self.shards, self.specification, self.engine, open_loader=self._loader
             )
         return Measured(images, {name.partition("/")[2]: value for name, value in report.metrics().items()})
 
@@ -236,7 +237,7 @@ class Validation:
         return self._loaders[split.name]
 
 
-def tables(named: tuple[str, ...], method: Method, judge: Model | None) -> tuple[str, ...]:
+def tables(named: tuple[str, ...], method: Method, judges: Sequence[Model]) -> tuple[str, ...]:
     """Return the tables that a run's validation makes: those that are named, else swaps and squared errors.
 
     Raises:
@@ -245,7 +246,20 @@ def tables(named: tuple[str, ...], method: Method, judge: Model | None) -> tuple
     for table in named:
         if table not in ("swap", "fidelity", "leak"):
             raise ValueError(f"run.evaluate_tables: {table!r} is none of swap, fidelity, leak")
-    if "swap" in named and judge is None and evaluation.makes_pictures(method):
+    if "swap" in named and not judges and evaluation.makes_pictures(method):
         raise ValueError("run.evaluate_tables names swap, which needs a judge: name one with judge=RUN")
-    usual = (*(("swap",) if judge else ()), *(("error",) if models.editor(method) else ()))
+    usual = (*(("swap",) if judges else ()), *(("error",) if models.editor(method) else ()))
     return named or (usual if evaluation.makes_pictures(method) else ("swap",))
+
+
+def named_judges(experiment: Experiment) -> tuple[Model, ...]:
+    """Load the judges that an experiment names, if its validation needs them.
+
+    Raises:
+        ValueError: one has the seed of the experiment, whether it is needed now or only later; or it cannot be loaded.
+    """
+    needed = bool(experiment.run.evaluate_images)
+    judges = tuple(models.load(address) for address in experiment.judges if needed or Path(address).exists())
+    for judge in judges:
+        models.check_independent(judge, experiment.seed, experiment.name)
+    return judges if needed else ()

@@ -66,8 +66,8 @@ def shams(shards, monkeypatch) -> dict[str, registry.Model]:
     """`registry.load` knows an oracle, an identity and a judge that is right."""
     card = {"config": {"data": {"path": str(shards)}}, "data_digest": ShardSet.open(shards).digest, "images_seen": 1}
 
-    def model(source, method, judge=None):
-        return registry.Model(method, dict(card), method.attributes, Preprocessing(SIZE, "center"), judge, source)
+    def model(source, method, *judges):
+        return registry.Model(method, dict(card), method.attributes, Preprocessing(SIZE, "center"), judges, source)
 
     seer = model("seer", Seer(ATTRIBUTES))
     models = [model("oracle", Oracle(ATTRIBUTES), seer), model("models:/id@x", Identity(ATTRIBUTES)), seer]
@@ -215,24 +215,31 @@ def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_pa
     assert code == 2 and "models:/x@y is none: name its run" in err
 
 
-def test_without_a_judge_one_is_trained_and_kept_for_next_time(shards, tmp_path, capsys, monkeypatch, caplog):
+def test_without_judges_a_panel_is_trained_and_kept_for_next_time_by_the_digest_of_its_data(
+    shards, tmp_path, capsys, monkeypatch, caplog
+):
     data = {"path": str(shards), **DATA}
     fader = make_run(tmp_path / "fader", FADER, data=data, tracking={"enabled": False})
     caplog.set_level("INFO")
     words = [fader, "--judge-images", "128", "--tables", "swap", "--device", "cpu"]
     code, out, _ = run(capsys, monkeypatch, *words)
-    kept = tmp_path / "shards_judge_16"
-    assert code == 0 and f"for 128 images and kept in {kept}" in caplog.text
-    judge = registry.load(kept)
-    assert judge.attributes == ATTRIBUTES and judge.card["images_seen"] == 128
+    digest = ShardSet.open(shards).digest[:12]
+    kept = [tmp_path / f"judge_{digest}_center16_{preset}" for preset in ("residual", "official")]
+    for folder in kept:
+        assert code == 0 and f"for 128 images and kept in {folder}" in caplog.text
+        judge = registry.load(folder)
+        assert judge.attributes == ATTRIBUTES and judge.card["images_seen"] == 128
+        assert judge.method.settings.is_residual == (folder == kept[0])
+        for reader in (folder.name, f"{folder.name}, blurred"):
+            assert reader in out, "each reader has a row of its own"
     first = (fader / "report" / "evaluation-test-swap.json").read_text()
     caplog.clear()
     code, out, _ = run(capsys, monkeypatch, *words)
-    assert code == 0 and f"the one kept in {kept} judges" in caplog.text and "is trained" not in caplog.text
+    assert code == 0 and f"one kept in {kept[0]} judges" in caplog.text and "is trained" not in caplog.text
     assert (fader / "report" / "evaluation-test-swap.json").read_text() == first
-    other = make_run(tmp_path / "other", FADER, data=data | {"crop": "letterbox"}, tracking={"enabled": False})
-    code, _, err = run(capsys, monkeypatch, other, *words[1:])
-    assert code == 2 and f"the judge kept in {kept} sees pictures as" in err
+    for folder in kept:
+        card = json.loads((folder / "run.json").read_text())
+        assert card["data_digest"].startswith(digest), "another set in a folder of the same name gets judges of its own"
 
 
 def test_one_of_a_runs_checkpoints_is_evaluated_into_files_of_its_own(shards, tmp_path, capsys, monkeypatch):

@@ -59,6 +59,9 @@ class Sham(Method):
         super().__init__(NoSettings(), attributes, SIZE)
         self.world = world or attributes  # whose bands the pictures have
 
+    def optimizers(self):
+        return {}
+
 
 class Identity(Sham):
     """Decodes what it encoded, whatever is asked for."""
@@ -114,7 +117,7 @@ class Seer(Sham):
 
 
 def Model(method: Method, preprocessing=Preprocessing(SIZE, "center"), source: str = "runs/sham") -> models.Model:
-    return models.Model(method, {"images_seen": 32_000}, method.attributes, preprocessing, None, source)
+    return models.Model(method, {"images_seen": 32_000}, method.attributes, preprocessing, (), source)
 
 
 @dataclass
@@ -171,17 +174,18 @@ class MemoryLoader:
 def run(model, judge=None, split=None, train=None, ranks=OneProcess(), **asked):
     """Evaluate a method or a model on planted records, with the tables and so on that are asked for."""
     model = model if isinstance(model, models.Model) else Model(model)
-    judge = judge if isinstance(judge, models.Model) or judge is None else Model(judge, source="runs/seer")
+    judges = judge if isinstance(judge, list) else [judge] if judge else []
+    judges = [one if isinstance(one, models.Model) else Model(one, source="runs/seer") for one in judges]
     split = planted() if split is None else split
     shards = Shards({split.name: split, "train": train} | ({} if train is not None else {"train": split}))
     specification = Specification(**{"tables": ("swap",), "batch_size": 50, "split": split.name} | asked)
 
-    model, judge = specification.place(model), judge and specification.place(judge)
+    model, judges = specification.place(model), [specification.place(one) for one in judges]
 
     def open_loader(split):
         return MemoryLoader(split, model.attributes, specification.device)
 
-    return evaluate(model, judge, shards, specification, ranks, open_loader=open_loader)
+    return evaluate(model, judges, shards, specification, ranks, open_loader=open_loader)
 
 
 # --- table 1 ---------------------------------------------------------------------------------------------------------
@@ -766,10 +770,10 @@ def test_every_number_is_named_before_it_is_measured(kind, tables):
     judge = Seer() if kind in ("fader", "sampler") else None
     if kind == "sampler" and tables == ("error",) or kind == "fader alone" and "swap" in tables:
         with pytest.raises(ValueError, match="reconstructs nothing: no error table|no judge"):
-            evaluation.quantities(Model(method), judge and Model(judge), tables)
+            evaluation.quantities(Model(method), [Model(judge)] if judge else [], tables)
         return
     report = run(method, judge, train=planted("train", 150, seed=1), tables=tables)
-    names = evaluation.quantities(Model(method), judge and Model(judge), tables)
+    names = evaluation.quantities(Model(method), [Model(judge)] if judge else [], tables)
     assert {name.partition("/")[2] for name in report.metrics()} == set(names) != set()
 
 

@@ -45,13 +45,13 @@ class Outside(HTMLParser):
 
 def model(method, source, run=None):
     card = {"config": {"name": "<planted> & more", "data": {"path": "shards"}}, "commit": "c0ffee", "images_seen": 64}
-    return models.Model(method, card, method.attributes, Preprocessing(SIZE, "center"), None, source, run)
+    return models.Model(method, card, method.attributes, Preprocessing(SIZE, "center"), (), source, run)
 
 
 def page_of(slider, judge, shards, folder, **asked):  # noqa: F811
     """The page of a model and its report."""
     specification, opened = evaluation.Specification(**asked), ShardSet.open(shards)
-    report = evaluation.evaluate(slider, judge, opened, specification)
+    report = evaluation.evaluate(slider, [judge] if judge else [], opened, specification)
     return page.write(report, slider, judge, opened.split("test"), folder, specification), report
 
 

@@ -103,7 +103,7 @@ class Oracle:
 
 
 def model(method: object, crop_rule: str = "celeba") -> Model:
-    return Model(method, {}, ONE, Preprocessing(128, crop_rule, method.channels), None, "runs/oracle")
+    return Model(method, {}, ONE, Preprocessing(128, crop_rule, method.channels), (), "runs/oracle")
 
 
 @pytest.mark.parametrize("rule", ["celeba", "center"])

@@ -63,7 +63,7 @@ def test_an_export_is_the_run_without_its_run(runs, tmp_path):
     assert model.attributes == run.attributes == ATTRIBUTES
     assert model.preprocessing == run.preprocessing
     assert model.method.settings == run.method.settings
-    assert model.judge.method.name == "judge" and not model.method.networks["encoder"].training
+    assert model.judges[0].method.name == "judge" and not model.method.networks["encoder"].training
     files = sorted(str(path.relative_to(export)) for path in export.rglob("*") if path.is_file())
     assert files == ["card.json", "judge/card.json", "judge/model.safetensors", "model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["export"], "a temporary folder was left"
@@ -204,7 +204,7 @@ def test_a_judge_that_does_not_fit_is_refused(runs, tmp_path):
 
 def test_a_judge_that_is_gone_is_said_and_done_without(tmp_path, caplog):
     run = make_run(tmp_path / "run", FADER, judge="runs/gone")
-    assert models.load(run).judge is None
+    assert models.load(run).judges == ()
     assert "runs/gone, which is not here" in caplog.text
 
 
@@ -261,7 +261,7 @@ def test_own_labels_are_given_or_judged_or_estimated(model):
     assert labels.tolist() == [list(row) for row in truth] and set(how.values()) == {"judge"}
     labels, how = model.editing.labels(images, {"Smiling": 0.0})
     assert labels[:, 0].tolist() == [0, 0, 0] and how == {"Smiling": "given", "Eyeglasses": "judge", "Beard": "judge"}
-    model.judge = None
+    model.judges = ()
     labels, how = model.editing.labels(images, {"Eyeglasses": 1.0})
     assert how == {"Smiling": "estimated", "Eyeglasses": "given", "Beard": "estimated"}
     assert labels[:, 0].tolist() == [0, 1, 1] and labels[:, 2].tolist() == [0, 2, 0]
@@ -387,7 +387,7 @@ def test_a_version_loads_as_a_model(registered, runs):
     model = models.load("models:/faces@challenger")
     assert all(torch.equal(weights(model)[n], v) for n, v in weights(models.load(runs / "fader")).items())
     assert model.card["registered"] == {"name": "faces", "version": 1}
-    assert model.judge is not None and models.load("models:/faces/1").source == "models:/faces/1"
+    assert len(model.judges) == 1 and models.load("models:/faces/1").source == "models:/faces/1"
     judging = models.load("models:/judge_of_faces@challenger").judging
     assert [block.shape for block in judging.probabilities(torch.zeros(1, 3, 32, 32))] == [(1, 2), (1, 2), (1, 3)]
 

@@ -74,7 +74,7 @@ def test_a_run_is_registered_loaded_promoted_and_rolled_back(server, tmp_path, m
     assert (first.version, second.version) == (1, 2) and PASSWORD not in first.store
     assert list((folder / "artifacts").rglob("model.safetensors")), "the artifacts went elsewhere"
     loaded = models.load("models:/faces@challenger")
-    assert loaded.card["registered"]["version"] == 2 and loaded.judge is not None
+    assert loaded.card["registered"]["version"] == 2 and len(loaded.judges) == 1
     ours = models.load(run).method.networks["encoder"].state_dict()
     theirs = loaded.method.networks["encoder"].state_dict()
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
