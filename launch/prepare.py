@@ -193,18 +193,26 @@ def faces(
     out: Out,
     count: Annotated[int, typer.Option(min=10, help="Faces to draw: 80% train, 10% valid, 10% test.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Another seed draws other people.")] = 0,
+    twins: Annotated[
+        bool, typer.Option("--twins", help="Also keep faces of valid and test with one attribute changed, for fader evaluate.")
+    ] = False,
     workers: Workers = None,
     shard_records: ShardRecords = 4096,
 ) -> None:
     """Drawn faces with known attributes; the pictures and their lists stay in OUT/source, in CelebA's file format."""
     from pipeline.data.datasets import DATASETS
+    from pipeline.data.datasets.twins import keep_twins
 
     if _part.get() != Part():
         raise ValueError("faces are drawn by one command; OUT/source can be cut up then: fader prepare celeba OUT/source")
 
     def draw() -> Dataset:
         with progress_bar("drawing faces") as progress:
-            return DATASETS["faces"](out / "source", count=count, seed=seed, workers=workers, progress=progress)
+            drawn = DATASETS["faces"](out / "source", count=count, seed=seed, workers=workers, progress=progress)
+        if twins:
+            with progress_bar("drawing twins") as progress:
+                keep_twins(out / "source", drawn, seed, workers, progress)
+        return drawn
 
     _write(draw, out, workers, False, shard_records)
 

@@ -22,7 +22,7 @@ _BOOTSTRAP_CELLS = 4_000_000  # resampling weights held at once: 32 MB in float6
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-_LOWER = ("mse", "shift", "leak", "fid", "kid", "wcis", "bcfid", "wcfid", "judge_ece")
+_LOWER = ("mse", "shift", "leak", "fid", "kid", "wcis", "bcfid", "wcfid", "judge_ece", "twin_inside", "twin_outside")
 
 
 def lower_is_better(name: str) -> bool:

@@ -4,7 +4,7 @@
     records        the records of a split, dealt to the processes that evaluate together
     measure        the pass over them: what tables need of each record
     evaluator      one model over one split
-    tables, distribution, probe, cost      the numbers of each table
+    tables, twins, distribution, probe, cost      the numbers of each table
     report         what was measured, and what its numbers are called
     presentation   reports as tables for people
     page, pictures, plots                  a report as a page

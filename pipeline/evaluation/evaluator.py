@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fader.methods.judge import refuse_judges_networks
+from pipeline.data.datasets.twins import Twins
 from pipeline.evaluation import tables as made
 from pipeline.evaluation.cost import cost_of
 from pipeline.evaluation.distribution import (
@@ -28,6 +29,7 @@ from pipeline.evaluation.probe import leaks
 from pipeline.evaluation.records import OneProcess, Processes, Records, pillow_loader
 from pipeline.evaluation.report import Leak, Report
 from pipeline.evaluation.specification import Specification
+from pipeline.evaluation.twins import TwinErrors, truths
 from pipeline.loading.loader import Loader
 from pipeline.models import check_independent, check_judge, editor
 from pipeline.models import judge as judge_of
@@ -80,6 +82,8 @@ def evaluate(
         if "distribution" in tables:
             inception = specification.inception
             pass_.describe_with(inception_features(inception, device) if inception else judge_features(judges[0]), definitions)
+        if "fidelity" in tables and pass_.editor and (twins := Twins(shards.path, split.name)):
+            pass_.compare_with(TwinErrors(twins, split.keys, attributes, model.preprocessing))
         if set(tables) != {"cost"}:
             records.read(split, report.records, pass_.measure)
         rows, measured = pass_.rows.gathered(ranks.reduce_sum)
@@ -203,6 +207,8 @@ def _fill(
         report.calibration = made.calibration(attributes, labels, rows, uniform)
     if "mse" in rows:
         report.fidelity = made.fidelity(rows, specification)
+    if "twins" in rows:
+        report.truth = truths(attributes, labels, rows["twins"], specification)
     if "response" in rows:
         report.preservation = made.preservation(attributes, pass_.readers[0].judged, rows)
         report.sliders = made.sliders(attributes, rows)

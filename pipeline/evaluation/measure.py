@@ -18,6 +18,7 @@ from pipeline.models import editor, readers_of, sampler
 
 if TYPE_CHECKING:
     from pipeline.evaluation.distribution import Classes, Features
+    from pipeline.evaluation.twins import TwinErrors
     from pipeline.models import Model
 
 SLIDER_RECORDS = 256
@@ -136,6 +137,7 @@ class Pass:
         self.own = "reconstruction" if self.editor else "sample"  # what a picture of a record's own labels is
         self.features: Features | None = None
         self.classes: tuple[Classes, ...] = ()
+        self.twins: TwinErrors | None = None
         self.rows = Rows(records, device)
         self._allocate(model.preprocessing.image_size)
 
@@ -166,6 +168,11 @@ class Pass:
             rows.sums |= {"preserved": zeros, "preserved_counts": zeros[:, 0, 0].clone()}
             sliders = len(list(slider_values(self.attributes)))
             rows.allocate("response", (sliders, len(SLIDER_POSITIONS)), most=SLIDER_RECORDS)
+
+    def compare_with(self, twins: TwinErrors) -> None:
+        """Keep how far each swap is from the twin of its record."""
+        self.twins = twins
+        self.rows.allocate("twins", (sum(attribute.k - 1 for attribute in self.attributes), 3))
 
     # --- features, for the distribution table ---------------------------------------------------------------------
 
@@ -235,6 +242,8 @@ class Pass:
                 rows.put(name, index, measure(decoded, images))
         if "swap/0" in rows:
             self._judge_swaps(batch, picture, decoded)
+        if self.twins is not None:
+            rows.put("twins", index, self.twins(batch, picture, decoded))
         if "response" in rows and (index < SLIDER_RECORDS).any():
             rows.put("response", index, self._response(picture, code))
         self._describe_classes(batch, picture)

@@ -57,6 +57,24 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Truth:
+    """How near the swaps of one attribute, from one value to another, come to the twins: drawn faces with it changed.
+
+    inside: in the region that should change, squared error against the twin over that of doing nothing: 0 = the twin,
+    1 = nothing done. outside, reconstruction_outside: mean squared error against the photo elsewhere, of the swap and of the
+    reconstruction. records: how many have twins.
+    """
+
+    attribute: str
+    start: str
+    to: str
+    records: int
+    inside: Measure
+    outside: Measure
+    reconstruction_outside: Measure
+
+
+@dataclass(frozen=True)
 class Slider:
     """What the judge says of one value of one attribute as its slider moves from -2 to 2.
 
@@ -175,6 +193,7 @@ class Report:
     auc: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, float] = field(default_factory=dict)
     fidelity: dict[str, Measure] = field(default_factory=dict)
+    truth: list[Truth] = field(default_factory=list)
     preservation: list[Preservation] = field(default_factory=list)
     sliders: list[Slider] = field(default_factory=list)
     leak: list[Leak] = field(default_factory=list)
@@ -209,6 +228,9 @@ class Report:
             else:
                 direction = "".join(f"_{part}" for part in (s.start, s.to and f"to_{s.to}") if part)
             named[kinds[s.images] + ("" if s.attribute == "*" else f".{s.attribute}{direction}")] = s
+        for truth in self.truth:
+            swap = f"{truth.attribute}_{truth.start}_to_{truth.to}"
+            named |= {f"twin_inside.{swap}": truth.inside, f"twin_outside.{swap}": truth.outside}
         return named | self.fidelity | {f"leak.{leak.attribute}": leak for leak in self.leak}
 
     def quantities(self) -> dict[str, float]:

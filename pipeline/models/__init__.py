@@ -18,7 +18,7 @@ MLflow pyfunc model "from code": a file of two lines that calls `served_model`, 
 
 from pipeline.models.capabilities import Aligning, Capability, Editing, Judging, Sampling, aligner, editor, judge, sampler
 from pipeline.models.export import export
-from pipeline.models.judges import PANEL_SIZE, Reader, check_independent, check_judge, readers_of
+from pipeline.models.judges import BLUR, PANEL_SIZE, Reader, check_independent, check_judge, readers_of
 from pipeline.models.loading import load, parse_source, variant_of
 from pipeline.models.model import Model
 from pipeline.models.serving import served_model
@@ -31,6 +31,7 @@ __all__ = [
     "Editing",
     "Judging",
     "Model",
+    "BLUR",
     "PANEL_SIZE",
     "Reader",
     "Sampling",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace as Person
 
 import numpy as np
@@ -91,6 +91,11 @@ def _lighter(color: Color, by: float) -> Color:
 
 
 def draw(p: Person, labels: dict[str, int]) -> Image.Image:
+    return draw_dressed(p, labels, [p])[0]
+
+
+def draw_dressed(p: Person, labels: dict[str, int], others: Sequence[Person]) -> list[Image.Image]:
+    """Draw a person once for each of some others who are like him but for a hat and glasses; what lies below is drawn once."""
     image = _background(p)
     pen = _Pen(image, p)
     hair = p.blond if labels["Blond_Hair"] else p.not_blond
@@ -108,11 +113,16 @@ def draw(p: Person, labels: dict[str, int]) -> Image.Image:
         _eye(pen, p, look, side, bool(labels["Smiling"]))
         _brow(pen, p, hair, look, side)
     _hair_before(pen, p, hair)
-    if labels["Wearing_Hat"]:
-        _HAT_KINDS[p.hat_kind](pen, p)
-    if labels["Eyeglasses"]:
-        _glasses(pen, p, look)
-    return ImageChops.multiply(image.reduce(_SCALE), _light(p))
+    light, dressed = _light(p), []
+    for other in others:
+        picture = image.copy()
+        pen = _Pen(picture, p)
+        if labels["Wearing_Hat"]:
+            _HAT_KINDS[other.hat_kind](pen, other)
+        if labels["Eyeglasses"]:
+            _glasses(pen, other, look)
+        dressed.append(ImageChops.multiply(picture.reduce(_SCALE), light))
+    return dressed
 
 
 def _ramp(angle: float) -> np.ndarray:

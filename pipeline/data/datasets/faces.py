@@ -15,13 +15,14 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pipeline.data.datasets.celeba import ANNOTATION, IMAGES, PARTITION, read_celeba
-from pipeline.data.datasets.drawing import draw
+from pipeline.data.datasets.drawing import draw, draw_dressed
 from pipeline.data.datasets.person import person
 from pipeline.data.datasets.record import Dataset
 from pipeline.data.datasets.workers import Progress, silent, spread, tick
@@ -33,6 +34,12 @@ WORK = ".drawing"
 _CHUNK = 128  # faces a worker draws at a time
 RATES = {"Eyeglasses": 0.06, "Smiling": 0.5, "Wearing_Hat": 0.4, "Blond_Hair": 0.45}
 BEARDS = ("none", "moustache", "beard")
+LOOKS = 16  # in which a twin may have what its photo does not show
+UNSEEN = {  # what a photo does not show of a new value of an attribute
+    "Eyeglasses": ("frame", "lens", "lens_kind"),
+    "Wearing_Hat": ("hat", "band", "hat_kind"),
+    "Blond_Hair": ("blond", "not_blond"),
+}
 
 
 def face_labels(seed: int, index: int) -> dict[str, int]:
@@ -54,6 +61,20 @@ def draw_face(seed: int, index: int, **forced: int) -> Image.Image:
         if name not in labels or not 0 <= value < (len(BEARDS) if name == "Beard" else 2):
             raise ValueError(f"faces have no {name} = {value!r}; attributes are {', '.join(labels)}")
     return draw(person(Random(f"person {seed} {index}")), {**labels, **forced})
+
+
+def draw_twins(seed: int, index: int, name: str, value: int) -> list[Image.Image]:
+    """Draw a face again with one attribute changed, in each look that the photo allows.
+
+    Which hat, which glasses and which other colour of hair a photo cannot tell, so other people lend theirs.
+    """
+    labels, own = {**face_labels(seed, index), name: value}, vars(person(Random(f"person {seed} {index}")))
+    unseen = UNSEEN.get(name, ()) if value or name == "Blond_Hair" else ()
+    lenders = [vars(person(Random(f"twin {seed} {index} {look}"))) for look in range(LOOKS if unseen else 1)]
+    others = [SimpleNamespace(**{**own, **{part: lender[part] for part in unseen}}) for lender in lenders]
+    if name == "Blond_Hair":
+        return [draw(other, labels) for other in others]
+    return draw_dressed(others[0], labels, others)
 
 
 @dataclass(frozen=True)

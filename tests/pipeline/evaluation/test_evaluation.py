@@ -8,6 +8,7 @@ import json
 import math
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,10 @@ class Split:
     attributes: Attributes = ATTRIBUTES
     digest: str = "0123456789abcdef"
 
+    @property
+    def keys(self) -> list[str]:
+        return [f"{row:06d}" for row in range(len(self))]
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -143,6 +148,7 @@ class Shards:
 
     splits: dict[str, Split]
     digest: str = "0123456789abcdef"
+    path: Path = Path("of nothing on disk")
 
     def split(self, name: str) -> Split:
         return self.splits[name]

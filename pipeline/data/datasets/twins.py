@@ -1,0 +1,85 @@
+"""Twins: the same drawn face with one attribute changed, kept as JPEGs, so that an edit can be held against the truth.
+
+They lie in SET/source/twins as tars of `KEY.ATTRIBUTE.VALUE.LOOK.jpg`, SPLIT-N.tar each of some records.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.datasets.faces import BEARDS, draw_twins, face_labels, jpeg_bytes
+from pipeline.data.datasets.record import Dataset
+from pipeline.data.datasets.workers import Progress, spread, tick
+from pipeline.files import replacing
+
+TWINNED = 200  # records of a split, its first ones, that have twins
+_CHUNK = 25
+_FOLDER = "twins"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The twins of some records, in one tar."""
+
+    path: Path
+    seed: int
+    indices: tuple[int, ...]
+
+
+def keep_twins(source: Path, faces: Dataset, seed: int, workers: int | None, progress: Progress) -> None:
+    """Draw the twins of the first faces of the valid and the test split, those that are not there yet.
+
+    Args:
+        source: the folder of the drawn faces. faces: what was read of it. seed: that they were drawn with.
+    """
+    jobs = []
+    for split in ("valid", "test"):
+        indices = [int(key) - 1 for key, own in zip(faces.keys, faces.splits) if own == split][:TWINNED]
+        for start in range(0, len(indices), _CHUNK):
+            path = source / _FOLDER / f"{split}-{start:06d}.tar"
+            jobs.append(_Job(path, seed, tuple(indices[start : start + _CHUNK])))
+    (source / _FOLDER).mkdir(exist_ok=True)
+    spread(_draw, jobs, workers, sum(len(job.indices) for job in jobs), progress, few=0)
+
+
+def _draw(job: _Job) -> None:
+    if job.path.exists():
+        return
+    with replacing(job.path, durable=False) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for index in job.indices:
+            tick()
+            for name, own in face_labels(job.seed, index).items():
+                for value in range(len(BEARDS) if name == "Beard" else 2):
+                    for look, twin in enumerate(draw_twins(job.seed, index, name, value) if value != own else ()):
+                        data = jpeg_bytes(twin)
+                        entry = tarfile.TarInfo(f"{index + 1:06d}.{name}.{value}.{look}.jpg")
+                        entry.size = len(data)
+                        tar.addfile(entry, io.BytesIO(data))
+
+
+class Twins:
+    """The stored twins of a split; none where its set keeps none."""
+
+    def __init__(self, shards: Path, split: str) -> None:
+        self._places: dict[tuple[str, str, int], list[tuple[Path, int, int]]] = {}
+        for path in sorted((shards / "source" / _FOLDER).glob(f"{split}-*.tar")):
+            with tarfile.open(path) as tar:
+                for entry in tar:
+                    key, name, value, *_ = entry.name.split(".")
+                    self._places.setdefault((key, name, int(value)), []).append((path, entry.offset_data, entry.size))
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def of(self, key: str, name: str, value: int) -> list[bytes]:
+        """Return the JPEGs of a record's twin with another value of an attribute, in every look; none where it has none."""
+        return [_read(*place) for place in self._places.get((key, name, value), ())]
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)

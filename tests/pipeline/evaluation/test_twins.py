@@ -1,0 +1,105 @@
+"""The truth without a judge: what is drawn again scores 0, what is left alone 1, and what is only an average is found out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fader.method import Method
+from pipeline import evaluation
+from pipeline.data.datasets.faces import LOOKS, draw_face, face_labels, jpeg_bytes, read_faces
+from pipeline.data.datasets.twins import Twins, keep_twins
+from pipeline.data.datasets.workers import silent
+from pipeline.data.shards import ShardSet, prepare
+from pipeline.evaluation import Report, Specification, markdown
+from pipeline.evaluation.records import OneProcess, Records, pillow_loader
+from pipeline.images import Preprocessing, decode, preprocess, to_float
+from tests.pipeline.evaluation.test_evaluation import Model, NoSettings
+
+SIGHT = Preprocessing(64, "celeba")
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    """Drawn faces with the twins of 10 of them for testing."""
+    folder = tmp_path_factory.mktemp("twins") / "set"
+    faces = read_faces(folder / "source", count=100, seed=SEED, workers=1)
+    keep_twins(folder / "source", faces, SEED, 1, silent)
+    return prepare(faces, folder, workers=1)
+
+
+class Editor(Method):
+    """Knows a photo's record, and paints what a test says of its twins."""
+
+    name, Settings = "editor", NoSettings
+
+    def __init__(self, shards: ShardSet, paint) -> None:
+        super().__init__(NoSettings(), shards.attributes, SIGHT.image_size)
+        self.paint, self.twins, self.keys = paint, Twins(shards.path, "test"), {}
+        photos = Records(16, OneProcess(), pillow_loader(Model(self, SIGHT), Specification()))
+        split = shards.split("test")
+        photos.read(split, len(split), lambda batch: self.keys.update({
+            image.numpy().tobytes(): split.keys[int(row)] for image, row in zip(batch.images, batch.index)
+        }))  # fmt: skip
+
+    def optimizers(self):
+        return {}
+
+    def encode(self, images, labels):
+        return images, labels
+
+    def decode(self, latent, code):
+        return torch.stack([self.decoded(*one) for one in zip(*latent, code)])
+
+    def decoded(self, photo, labels, code):
+        own = self.attributes.code(labels[None])[0]
+        for attribute, columns in zip(self.attributes, self.attributes.code_slices()):
+            if not torch.equal(own[columns], code[columns]):
+                stored = self.twins.of(self.keys[photo.numpy().tobytes()], attribute.name, int(code[columns].argmax()))
+                looks = np.stack([preprocess(decode(data), SIGHT) for data in stored])
+                return self.paint(photo, to_float(torch.from_numpy(looks)))
+        return photo
+
+
+def truth(shards: ShardSet, paint) -> Report:
+    model = Model(Editor(shards, paint), SIGHT)
+    return evaluation.evaluate(model, [], shards, Specification(tables=("fidelity",), batch_size=4))
+
+
+def test_a_twin_is_the_face_with_one_attribute_changed_in_each_look_that_the_photo_allows(shards):
+    split, twins = shards.split("test"), Twins(shards.path, "test")
+    assert split.keys and not Twins(shards.path, "train")
+    for key in split.keys:
+        index = int(key) - 1
+        for name, own in face_labels(SEED, index).items():
+            assert twins.of(key, name, own) == []
+            for value in {*range(3 if name == "Beard" else 2)} - {own}:
+                many = name == "Blond_Hair" or (value and name in ("Wearing_Hat", "Eyeglasses"))
+                stored = twins.of(key, name, value)
+                assert len(stored) == len(set(stored)) == (LOOKS if many else 1)
+                if not many:
+                    assert stored == [jpeg_bytes(draw_face(SEED, index, **{name: value}))]
+
+
+def test_the_twin_itself_scores_0_in_any_look_and_nothing_done_1(shards):
+    for look in (0, -1):
+        oracle = truth(shards, lambda photo, looks: looks[look])
+        assert {t.attribute for t in oracle.truth} == {*shards.attributes.names}
+        for t in (t for t in oracle.truth if t.records):
+            assert t.inside.value < 1e-9 and t.outside.value < 1e-3 and t.reconstruction_outside.value == 0
+    identity = truth(shards, lambda photo, looks: photo)
+    for t in (t for t in identity.truth if t.records):
+        assert t.inside.value == pytest.approx(1) and t.outside.value == t.reconstruction_outside.value == 0
+    assert sum(t.records for t in identity.truth) == 6 * len(shards.split("test")), "each swap of each record counts once"
+    assert identity.metrics()["test/twin_inside.Wearing_Hat_0_to_1"] == pytest.approx(1)
+    assert "The truth, without a judge" in markdown([identity])
+
+
+def test_an_average_of_hats_is_no_hat(shards):
+    def grey(photo, looks):
+        return looks.mean(0).mean(0, keepdim=True).expand_as(photo)
+
+    (hat,) = (t for t in truth(shards, grey).truth if (t.attribute, t.to) == ("Wearing_Hat", "1"))
+    assert hat.records and hat.inside.value > 0.3, hat
