@@ -25,6 +25,7 @@ def test_the_commands_of_the_page_lead_to_tables_of_a_run_on_four_nodes(cluster,
         ("/data/celeba", str(faces / "source")),
         ("--gpus-per-node=8", "--gpus-per-node=1"),
         ("configs/celeba_judge.yaml", f"configs/celeba_judge.yaml {FEW} method.hidden_channels=16 tracking.enabled=false"),
+        ("configs/celeba_residual_judge.yaml", f"configs/celeba_residual_judge.yaml {FEW} tracking.enabled=false"),
         ("configs/celeba_fader.yaml", f"configs/celeba_fader.yaml {FEW} method.latent.hidden_channels=16 tracking.enabled=false"),
         ("tables=$(sbatch", "tables=$(FADER_PROCESSES_PER_NODE=2 sbatch"),
         ("runs/celeba_fader", "runs/celeba_fader --limit 8 --tables swap,cost"),
@@ -35,14 +36,14 @@ def test_the_commands_of_the_page_lead_to_tables_of_a_run_on_four_nodes(cluster,
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
     environment = {k: v for k, v in cluster.environment.items() if k != "FADER_PYTHON"} | {"FADER_PORT": str(free_port())}
-    names = ("array", "finish", "judge", "train", "tables")
+    names = ("array", "finish", "judge", "residual", "train", "tables")
     script = f"set -eu\n{block}\necho jobs " + " ".join(f"${name}" for name in names)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     jobs = dict(zip(names, done.stdout.split("jobs ")[1].split()))
     logs = lambda: "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))  # noqa: E731
     assert cluster.wait(jobs["finish"], 120) == "COMPLETED", logs()
-    assert cluster.wait(jobs["judge"]) == "COMPLETED", logs()
+    assert cluster.wait(jobs["judge"]) == cluster.wait(jobs["residual"]) == "COMPLETED", logs()
     assert cluster.wait(jobs["train"]) == "COMPLETED", logs()
     assert cluster.wait(jobs["tables"]) == "COMPLETED", logs()
     assert json.loads((tmp_path / "runs/celeba_fader/run.json").read_text())["world_size"] == 4
