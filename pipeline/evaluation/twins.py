@@ -66,11 +66,10 @@ def errors(swap: Tensor, looks: Tensor | None, photo: Tensor, reconstruction: Te
     twins, own = to_float(looks).double(), to_uint8(photo[None]).int()
     region = ((looks.int() - own).abs() > FAINT).any(3)[:, None]
     inside, nothing = (((one.double() - twins).square() * region).sum((1, 2, 3)) for one in (swap, photo))
-    ratio = torch.where(nothing > 0, inside / nothing, math.inf)
-    nearest = int(ratio.argmin())
+    nearest = int(inside.argmin())
     outside = ~region[nearest].expand_as(photo)
     apart = [(one.double() - photo.double()).square()[outside].mean() for one in (swap, reconstruction)]
-    return torch.stack([torch.where(ratio[nearest].isfinite(), ratio[nearest], math.nan), *apart])
+    return torch.stack([inside[nearest] / nothing[nearest], *apart])  # 0 / 0 is no number, where nothing differs
 
 
 def truths(attributes: Attributes, labels: Tensor, rows: Tensor, asked: Specification) -> list[Truth]:
