@@ -164,7 +164,9 @@ def test_faces_are_drawn_and_sharded_in_one_command(tmp_path):
         and whole.attributes.names[-1] == "Beard"
         and (tmp_path / "set/source/faces.json").exists()
     )
-    launch("launch.prepare", "faces", tmp_path / "set", "--count", 40, "--seed", 2)
+    assert not (tmp_path / "set/source/twins").exists()
+    launch("launch.prepare", "faces", tmp_path / "set", "--count", 40, "--seed", 2, "--twins")
+    assert {path.name for path in (tmp_path / "set/source/twins").iterdir()} == {"valid-000000.tar", "test-000000.tar"}
     refused = launch("launch.prepare", "faces", tmp_path / "set", "--count", 40, "--seed", 3, code=2)
     assert "holds other drawn faces" in refused.stderr
 
