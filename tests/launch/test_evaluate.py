@@ -207,6 +207,7 @@ def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_pa
     assert code == 0 and f"wrote {page}" in out and "numbers wait in its spool: nobody there" in out
     events = [json.loads(line) for line in (fader / "spool" / "later.jsonl").read_text().splitlines()]
     assert events[0]["step"] == 3200 and events[0]["metrics"]["test/mse"] > 0
+    assert any(event["kind"] == "tags" and "flattered" in event["tags"] for event in events)
     files = {Path(event["path"]).name: event["folder"] for event in events if event["kind"] == "artifact"}
     assert files == dict.fromkeys(("evaluation-test.json", "evaluation-test.md", "report-test.html"), "report")
     code, _, _ = run(capsys, monkeypatch, *words, "--limit", "20")

@@ -12,14 +12,16 @@ from fader.attributes import Attribute, Attributes
 from fader.filters import blurred
 from fader.method import Batch, Context, Method
 from fader.methods.judge import Judge, JudgeSettings
-from pipeline import models
+from pipeline import config, models
 from pipeline.config import AugmentConfig
 from pipeline.data.datasets.faces import draw_face
 from pipeline.evaluation import markdown, promotion
 from pipeline.images import Preprocessing, preprocess, to_float
 from pipeline.loading.augmentation import augmented
+from pipeline.training.validation import named_judges
 from tests.pipeline.evaluation.test_evaluation import Model as sham_model
 from tests.pipeline.evaluation.test_evaluation import NoSettings, Oracle, Seer, Split, run
+from tests.runs import FADER, JUDGE, make_run
 
 SMILING = Attributes([Attribute("Smiling")])
 SIGHT = Preprocessing(32, "celeba")
@@ -172,3 +174,22 @@ def test_a_judge_that_started_as_the_run_did_or_gave_it_weights_is_refused(panel
     assert run(taken, [residual], twins[0]).scores
     with pytest.raises(ValueError, match="runs/sham has weights of the judge runs/official"):
         run(taken, panel, twins[0])
+
+
+@pytest.mark.parametrize("validates", [0, 100])
+def test_a_run_that_would_start_as_its_judge_did_does_not_begin(validates, tmp_path):
+    judges = [str(make_run(tmp_path / name, JUDGE)) for name in ("official", "other")]
+    tree = {"name": "run", "method": FADER, "data": {"path": "nowhere", "attributes": ["*"], "image_size": 32}, "judge": judges}
+    experiment = config.build({**tree, "run": {"evaluate_images": validates}}, "test")
+    assert [judge.source for judge in named_judges(experiment)] == (judges if validates else [])
+    with pytest.raises(ValueError, match="official was trained with seed 7001, as run is"):
+        named_judges(experiment.model_copy(update={"seed": 7001}))
+
+
+def test_a_classifier_among_the_losses_is_said():
+    class Taught(Oracle):
+        def optimizers(self):
+            return {("encoder", "classifier"): None}
+
+    reports = [run(method(), Seer()) for method in (Taught, Oracle)]
+    assert ["a classifier was among its losses" in " ".join(report.warnings) for report in reports] == [True, False]
