@@ -27,13 +27,13 @@ def client(shards, tmp_path, monkeypatch):  # noqa: F811
     client = MlflowClient()
     client.create_registered_model("faces")
     data = {"config": {"data": {"path": str(shards)}}, "data_digest": ShardSet.open(shards).digest, "images_seen": 1}
-    seer = models.Model(Seer(ATTRIBUTES), data, ATTRIBUTES, Preprocessing(SIZE, "center"), None, "seer")
+    seer = models.Model(Seer(ATTRIBUTES), data, ATTRIBUTES, Preprocessing(SIZE, "center"), (), "seer")
     table = {}
     for number, method in enumerate((Identity, Oracle, OneWay), 1):
         client.create_model_version("faces", str(tmp_path))
         card = data | {"registered": {"name": "faces", "version": number}}
         address = f"models:/faces/{number}"
-        table[address] = models.Model(method(ATTRIBUTES), card, ATTRIBUTES, seer.preprocessing, seer, address)
+        table[address] = models.Model(method(ATTRIBUTES), card, ATTRIBUTES, seer.preprocessing, (seer,), address)
     client.set_registered_model_alias("faces", "challenger", "2")
 
     def load(source, **_):
