@@ -19,7 +19,9 @@ HEAD = ("", "images/s", "ms a step", "of bare", "kernels", "device busy", "TFLOP
 
 
 def train(
-    configs: Annotated[list[Path] | None, typer.Argument(help="By default configs/celeba_fader.yaml.", show_default=False)] = None,
+    configs: Annotated[
+        list[Path] | None, typer.Argument(help="By default configs/celeba_fader.yaml.", show_default=False)
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the experiment.", metavar="KEY=VALUE")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Parted by commas.")] = "32",
     ways: Annotated[str, typer.Option(help="Parted by commas; by default all that this machine can run.")] = "",
@@ -53,8 +55,8 @@ def train(
         for size in sizes:
             speeds = throughput.measure(experiment, attributes, size, wanted, rounds, seconds)
             typer.echo(
-                f"\n{path.stem}, {experiment.data.image_size}×{experiment.data.image_size}, {experiment.precision}, batches of {size}; "
-                f"matrix product {rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
+                f"\n{path.stem}, {experiment.data.image_size}×{experiment.data.image_size}, {experiment.precision}, "
+                f"batches of {size}; matrix product {rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
             )
             typer.echo("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
             for way, speed in speeds.items():

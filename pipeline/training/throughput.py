@@ -163,7 +163,9 @@ def captured(step: Callable[[int], None], work: Work) -> Callable[[int], None]:
     return make
 
 
-def stepper(way: str, experiment: Experiment, attributes: Attributes, batch_size: int, device: torch.device) -> Callable[[int], None]:
+def stepper(
+    way: str, experiment: Experiment, attributes: Attributes, batch_size: int, device: torch.device
+) -> Callable[[int], None]:
     """What makes step number k of one of WAYS."""
     work = Work(experiment, attributes, batch_size, device)
     if way in ENGINE:
@@ -237,7 +239,8 @@ def ceilings(precision: str) -> tuple[float, float]:
     a = torch.randn(size, size, device=device, dtype=_DTYPES[precision])
     data = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     other = torch.empty_like(data)
-    return 2 * size**3 / _seconds(lambda: a @ a, times, device), 2 * data.numel() / _seconds(lambda: other.copy_(data), times, device)
+    product, copy = (_seconds(work, times, device) for work in (lambda: a @ a, lambda: other.copy_(data)))
+    return 2 * size**3 / product, 2 * data.numel() / copy
 
 
 def _seconds(work: Callable[[], Any], times: int, device: torch.device) -> float:
