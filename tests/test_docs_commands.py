@@ -21,7 +21,7 @@ from pipeline.training import sweep
 from tests.commands import ROOT
 
 PAGES = sorted(path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if path.name != "log.md")
-RUN = {"data.md": "tests/test_docs_data.py", "cluster.md": "tests/slurm/test_docs.py"}
+RUN = {"data.md": "tests/test_docs_data.py", "cluster.md": "tests/slurm/test_docs.py", "using.md": "tests/test_docs_using.py"}
 STAND_FOR = {
     "RUN|MODEL...": "runs/x", "RUN...": "runs/x", "CONFIG": "configs/faces_fader.yaml", "key=value": "seed=1",
     "KEY=VALUE,VALUE…": "seed=0,1", "[KEY=VALUE]…": "batch_size=8",

@@ -16,7 +16,11 @@ USUAL = ("swap_accuracy", "judge_accuracy")  # what "better" means unless told o
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on one number of a report. lower: it must be at least the value, else at most."""
+    """A bound on one number of a report.
+
+    Args:
+        lower: the number must be at least the value, else at most.
+    """
 
     quantity: str
     value: float

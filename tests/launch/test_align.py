@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import cmath
 import re
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fader.similarity import Similarity
-from launch import align, command, edit
+from launch import align, edit
 from pipeline.data.datasets.faces import draw_face
 from pipeline.faces import alignment
 from pipeline.faces.alignment import Face
 from tests.runs import make_run, painter, photo
 
 ALIGNER = {"name": "aligner", "init_channels": 4, "max_channels": 8, "hidden_channels": 8}
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(what, *words):
-        monkeypatch.setattr(sys, "argv", ["fader", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            command.main(what)
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
-from launch import command
 from launch.promote import promote
 from pipeline import models
 from pipeline.data.shards import ShardSet
@@ -44,45 +41,31 @@ def client(shards, tmp_path, monkeypatch):  # noqa: F811
     return client
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["promote", *words, "--device", "cpu"])
-        with pytest.raises(SystemExit) as ended:
-            command.main(promote)
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
-
-
 def test_a_challenger_that_holds_becomes_the_champion_with_its_figures(client, call):
-    code, said, _ = call("faces", "--min", "smiling.swap=0.9", "--max", "mse=0.01", "--better-than", "champion")
+    code, said, _ = call(promote, "faces", "--min", "smiling.swap=0.9", "--max", "mse=0.01", "--better-than", "champion")
     assert code == 0 and "faces has no champion yet" in said and "faces@champion is version 2 now" in said
     tags = client.get_model_version("faces", "2").tags
     assert tags["promotion.swap_accuracy.Smiling"] == "1 (1 to 1)" and tags["promotion.judge"] == "seer"
     assert tags["promotion.records"] == "40 of test" and float(tags["promotion.mse"].split()[0]) < 0.01
-    code, _, wrong = call("faces")
+    code, _, wrong = call(promote, "faces")
     assert code == 2 and "version 2, which is the champion already" in wrong
 
 
 def test_one_that_does_not_hold_or_is_not_better_leaves_the_champion_alone(client, call):
     aliases.promote("faces", 2, None, {})
-    code, said, wrong = call("faces", "--version", "3", "--min", "smiling.swap=0.9", "--better-than", "champion")
+    code, said, wrong = call(promote, "faces", "--version", "3", "--min", "smiling.swap=0.9", "--better-than", "champion")
     assert code == 1 and "1. Does it slide?" in said
     assert "not promoted: swap_accuracy.Smiling is 0.5; it must be at least 0.9" in wrong
     assert "which is not better than 1 of models:/faces/2" in wrong
     assert aliases.champion_of("faces") == 2 and not client.get_model_version("faces", "3").tags
-    code, said, _ = call("faces", "--version", "1", "--better-than", "champion", "--by", "mse")
+    code, said, _ = call(promote, "faces", "--version", "1", "--better-than", "champion", "--by", "mse")
     assert code == 0 and "version 1 now, which replaces version 2" in said, "a picture left alone has the lower error"
 
 
 def test_the_champion_is_rolled_back(client, call):
     aliases.promote("faces", 1, None, {})
-    assert call("faces", "--better-than", "champion")[0] == 0
-    code, said, _ = call("faces", "--rollback")
+    assert call(promote, "faces", "--better-than", "champion")[0] == 0
+    code, said, _ = call(promote, "faces", "--rollback")
     assert code == 0 and "faces@champion is version 1 again, no longer version 2" in said
     assert aliases.champion_of("faces") == 1
 
@@ -98,7 +81,7 @@ def test_the_champion_is_rolled_back(client, call):
     ],
 )
 def test_a_mistake_gets_one_line_and_moves_nothing(client, call, words, says):
-    code, _, wrong = call("faces", *words)
+    code, _, wrong = call(promote, "faces", *words)
     assert code == 2 and says in wrong.splitlines()[-1]
     assert aliases.champion_of("faces") is None
 

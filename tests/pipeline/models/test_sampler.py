@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 from pipeline import models
-from tests.runs import make_run, make_store
+from pipeline.data.shards import ShardSet
+from pipeline.models import checkpoint
+from tests.runs import JUDGE, make_run, make_store
 from tests.shams import Drawing, registered
+from tests.warm import forked
 
 
 @pytest.fixture
@@ -60,3 +64,41 @@ def _description(version: models.Version) -> str:
     from mlflow import MlflowClient
 
     return MlflowClient().get_model_version(version.name, str(version.version)).description
+
+
+CONFIG = """
+name: drawing
+method: {name: sham_drawing, images: 640}
+data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1}
+batch_size: 16
+judge: judge
+run: {folder: drawing, log_images: 160, checkpoint_images: 320, picture_images: 320, evaluate_images: 320, evaluate_records: 20}
+"""
+
+
+def test_the_commands_take_it_from_tars_to_a_champion(faces, tmp_path):
+    """Trained with validation and pictures, evaluated with its page, registered, sampled from, promoted; not edited with."""
+    data = {"path": str(faces), "attributes": ["Smiling", "Blond_Hair"]}
+    make_run(tmp_path / "judge", JUDGE, data=data, attributes=ShardSet.open(faces).attributes)
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("FACES", str(faces)))
+    here = {"cwd": tmp_path, "MLFLOW_TRACKING_URI": make_store(tmp_path)}
+    run, address = tmp_path / "drawing", "models:/drawing@challenger"
+
+    forked("tests.with_shams", "train", "config.yaml", **here)
+    measured = json.loads((checkpoint.latest(run) / "state.json").read_text())["metrics"]
+    assert {"sample_accuracy.Smiling", "swap_accuracy.Blond_Hair"} <= measured.keys() and "mse" not in measured
+    assert len(list((run / "spool" / "pictures").glob("sliders-*.png"))) == 2
+
+    said = forked("tests.with_shams", "evaluate", "drawing", "--report", "--device", "cpu", **here).stdout
+    assert said.splitlines()[-1] == "next: fader register drawing --name NAME"
+    assert (run / "report" / "report-test" / "sweep-Smiling.png").is_file()
+
+    said = forked("tests.with_shams", "register", "drawing", "--name", "drawing", **here).stdout
+    assert said.splitlines()[-1] == f"next: fader sample {address} --set Smiling=1.5 --out DIR"
+    forked("tests.with_shams", "sample", address, "--set", "Smiling=1.5", "--count", "2", "--out", "out", **here)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["grid.png", "seed-0.png", "seed-1.png"]
+    said = forked("tests.with_shams", "promote", "drawing", "--min", "smiling.swap=0", "--device", "cpu", **here).stdout
+    assert "drawing@champion is version 1 now" in said
+    words = ["edit", tmp_path / "out" / "grid.png", "--model", address, "--set", "Smiling=1", "--out", "no"]
+    refused = forked("tests.with_shams", *words, code=2, **here).stderr
+    assert "sham_drawing does not encode and decode; it has no sliders to move" in refused
