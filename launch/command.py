@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from launch.output import failures, make_tolerant
+from pipeline.files import ensure_home
 
 if TYPE_CHECKING:
     from pipeline.evaluation import Table
@@ -25,6 +27,7 @@ LARGEST_SEED = 2**63 - 1  # that torch takes
 def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> None:
     """Run a typer app, or one function as a command, and exit with its code."""
     make_tolerant()
+    ensure_home()
     logging.basicConfig(level=os.environ.get("FADER_LOG_LEVEL", "INFO").upper(), format="%(message)s", stream=sys.stderr)
     for chatty in ("mlflow", "alembic", "accelerate", "deepspeed", "DeepSpeed", "urllib3", "matplotlib", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -68,6 +71,11 @@ def show(table: Table) -> None:
     for row in table.rows:
         drawn.add_row(*row)
     console.print(drawn)
+
+
+def say_next(*words: object) -> None:
+    """Print the command to try next as a shell takes it. Words in capitals stand for what only the user knows."""
+    typer.echo(f"next: {shlex.join(['fader', *map(str, words)])}")
 
 
 def describe(error: BaseException) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,3 +122,18 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def ensure_home() -> None:
+    """Give this process and its children a home folder and a user's name where the system knows none, as in a container.
+
+    MLflow cannot be imported without the one, torch compiles nothing without the other.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.gettempdir()
+    try:
+        getpass.getuser()
+    except (OSError, KeyError):
+        os.environ["USER"] = str(os.getuid())

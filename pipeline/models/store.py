@@ -1,4 +1,4 @@
-"""MLflow as this project speaks to it: one store, short waits, clear errors."""
+"""Open an MLflow store with short waits and clear errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
+from pipeline.files import ensure_home
 
 
 @contextlib.contextmanager
 def open_store(uri: str | None, create: bool = False) -> Iterator[Any]:
-    """MLflow, speaking to one store and waiting seconds, not minutes, for one that is gone; its errors as ValueError.
+    """Give MLflow for one store. It waits seconds, not minutes, for a store that is gone; its errors become ValueErrors.
 
-    The environment variables that say so are MLflow's own, set while this lasts, where the user has not set them.
+    Environment variables of MLflow's own say so. They are set while this lasts, where the user has not set them.
 
     Args:
         uri: the store; None takes MLFLOW_TRACKING_URI or MLflow's default.
@@ -33,6 +34,7 @@ def open_store(uri: str | None, create: bool = False) -> Iterator[Any]:
     wanted |= {"MLFLOW_TRACKING_URI": uri} if uri else {}
     ours = {key: value for key, value in wanted.items() if key not in os.environ}
     os.environ.update(ours)
+    ensure_home()
     import mlflow
 
     for chatty in ("mlflow", "alembic"):

@@ -10,8 +10,8 @@ limits that delivery wants for HTTP are environment variables, which so stay the
 What was delivered is kept for each store (tracking URI) in `spool/state.json` as an offset into the spool. A store that
 does not answer is asked again; one that lost the run gets a new run and all points again; a copied folder gets a run of
 its own. `sync` delivers later, to the same store or to another one. Every point keeps the time and the step (images
-seen) at which it was logged, so a
-point that is sent twice is the same row in MLflow. Pictures carry a name made from their content for the same reason.
+seen) at which it was logged, so a point that is sent twice is the same row in MLflow. Pictures carry a name made from
+their content for the same reason.
 
 After a resume or a return to an older checkpoint the points past it are superseded. MLflow cannot delete points, so
 they are marked: `points` says of each whether it is superseded, and the MLflow run has a tag `rewound.TIME` that says
@@ -23,7 +23,7 @@ same sender. It is no part of the loop's story: it neither supersedes points nor
     tracker    what the loop uses: the queue and the thread that writes it to the spool
     spool      the spool on disk: its files, a run's points, what each store has received
     delivery   the sender process as others see it: the trainer's child, and `sync`
-    process    the sender process itself (`python -m pipeline.tracking`)
+    process    the sender process itself
     sender     delivers the spool to MLflow, and says what MLflow does not take
     sampling   the machine's figures
     address    which store is in use; no password is written anywhere
@@ -35,27 +35,4 @@ from pipeline.tracking.delivery import Delivery, sync
 from pipeline.tracking.later import Addition, Stored, add, stored
 from pipeline.tracking.sender import reason
 from pipeline.tracking.spool import Point, flatten, points, run_id_of, store_of, undelivered
-from pipeline.tracking.tracker import MlflowTracker, NodeTracker, NullTracker, Status, Tracker, open_tracker
-
-__all__ = [
-    "Addition",
-    "Delivery",
-    "MlflowTracker",
-    "NodeTracker",
-    "NullTracker",
-    "Point",
-    "Status",
-    "Stored",
-    "Tracker",
-    "add",
-    "flatten",
-    "open_tracker",
-    "points",
-    "reason",
-    "run_id_of",
-    "store_of",
-    "stored",
-    "sync",
-    "undelivered",
-    "without_password",
-]
+from pipeline.tracking.tracker import MlflowTracker, NodeTracker, Status, Tracker, open_tracker

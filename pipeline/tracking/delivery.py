@@ -12,7 +12,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pipeline.files import ensure_home
 from pipeline.tracking.spool import State, spool_of
 
 logger = logging.getLogger(__name__)
@@ -69,12 +71,9 @@ class Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._spool.mkdir(parents=True, exist_ok=True)
-        options = ["--parent", str(os.getpid())]
-        options += [] if self._node is None else ["--node", self._node]
-        options += [] if self._deliver else ["--sample-only"]
         with (self._spool / "sender.log").open("ab") as log:
             return subprocess.Popen(
-                _command(self._spool, *options),
+                _command(self._spool, parent=os.getpid(), node=self._node, sample_only=not self._deliver),
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -93,12 +92,13 @@ class Child:
             self.wait(5)
 
 
-def _command(spool: Path, *options: str) -> list[str]:
+def _command(spool: Path, **options: Any) -> list[str]:
     # -P keeps the working folder off the module path: a file there cannot stand in for a library's
-    return [sys.executable, "-P", "-m", "pipeline.tracking", str(spool), *options]
+    return [sys.executable, "-P", "-m", "pipeline.tracking.process", str(spool), json.dumps(options)]
 
 
 def _environment() -> dict[str, str]:
+    ensure_home()
     environment = _SENDER_ENVIRONMENT | dict(os.environ)
     ours = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([ours, *filter(None, [environment.get("PYTHONPATH")])])
@@ -121,20 +121,18 @@ def sync(run: str | Path, again: bool = False) -> Delivery:
     The store is MLFLOW_TRACKING_URI, else the one the run went to before, else MLflow's default.
 
     Args:
-        run: the run's folder.
         again: send everything from the beginning; what is there already stays as it is.
 
     Raises:
         ValueError: no spool; the run is being trained; or the store does not answer (everything is kept).
     """
     spool = spool_of(run)
-    options = ["--once", *(["--again"] if again else [])]
     with (spool / "sender.log").open("ab") as log:
-        done = subprocess.run(_command(spool, *options), env=_environment(), stdout=subprocess.PIPE, stderr=log)
+        done = subprocess.run(_command(spool, again=again), env=_environment(), stdout=subprocess.PIPE, stderr=log)
     lines = done.stdout.decode().splitlines()
     if done.returncode or not lines:
         raise ValueError(f"the sender process ended with code {done.returncode}; see {spool / 'sender.log'}")
     answer = json.loads(lines[-1])
-    if answer["problem"]:
-        raise ValueError(answer["problem"])
-    return Delivery(answer["uri"], answer["run_id"], answer["sent"], answer["refused"])
+    if problem := answer.pop("problem"):
+        raise ValueError(problem)
+    return Delivery(**answer)

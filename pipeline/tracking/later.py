@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import time
@@ -12,18 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import digest_of
 from pipeline.tracking.address import without_password
 from pipeline.tracking.delivery import sync
+from pipeline.tracking.process import take_lock
 from pipeline.tracking.sender import reason
-from pipeline.tracking.spool import (
-    Log,
-    State,
-    as_numbers,
-    keep_picture,
-    read_events,
-    run_id_of,
-    undelivered,
-)
+from pipeline.tracking.spool import Log, State, as_numbers, read_events, run_id_of, undelivered
 
 
 @dataclass(frozen=True)
@@ -41,19 +33,16 @@ def add(
     metrics: Mapping[str, float],
     images: int,
     *,
-    pictures: Mapping[str, bytes] | None = None,
     files: Sequence[str | Path] = (),
     tags: Mapping[str, str] | None = None,
 ) -> Addition | None:
     """Add what was found out about a run to its MLflow run: delivered now, or later by its trainer or `fader sync`.
 
-    What was added before is not added again: metrics with the same values at the same images seen, pictures and files
-    that have not changed since. The run's status stays, and no point counts as superseded.
+    What was added before is not added again: metrics with the same values at the same images seen, and files that
+    have not changed since. The run's status stays, and no point counts as superseded.
 
     Args:
-        run: the run's folder.
         metrics: numbers at `images` seen.
-        pictures: PNG bytes by name.
         tags: words by name, which replace older ones.
         files: files in the run's folder, kept in MLflow under the folder they have there (RUN/report/a as report/a).
 
@@ -69,15 +58,13 @@ def add(
         return None
     events: list[dict[str, Any]] = [{"kind": "metrics", "metrics": as_numbers(metrics)}] if metrics else []
     events += [{"kind": "tags", "tags": dict(tags)}] if tags else []
-    for name, png in (pictures or {}).items():
-        events.append({"kind": "picture", "name": name, "file": keep_picture(spool, name, images, png)})
     for file in map(os.path.abspath, files):
         path = Path(file).resolve()
         if not path.is_relative_to(folder):
             raise ValueError(f"{file} is not in the run's folder {folder}: only what stays with the run can be added")
         place = "/".join(path.relative_to(folder).parts[:-1])
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        events.append({"kind": "artifact", "path": str(path.relative_to(folder)), "folder": place, "digest": content})
+        inside = str(path.relative_to(folder))
+        events.append({"kind": "artifact", "path": inside, "folder": place, "digest": digest_of(path)})
     later = spool / "later.jsonl"
     there = {_mark(event): event for event, _ in read_events(later) if event} if later.is_file() else {}
     now = int(time.time() * 1000)
@@ -86,46 +73,36 @@ def add(
     log = Log(later)
     log.append(b"".join(json.dumps(event).encode() + b"\n" for event in new), sync=True)
     log.close()
-    if not undelivered(run):
-        return Addition(len(new), run_id_of(run), State.read(spool).uri, None)
-    if _is_locked(spool):
-        why = "the run's trainer is at work and delivers it"
-        return Addition(len(new), run_id_of(run), State.read(spool).uri, why)
+    problem = _deliver(run, spool) if undelivered(run) else None
+    return Addition(len(new), run_id_of(run), State.read(spool).uri, problem)
+
+
+def _deliver(run: str | Path, spool: Path) -> str | None:
+    """Deliver what a run's spool holds now; return why it has to wait there, if it has to."""
+    lock = take_lock(spool, lambda: True)
+    if lock is None:
+        return "the run's trainer is at work and delivers it"
+    os.close(lock)
     try:
-        delivery = sync(run)
+        sync(run)
     except ValueError as error:
-        return Addition(len(new), run_id_of(run), State.read(spool).uri, str(error))
-    return Addition(len(new), delivery.run_id, delivery.uri, None)
+        return str(error)
+    return None
 
 
 def _mark(event: Mapping[str, Any]) -> str:
     """Return what an event is about; a newer one about the same takes its place."""
     if event["kind"] == "artifact":
-        return json.dumps(["artifact", event["path"]])
+        return event["path"]
     if event["kind"] == "tags":
         return json.dumps(["tags", sorted(event["tags"])])
-    about = sorted(event["metrics"]) if event["kind"] == "metrics" else event["name"]
-    return json.dumps([event["kind"], event["step"], about])
+    return json.dumps([event["step"], sorted(event.get("metrics", ()))])
 
 
 def _content(event: Mapping[str, Any]) -> str:
     """Return what an event says, without the time at which it is said; a file and a tag say the same at every step."""
     left_out = {"time", "step"} if event.get("kind") in ("artifact", "tags") else {"time"}
     return json.dumps({key: value for key, value in event.items() if key not in left_out}, sort_keys=True)
-
-
-def _is_locked(spool: Path) -> bool:
-    """Return whether a sender is at work on a spool."""
-    handle = os.open(spool / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(handle)
-    return False
 
 
 @dataclass(frozen=True)

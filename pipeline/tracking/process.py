@@ -1,19 +1,27 @@
-"""The sender process: it samples the machine and delivers a spool until its run is finished or its trainer is gone."""
+"""The sender process: it samples the machine and delivers a spool until its run is finished or its trainer is gone.
+
+It is started as `python -m pipeline.tracking.process SPOOL OPTIONS`, and is no command for people.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
-import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from pipeline.tracking.address import WithoutPasswords
 from pipeline.tracking.sampling import sample
 from pipeline.tracking.sender import Deleted, Sender, is_absent, reason
 from pipeline.tracking.spool import State, last_event, read_events
@@ -22,22 +30,18 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 BACKOFF_SECONDS = 10.0
-LOCK_PATIENCE_SECONDS = 20.0
+LOCK_PATIENCE_SECONDS, SYNC_PATIENCE_SECONDS = 20.0, 15.0
 
 
-def take_lock(spool: Path, give_up: threading.Event, patience: float = 0.0) -> int | None:
-    """Hold the spool's lock until the handle is closed or the process ends; None `patience` seconds after `give_up`."""
+def take_lock(spool: Path, give_up: Callable[[], bool]) -> int | None:
+    """Hold the spool's lock until the handle is closed or the process ends; None when it is taken and `give_up` says so."""
     handle = os.open(spool / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    last = math.inf
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle
         except BlockingIOError:
-            if not give_up.wait(POLL_SECONDS):
-                continue
-            last = min(last, time.monotonic() + patience)
-            if time.monotonic() >= last:
+            if give_up():
                 os.close(handle)
                 return None
             time.sleep(POLL_SECONDS)
@@ -50,7 +54,7 @@ def serve(spool: Path, parent: int, node: str | None, sample_only: bool) -> None
     """Sample and deliver until the run is finished or its trainer is gone."""
     for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, *(() if sample_only else (signal.SIGTERM,))):
         signal.signal(name, signal.SIG_IGN)  # Slurm signals every process of a step; this one leaves with its parent
-    over, stop_sampling = threading.Event(), threading.Event()
+    over, too_late, stop_sampling = threading.Event(), threading.Event(), threading.Event()
 
     def ended() -> bool:
         last = None if sample_only else last_event(spool / "main.jsonl")
@@ -60,6 +64,8 @@ def serve(spool: Path, parent: int, node: str | None, sample_only: bool) -> None
         while not ended():
             time.sleep(POLL_SECONDS)
         over.set()
+        time.sleep(LOCK_PATIENCE_SECONDS)
+        too_late.set()
 
     threading.Thread(target=look, daemon=True).start()
     sampler = threading.Thread(target=sample, args=(spool, node, stop_sampling), daemon=True)
@@ -68,7 +74,7 @@ def serve(spool: Path, parent: int, node: str | None, sample_only: bool) -> None
         over.wait()
         return
     # A short attempt may have finished while the sender of the one before it is still on its way out.
-    if take_lock(spool, give_up=over, patience=LOCK_PATIENCE_SECONDS) is None:
+    if take_lock(spool, too_late.is_set) is None:
         return
     sender: Sender | None = None
     wait = POLL_SECONDS
@@ -114,29 +120,14 @@ def _deliver_the_rest(spool: Path, sender: Sender | None) -> tuple[Sender | None
 
 def _trainer_is_gone(spool: Path) -> bool:
     """Return whether the process that began the last attempt ran on this machine and runs no more."""
-    begin: dict[str, Any] = {}
-    for event, _ in read_events(spool / "main.jsonl"):
-        if event is not None and event["kind"] == "start":
-            begin = event
-    if begin.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(begin["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    starts = [event for event, _ in read_events(spool / "main.jsonl") if event and event["kind"] == "start"]
+    return bool(starts) and starts[-1]["host"] == socket.gethostname() and not psutil.pid_exists(starts[-1]["pid"])
 
 
 def deliver_once(spool: Path, again: bool) -> dict[str, Any]:
     """Do what `sync` asks its child process for, and return the answer."""
-    give_up = threading.Event()
-    timer = threading.Timer(15, give_up.set)
-    timer.daemon = True
-    timer.start()
-    lock = take_lock(spool, give_up)
-    timer.cancel()
+    deadline = time.monotonic() + SYNC_PATIENCE_SECONDS
+    lock = take_lock(spool, lambda: time.monotonic() > deadline)
     if lock is None:
         return {"problem": f"another process delivers {spool} now: the run's trainer, or a second 'fader sync'"}
     try:
@@ -154,3 +145,18 @@ def deliver_once(spool: Path, again: bool) -> dict[str, Any]:
         return {"problem": f"{problem or 'the spool names no run'}; {left}"}
     state = sender.state
     return {"problem": None, "uri": state.uri, "run_id": state.run_id, "sent": sender.sent, "refused": state.refused}
+
+
+def main() -> None:
+    """Do what `delivery` asks this process for: its options, as JSON, are the arguments of `serve` or of `deliver_once`."""
+    spool, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    sys.stderr = WithoutPasswords(sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if "again" in options:
+        print(json.dumps(deliver_once(spool, **options)))
+    else:
+        serve(spool, **options)
+
+
+if __name__ == "__main__":
+    main()

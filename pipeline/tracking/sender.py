@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import hashlib
 import json
@@ -72,8 +71,7 @@ class Sender:
         if tagged:
             return tagged[0].info.run_id
         tags = {"fader.key": key, "mlflow.source.name": "fader train", "mlflow.source.type": "LOCAL"}
-        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-            tags["mlflow.user"] = getpass.getuser()
+        tags["mlflow.user"] = getpass.getuser()
         return client.create_run(experiment_id, begin["time"], tags, begin["name"]).info.run_id
 
     def _refuse_deleted(self, experiment: Any, run: Any = None) -> None:
@@ -177,8 +175,7 @@ class Sender:
         for event in events:
             values = event["metrics"] | ({"run/updates": event["updates"]} if "updates" in event else {})
             rows += [Metric(safe(name), value, event["time"], event["step"]) for name, value in values.items()]
-        for first in range(0, len(rows), _MAX_METRICS):
-            self._client.log_batch(self.state.run_id, metrics=rows[first : first + _MAX_METRICS])
+        self._log(_MAX_METRICS, metrics=rows)
 
     def _send_metrics(self, event: dict[str, Any]) -> None:
         self._log_metrics([event])
@@ -205,8 +202,7 @@ class Sender:
             elif there[key] != value:  # MLflow lets no parameter change
                 about = _cut(f"{there[key]} -> {value} at {event['step']} images", _MAX_TAG_CHARACTERS)
                 self._client.set_tag(self.state.run_id, f"changed.{key}", about)
-        for first in range(0, len(new), _MAX_PARAMS):
-            self._client.log_batch(self.state.run_id, params=new[first : first + _MAX_PARAMS])
+        self._log(_MAX_PARAMS, params=new)
 
     def _send_tags(self, event: dict[str, Any]) -> None:
         from mlflow.entities import RunTag
@@ -214,9 +210,13 @@ class Sender:
         tags = {safe(key): _cut(value, _MAX_TAG_CHARACTERS) for key, value in event["tags"].items()}
         if "commit" in tags:
             tags["mlflow.source.git.commit"] = tags["commit"]
-        items = [RunTag(key, value) for key, value in tags.items()]
-        for first in range(0, len(items), _MAX_PARAMS):
-            self._client.log_batch(self.state.run_id, tags=items[first : first + _MAX_PARAMS])
+        self._log(_MAX_PARAMS, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _log(self, most: int, **rows: list[Any]) -> None:
+        """Log rows of one kind, at most so many at once."""
+        [(kind, items)] = rows.items()
+        for first in range(0, len(items), most):
+            self._client.log_batch(self.state.run_id, **{kind: items[first : first + most]})
 
     def _send_picture(self, event: dict[str, Any]) -> None:
         """As MLflow's `log_image` stores it, so that its page shows the steps, under a name made from the content."""

@@ -21,6 +21,7 @@ from pipeline.tracking.address import asked_for, named
 logger = logging.getLogger(__name__)
 
 FSYNC_SECONDS = 5.0
+_TAIL_BYTES = 1 << 20  # in which the last event lies; a long one is a configuration of some 10 kB
 
 
 def safe(name: str) -> str:
@@ -86,9 +87,6 @@ class Log:
             os.close(self._file)
             self._file = None
 
-    def last(self) -> dict[str, Any] | None:
-        return last_event(self.path)
-
 
 def _ends_a_line(path: Path) -> bool:
     with path.open("rb") as file:
@@ -100,25 +98,12 @@ def _ends_a_line(path: Path) -> bool:
 
 def last_event(path: Path) -> dict[str, Any] | None:
     """Return the last whole event of a spool file, read from its end; None when there is none."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    with file:
-        end = file.seek(0, os.SEEK_END)
-        block = 1 << 16
-        while end:
-            start = max(end - block, 0)
-            file.seek(start)
-            lines = file.read(end - start).split(b"\n")
-            for line in reversed(lines[1:-1] if start else lines[:-1]):
-                event = _event(line)
-                if event is not None:
-                    return event
-            if start == 0:
-                break
-            block *= 8
-    return None
+    with path.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+        lines = file.read().split(b"\n")[:-1]
+    return next((event for line in reversed(lines) if (event := _event(line)) is not None), None)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
@@ -148,9 +133,7 @@ def spool_files(spool: Path) -> list[Path]:
 
 def remaining(spool: Path, offsets: Mapping[str, int]) -> int:
     """Count the events that are not delivered yet."""
-    return sum(
-        event is not None for path in spool_files(spool) for event, _ in read_events(path, offsets.get(path.name, 0))
-    )
+    return sum(event is not None for path in spool_files(spool) for event, _ in read_events(path, offsets.get(path.name, 0)))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -13,10 +14,10 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pipeline.tracking.delivery import Child
-from pipeline.tracking.spool import Log, State, as_numbers, flatten, keep_picture, remaining
+from pipeline.tracking.spool import Log, State, as_numbers, flatten, keep_picture, last_event, remaining
 
 logger = logging.getLogger(__name__)
 
@@ -25,121 +26,85 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 QUEUE_EVENTS = 10_000  # about 30 MB of metrics; reached only when the disk itself stands still
 
 
-class Tracker(Protocol):
-    """What the loop may say about a run. No method raises or waits, `finish` excepted, which waits a bounded time."""
+class Tracker:
+    """What the loop says about a run. This one keeps nothing, because tracking is off or another rank does it.
+
+    No method raises or waits, `finish` excepted, which waits a bounded time.
+    """
 
     def start(self, images: int = 0) -> None:
         """Begin, or go on from a checkpoint of `images` seen: points past it are marked as superseded."""
-        ...
 
-    def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None: ...
+    def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None:
+        """Keep numbers at so many images seen and updates made."""
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """The configuration, nested or flat. On a resume only new keys are added; a changed value becomes a tag."""
-        ...
+        """Keep the configuration, nested or flat. On a resume only new keys are added; a changed value becomes a tag."""
 
-    def tags(self, values: Mapping[str, Any]) -> None: ...
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Keep what describes the run."""
 
-    def picture(self, name: str, png: bytes, images: int) -> None: ...
+    def picture(self, name: str, png: bytes, images: int) -> None:
+        """Keep a picture at so many images seen."""
 
     def artifact(self, path: str | Path) -> None:
-        """A file that stays where it is until the run is delivered: best one in the run's folder."""
-        ...
+        """Keep a file, which stays where it is until the run is delivered: best one in the run's folder."""
 
     def rewound(self, images: int, why: str) -> None:
-        """The run went back to a checkpoint of `images` seen while it was running."""
-        ...
+        """Say that the run went back to a checkpoint of `images` seen while it was running."""
 
-    def finish(self, status: Status) -> None: ...
-
-
-class NullTracker:
-    """Tracks nothing, because tracking is switched off or another rank does it."""
-
-    def start(self, images: int = 0) -> None: ...
-
-    def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None: ...
-
-    def params(self, values: Mapping[str, Any]) -> None: ...
-
-    def tags(self, values: Mapping[str, Any]) -> None: ...
-
-    def picture(self, name: str, png: bytes, images: int) -> None: ...
-
-    def artifact(self, path: str | Path) -> None: ...
-
-    def rewound(self, images: int, why: str) -> None: ...
-
-    def finish(self, status: Status) -> None: ...
+    def finish(self, status: Status) -> None:
+        """Say how the run ended."""
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """One MLflow run, spooled into the run's folder and delivered by a child process.
 
     Args:
         run: the run's folder; the spool is `run/spool`.
-        experiment: the MLflow experiment's name.
-        run_name: the run's name in MLflow.
+        experiment, run_name: what MLflow calls the experiment and the run.
         node: None on a single machine; else this node's name, which stands in its system metrics' names.
         deliver: False spools only; `fader sync RUN` delivers.
     """
 
-    def __init__(
-        self,
-        run: str | Path,
-        experiment: str,
-        run_name: str,
-        *,
-        node: str | None = None,
-        deliver: bool = True,
-    ) -> None:
+    def __init__(self, run: str | Path, experiment: str, run_name: str, *, node: str | None = None, deliver: bool = True) -> None:
         self.spool = Path(run).resolve() / "spool"
-        self._about = {"experiment": experiment, "name": run_name}
-        self._node = node
-        self._deliver = deliver
+        self._about = {"experiment": experiment, "name": run_name, "pid": os.getpid(), "host": socket.gethostname()}
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue(QUEUE_EVENTS)
         self._lost = 0
         self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._sender: Child | None = None
-        self._attempt = 0
-        self._step = 0
+        self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
+        self._sender = Child(self.spool, node, deliver=True) if deliver else None
+        self._attempt = self._step = 0
 
     def start(self, images: int = 0) -> None:
-        if self._thread is not None:
-            return
-        host = {"pid": os.getpid(), "host": socket.gethostname()}
-        self._put({"kind": "start", "step": int(images), "key": uuid.uuid4().hex, **self._about, **host})
-        self._sender = Child(self.spool, self._node, deliver=True) if self._deliver else None
-        self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
+        self._put("start", step=int(images), key=uuid.uuid4().hex, **self._about)
         self._thread.start()
         atexit.register(self._flush, 2.0)
 
     def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None:
-        self._put({"kind": "metrics", "step": images, "updates": updates, "metrics": dict(metrics)})
+        self._put("metrics", step=images, updates=updates, metrics=dict(metrics))
 
     def params(self, values: Mapping[str, Any]) -> None:
-        self._put({"kind": "params", "params": dict(values)})
+        self._put("params", params=dict(values))
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        self._put({"kind": "tags", "tags": dict(values)})
+        self._put("tags", tags=dict(values))
 
     def picture(self, name: str, png: bytes, images: int) -> None:
-        self._put({"kind": "picture", "step": images, "name": name, "png": png})
+        self._put("picture", step=images, name=name, png=png)
 
     def artifact(self, path: str | Path) -> None:
-        self._put({"kind": "artifact", "path": os.path.relpath(Path(path).resolve(), self.spool.parent)})
+        self._put("artifact", path=os.path.relpath(Path(path).resolve(), self.spool.parent))
 
     def rewound(self, images: int, why: str) -> None:
-        self._put({"kind": "rewound", "step": images, "why": why})
+        self._put("rewound", step=images, why=why)
 
     def finish(self, status: Status, wait_seconds: float = 30.0) -> None:
         """Say how the run ended and wait, a bounded time, until everything is delivered."""
         deadline = time.monotonic() + wait_seconds
-        self._put({"kind": "finish", "status": status})
-        if self._thread is None or not self._flush(wait_seconds):
-            return
-        if self._sender is None:
+        self._put("finish", status=status)
+        if self._thread.ident is None or not self._flush(wait_seconds) or self._sender is None:
             return
         try:
             self._sender.wait(max(deadline - time.monotonic(), 0.1))
@@ -155,12 +120,9 @@ class MlflowTracker:
                 left, why, self.spool, self.spool.parent,
             )  # fmt: skip
 
-    # --- from the queue to the spool --------------------------------------------------------------------------------
-
-    def _put(self, event: dict[str, Any]) -> None:
-        event["time"] = int(time.time() * 1000)
+    def _put(self, kind: str, **event: Any) -> None:
         try:
-            self._queue.put_nowait(event)
+            self._queue.put_nowait({"kind": kind, **event, "time": int(time.time() * 1000)})
         except queue.Full:
             self._lost += 1
 
@@ -168,7 +130,6 @@ class MlflowTracker:
         """Let the thread write what is queued, and end it. Return False when it could not in time."""
         atexit.unregister(self._flush)
         self._closing.set()
-        assert self._thread is not None
         self._thread.join(seconds)
         if self._thread.is_alive():
             logger.warning("tracking: %s was not written within %g s; the last points are lost", self.spool, seconds)
@@ -208,12 +169,10 @@ class MlflowTracker:
             logger.warning("tracking: %d points were lost while %s could not be written", self._lost, self.spool)
 
     def _take(self, most: int) -> list[dict[str, Any]]:
-        events = []
-        try:
+        events: list[dict[str, Any]] = []
+        with contextlib.suppress(queue.Empty):
             while len(events) < most:
                 events.append(self._queue.get(timeout=0 if events or self._closing.is_set() else 0.2))
-        except queue.Empty:
-            pass
         return events
 
     def _encode(self, event: dict[str, Any], log: Log) -> bytes:
@@ -231,7 +190,7 @@ class MlflowTracker:
             copied_from, folder = State.read(self.spool).copied_from, self.spool.parent
             if copied_from:
                 logger.warning("tracking: %s is a copy of %s, so it gets an MLflow run of its own", folder, copied_from)
-            last = log.last() or {}
+            last = last_event(log.path) or {}
             self._attempt, self._step = last.get("attempt", 0) + 1, last.get("step", 0)
         if event["kind"] in ("start", "rewound"):
             event["from"] = self._step
@@ -249,7 +208,7 @@ class MlflowTracker:
         return json.dumps(event).encode() + b"\n"
 
 
-class NodeTracker(NullTracker):
+class NodeTracker(Tracker):
     """System metrics of one more node of a run, spooled for the main node's sender; the main rank does the rest."""
 
     def __init__(self, run: str | Path, node: str) -> None:
@@ -263,19 +222,13 @@ class NodeTracker(NullTracker):
 
 
 def open_tracker(
-    enabled: bool,
-    run_folder: str | Path,
-    experiment: str,
-    name: str,
-    main: bool,
-    *,
-    node: str | None = None,
-    local_main: bool = False,
-) -> Tracker:
+    enabled: bool, run_folder: str | Path, experiment: str, name: str, main: bool,
+    *, node: str | None = None, local_main: bool = False,
+) -> Tracker:  # fmt: skip
     """Return the tracker of this rank.
 
     Args:
-        enabled: False gives the null tracker to everyone.
+        enabled: False gives everyone the tracker that keeps nothing.
         run_folder: the run's folder, shared by all nodes.
         experiment, name: what MLflow calls the experiment and the run.
         main: whether this is rank 0, the only one that reports.
@@ -286,4 +239,4 @@ def open_tracker(
         return MlflowTracker(run_folder, experiment, name, node=node)
     if enabled and local_main and node is not None:
         return NodeTracker(run_folder, node)
-    return NullTracker()
+    return Tracker()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import pwd
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
 import typer
 
 from launch import command
 from launch.cli import COMMANDS
-from tests.commands import launch
+from pipeline import tracking
+from tests.commands import ROOT, environment, launch
+from tests.runs import make_store
 from tests.test_docs_commands import read_by_its_parser
 
 
@@ -30,6 +40,34 @@ def test_a_missing_argument_or_unknown_option_is_no_traceback(name):
     for words in ([], ["--no-such-option"]):
         done = launch("launch.cli", name, *words, code=2)
         assert "Traceback" not in done.stderr and done.stderr.strip()
+
+
+UNKNOWN = "import pwd\ndef unknown(*_):\n    raise KeyError('uid not found')\npwd.getpwuid = unknown\n"
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """As in `docker run --user 54321`: no HOME, and no entry among the users."""
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    (tmp_path / "sitecustomize.py").write_text(UNKNOWN)
+    monkeypatch.setattr(pwd, "getpwuid", lambda *_: (_ for _ in ()).throw(KeyError("uid not found")))
+
+
+def test_a_command_has_a_home_and_a_user_name_in_a_container_that_has_neither(nobody, call):
+    with pytest.raises(RuntimeError):
+        Path.home()
+    code, said, _ = call(lambda: print(Path.home(), getpass.getuser()))
+    assert code == 0 and said.split() == [tempfile.gettempdir(), str(os.getuid())]
+
+
+def test_a_run_is_tracked_in_a_container_without_home_and_user_name(nobody, tmp_path):
+    lines = "from pipeline.tracking import MlflowTracker\ntracker = MlflowTracker('run', 'e', 'n')\ntracker.start()\n"
+    lines += "tracker.log({'a': 1.0}, 1, 1)\ntracker.finish('FINISHED', 300)"
+    here = environment(PYTHONPATH=f"{tmp_path}:{ROOT}", MLFLOW_TRACKING_URI=make_store(tmp_path))
+    subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, env=here, check=True)
+    assert tracking.run_id_of(tmp_path / "run") and tracking.undelivered(tmp_path / "run") == 0
 
 
 @pytest.mark.parametrize("name", ["evaluate", "inspect", "sample", "prepare"])

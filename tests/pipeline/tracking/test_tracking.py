@@ -11,7 +11,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import pytest
 from PIL import Image
 
 from pipeline import tracking
-from pipeline.tracking import MlflowTracker, NodeTracker, NullTracker, later, open_tracker
+from pipeline.tracking import MlflowTracker, NodeTracker, Tracker, later, open_tracker
 from pipeline.tracking.address import named
 from pipeline.tracking.process import deliver_once, take_lock, try_to_deliver
 from pipeline.tracking.sender import Sender
@@ -68,15 +67,15 @@ def test_only_the_main_rank_reports_and_only_when_asked(tmp_path):
         return type(open_tracker(enabled, tmp_path / "run", "experiment", "name", main, **more))
 
     assert kind(True, True) is MlflowTracker
-    assert kind(True, False) is NullTracker
-    assert kind(False, True) is NullTracker
+    assert kind(True, False) is Tracker
+    assert kind(False, True) is Tracker
     assert kind(True, False, node="n1", local_main=True) is NodeTracker
-    assert kind(True, False, node=None, local_main=True) is NullTracker
+    assert kind(True, False, node=None, local_main=True) is Tracker
     assert not list(tmp_path.iterdir()), "opening a tracker wrote something"
 
 
-def test_the_null_tracker_takes_everything(tmp_path):
-    tracker = NullTracker()
+def test_the_tracker_that_keeps_nothing_takes_everything(tmp_path):
+    tracker = Tracker()
     tracker.start(3)
     tracker.log({"a": 1.0}, 1, 1)
     tracker.params({})
@@ -320,13 +319,12 @@ def test_what_is_added_later_changes_neither_status_nor_points(tmp_path, monkeyp
     page.parent.mkdir()
     page.write_text("first")
 
-    def add(**more):
-        about = {"pictures": {"sweep": png()}, "files": [page]} | more
-        return tracking.add(run, {"test/swap_accuracy": 0.9}, 20, **about)
+    def add(files=(page,)):
+        return tracking.add(run, {"test/swap_accuracy": 0.9}, 20, files=files)
 
     first = add()
     client = MlflowClient(uri)
-    assert (first.spooled, first.problem) == (3, None) and first.run_id == tracking.run_id_of(run)
+    assert (first.spooled, first.problem) == (2, None) and first.run_id == tracking.run_id_of(run)
     found = client.get_run(first.run_id)
     ended = found.info.end_time
     assert found.info.status == "FAILED" and [p.path for p in client.list_artifacts(first.run_id, "report")]
@@ -356,7 +354,7 @@ def test_what_is_added_waits_for_a_trainer_at_work_and_for_a_store(tmp_path, mon
     tracker.finish("FINISHED")
     with pytest.raises(ValueError, match="not in the run's folder"):
         tracking.add(tmp_path, {}, 1, files=[__file__])
-    held = take_lock(tmp_path / "spool", threading.Event())
+    held = take_lock(tmp_path / "spool", lambda: True)
     added = tracking.add(tmp_path, {"a": 1.0}, 1)
     os.close(held)
     assert added.spooled == 1 and "trainer is at work" in added.problem and tracking.undelivered(tmp_path) == 3
