@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.training.meter import Progress
+    from pipeline.training.loop import Progress
 
 
 def is_first_rank() -> bool:

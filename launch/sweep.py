@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.command import main, show
+from launch.command import main, say_next, show
 from launch.progress import progress_bar, watching_training
 from launch.train import exit_code
 from pipeline.files import write_whole
@@ -19,16 +20,13 @@ if TYPE_CHECKING:
     from pipeline.engine import Ranks
     from pipeline.evaluation import Specification
     from pipeline.evaluation.compare import Compared
-    from pipeline.training.interruption import Interrupted
     from pipeline.training.sweep import Child, Sweep
 
 
 def sweep(
     config: Annotated[
         list[str],
-        typer.Argument(
-            help="a config file, then settings; several values make an axis", metavar="CONFIG KEY=VALUE,VALUE..."
-        ),
+        typer.Argument(help="a config file, then settings; several values make an axis", metavar="CONFIG KEY=VALUE,VALUE..."),
     ],
     folder: Annotated[Path | None, typer.Option(help="of the children's runs; runs/NAME_sweep by default")] = None,
     split: Annotated[
@@ -37,18 +35,10 @@ def sweep(
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
     tables: Annotated[str, typer.Option(help="of each child's evaluation, joined by commas")] = "swap,fidelity,leak,cost",
     checkpoint: Annotated[str, typer.Option(help="which of each child's is evaluated: latest or best")] = "latest",
-    judge_images: Annotated[
-        int | None, typer.Option(help="length of training of a judge where there is none", min=1)
-    ] = None,
-    child: Annotated[
-        int | None, typer.Option(help="only this one, counted from 0, as a job of an array runs it", min=0)
-    ] = None,
-    only_table: Annotated[
-        bool, typer.Option("--table", help="train nothing: the table and the plot of what is there")
-    ] = False,
-    slurm: Annotated[
-        bool, typer.Option("--slurm", help="submit the children as a Slurm array, and the table behind it")
-    ] = False,
+    judge_images: Annotated[int | None, typer.Option(help="length of training of a judge where there is none", min=1)] = None,
+    child: Annotated[int | None, typer.Option(help="only this one, counted from 0, as a job of an array runs it", min=0)] = None,
+    only_table: Annotated[bool, typer.Option("--table", help="train nothing: the table and the plot of what is there")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="submit the children as a Slurm array, and the table behind it")] = False,
     sbatch: Annotated[str, typer.Option(help="words for sbatch, as '--gpus-per-node=1 --time=4:00:00'")] = "",
 ) -> None:
     """Train an experiment at every point of a grid, evaluate each, and plot what swaps cost in reconstruction.
@@ -74,13 +64,8 @@ def sweep(
         how += ["--limit", str(limit)] if limit else []
         _submit(asked, [*config, "--folder", str(asked.folder), *how], shlex.split(sbatch))
         return
-    failed: list[str] = []
-    if not only_table:
-        parent = _parent(asked, ranks)
-        for one in asked.children if child is None else (asked.children[child],):
-            _train(one, parent, asked, ranks, failed)
-            if one.label not in failed:
-                _evaluate(one, specification, ranks)
+    children = () if only_table else asked.children if child is None else (asked.children[child],)
+    failed = _train_and_evaluate(children, asked, specification, ranks)
     leave()
     if ranks.is_main and child is None:
         _conclude(asked, specification)
@@ -90,11 +75,7 @@ def sweep(
 
 
 def _submit(asked: Sweep, words: list[str], options: list[str]) -> None:
-    """One job a child, as an array, and one behind them that makes the table.
-
-    Raises:
-        ValueError: no judge is named (the children would each train the same one); Slurm takes no job.
-    """
+    """Submit a job a child, as an array, and behind them one that makes the table. Judges must be there for all of them."""
     if not asked.base.judges:
         raise ValueError("children in jobs of their own need judges that are there: name them, as judge=[runs/A,runs/B]")
     script = str(Path(__file__).resolve().parent / "slurm" / "sweep.sbatch")
@@ -136,22 +117,43 @@ def _parent(asked: Sweep, ranks: Ranks) -> str | None:
     return tracking.run_id_of(asked.folder) if about.enabled else None
 
 
-def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed: list[str]) -> None:
+def _train_and_evaluate(children: Sequence[Child], asked: Sweep, specification: Specification, ranks: Ranks) -> list[str]:
+    """Bring children to their end and measure them; return the labels of those whose updates were not finite."""
+    from pipeline.training.interruption import Interrupted
+
+    parent, failed = _parent(asked, ranks) if children else None, []
+    try:
+        for child in children:
+            if _train(child, parent, asked, ranks):
+                _evaluate(child, specification, ranks)
+            else:
+                failed.append(child.label)
+    except Interrupted as stopped:
+        if ranks.is_main:
+            typer.echo(f"{stopped}\nthe same command goes on with the sweep", err=True)
+        sys.stdout.flush()
+        sys.exit(exit_code(stopped.reason.exit_code))
+    return failed
+
+
+def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks) -> bool:
     """Train a child to its end: not at all when it is there, from its newest checkpoint when it was broken off.
+
+    Returns:
+        Whether it came to its end; False when its updates were not finite.
 
     Raises:
         ValueError: its folder holds a run of other settings or of other data.
     """
     from pipeline.models import checkpoint
-    from pipeline.training.interruption import Interrupted
     from pipeline.training.run import train
     from pipeline.training.sweep import has_begun, with_parent
 
-    began = has_begun(child)
+    began, finite = has_begun(child), True
     if began and checkpoint.finished(child.folder):
         if ranks.is_main:
             typer.echo(f"{child.label}: trained already")
-        return
+        return True
     ranks.wait()  # all have looked before one writes
     if ranks.is_main:
         number = f"{child.number + 1} of {len(asked.children)}"
@@ -159,32 +161,20 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks, failed:
     try:
         with watching_training() as watch:
             train(with_parent(child, parent), child.folder, resume=began, watch=watch)
-    except Interrupted as stopped:
-        _break_off(stopped, ranks)
     except FloatingPointError as error:
-        failed.append(child.label)
+        finite = False
         if ranks.is_main:
             typer.echo(f"{child.label}: {error}", err=True)
     ranks.wait()  # the main rank has written its end
-
-
-def _break_off(stopped: Interrupted, ranks: Ranks) -> NoReturn:
-    if ranks.is_main:
-        typer.echo(f"{stopped}\nthe same command goes on with the sweep", err=True)
-    sys.stdout.flush()
-    sys.exit(exit_code(stopped.reason.exit_code))
+    return finite
 
 
 def _evaluate(child: Child, specification: Specification, ranks: Ranks) -> None:
     """Evaluate a child, unless that was done for these weights."""
-    from pipeline.training.interruption import Interrupted
     from pipeline.training.sweep import evaluate_child
 
-    try:
-        with progress_bar("records") as progress:
-            files = evaluate_child(child, specification, ranks, progress)
-    except Interrupted as stopped:
-        _break_off(stopped, ranks)
+    with progress_bar("records") as progress:
+        files = evaluate_child(child, specification, ranks, progress)
     if ranks.is_main:
         typer.echo("\n".join(f"wrote {file}" for file in files) if files else f"{child.label}: evaluated already")
 
@@ -202,9 +192,6 @@ def _conclude(asked: Sweep, specification: Specification) -> None:
         compared.append(compare.read(str(child.folder), specification.split, report) if report else None)
     runs = [run for run in compared if run is not None]
     table = sweep.table(asked, compared, specification.split)
-    show(table)
-    for warning in compare.warnings(runs, specification.split):
-        typer.echo(f"note: {warning}")
     files = [write_whole(asked.folder / "report" / f"sweep-{specification.split}.md", evaluation.as_markdown([table]))]
     png = compare.plot(runs, specification.split)
     if png is not None:
@@ -214,9 +201,15 @@ def _conclude(asked: Sweep, specification: Specification) -> None:
     if best is not None and (numbers := compared[best.number]) is not None:
         metrics = {f"chosen/{name}": value for name, value in numbers.metrics.items() if "_to_" not in name}
     tracking.add(asked.folder, metrics, 0, files=files)
+    show(table)
+    for warning in compare.warnings(runs, specification.split):
+        typer.echo(f"note: {warning}")
     for file in files:
         typer.echo(f"wrote {file}")
-    typer.echo(f"next: fader evaluate {best.folder} --report" if best else f"next: fader compare {asked.folder}/*")
+    if best is not None:
+        say_next("evaluate", best.folder, "--report")
+    elif runs:
+        say_next("compare", *(child.folder for child, run in zip(asked.children, compared) if run))
 
 
 if __name__ == "__main__":

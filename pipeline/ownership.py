@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -32,25 +33,15 @@ class Owner:
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, self.what = path, what
-        self._about = json.dumps(
-            {
-                "host": socket.gethostname(),
-                "process": os.getpid(),
-                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                "token": secrets.token_hex(8),
-            }
-        )
+        about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._about = json.dumps({**about, "token": secrets.token_hex(8)})
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._touch, name="owner", daemon=True)
         self.path.write_text(self._about)
         self._thread.start()
 
     def check(self) -> None:
-        """Hold that nobody took the folder over while this process stood still.
-
-        Raises:
-            ValueError: somebody did, and who.
-        """
+        """Raise ValueError, and say who it was, where somebody took the folder over while this process stood still."""
         now = self.path.read_text() if self.path.exists() else ""
         if now != self._about:
             raise ValueError(f"{self.what} was taken over by {_named(now)}, because this process stood still; it ends here")
@@ -113,7 +104,7 @@ def _wait_for_another_machine(path: Path, what: str, locks: bool) -> None:
         ValueError: it lives.
     """
     before, touched = path.read_text(), path.stat().st_mtime_ns
-    if not before or (locks and _host(before) == socket.gethostname()):
+    if not before or (locks and _read(before).get("host") == socket.gethostname()):
         if before:
             log.info("%s was left by %s, which is gone", what, _named(before))
         return
@@ -139,19 +130,18 @@ def _now(folder: Path) -> float:
         probe.unlink()
 
 
-def _host(about: str) -> str | None:
+def _read(about: str) -> dict[str, Any]:
+    """Return what an owner wrote of itself; nothing where that cannot be read."""
     try:
-        return json.loads(about)["host"]
-    except (ValueError, KeyError, TypeError):
-        return None
+        known = json.loads(about)
+        return known if isinstance(known, dict) else {}
+    except ValueError:
+        return {}
 
 
 def _named(about: str) -> str:
-    try:
-        known = json.loads(about)
-        return f"process {known['process']} on {known['host']} (since {known['since']})"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+    known = _read(about)
+    return "process {process} on {host} (since {since})".format(**known) if "process" in known else "another process"
 
 
 def _refusal(what: str, about: str) -> str:

@@ -20,7 +20,7 @@ from fader.draws import key_of
 from fader.method import METHODS, Loss, Method, Optimizer, Phase, Stage, register
 from pipeline.config import build
 from pipeline.loading.plan import salted
-from pipeline.training.assembly import assemble
+from pipeline.training.assembly import Run
 from pipeline.training.interruption import Listener
 from pipeline.training.run import complete
 
@@ -96,8 +96,8 @@ def main() -> None:
     with registered():
         for backend in ("ddp", "deepspeed"):
             experiment = build(tree(faces, backend, engine={"backend": backend}), "test")
-            with Listener() as listener:
-                run = assemble(experiment, out / backend, False, listener)
+            with Listener() as listener, contextlib.ExitStack() as stack:
+                run = Run(experiment, out / backend, False, listener, stack)
                 complete(run)
             state = {"salt": torch.tensor(run.point.salt), **run.engine.state().networks}
             save_file(state, out / f"{backend}-{run.engine.rank}.safetensors")

@@ -1,14 +1,21 @@
-"""What a launcher left in the environment for the engine to take over."""
+"""Read what a launcher left in the environment, and meet the other processes of a launch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
 
 OTHER_WAYS = {  # what Accelerate's launcher sets for ways of training that this system does not know: words and variables
     "FSDP": "ACCELERATE_USE_FSDP",
@@ -16,6 +23,8 @@ OTHER_WAYS = {  # what Accelerate's launcher sets for ways of training that this
     "a parallelism config": "ACCELERATE_USE_PARALLELISM_CONFIG",
     "torch.compile (dynamo)": "ACCELERATE_DYNAMO_BACKEND",
 }
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # where Accelerate looks
+_PATIENCE_SECONDS = {False: 2.0, True: 30.0}  # without and with a launcher; processes that are there meet at once
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's words
 
 
@@ -73,6 +82,41 @@ def refuse_other_ways() -> None:
                 f"the launcher asks for {way} ({name}={os.environ[name]}), which this system does not know; if nobody asked, "
                 "it is a default that `accelerate config` left: name a file, as --config_file launch/accelerate/one_node.yaml"
             )
+
+
+def launched() -> bool:
+    """Return whether a launcher (Accelerate's, torchrun) started this process and watches over it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Say what this process waits for while the processes of a launch look for one another, and let signals end it.
+
+    Torch waits for them outside Python, where no handler is heard, and variables that are left over make it wait for
+    nobody. There is nothing to save yet.
+    """
+    sizes = {name: os.environ[name] for name in _SIZES if os.environ.get(name, "1") not in ("", "1")}
+    if not sizes or dist.is_initialized() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    place = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
+    said = " ".join(f"{name}={value}" for name, value in sizes.items())
+    unset = f"; if no launcher set that, it is left over: end this with Ctrl-C, and 'unset {' '.join(sizes)}'"
+    helps = "" if launched() else unset
+    words = f"waiting at {place} for the other processes of a launch, because the environment says {said}{helps}"
+    timer = threading.Timer(_PATIENCE_SECONDS[launched()], log.warning, (words,))
+    heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in heard.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

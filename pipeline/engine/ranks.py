@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from fader.method import Batch, ReduceSum, identity
-from pipeline.engine.launcher import PRECISION, environment, refuse_other_ways
+from pipeline.engine.launcher import PRECISION, environment, meeting, refuse_other_ways
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Ranks:
         """Make the process group and find the device. Accelerate is not told of DeepSpeed: it would ask for transformers."""
         refuse_other_ways()
         AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
-        with environment("ACCELERATE_USE_DEEPSPEED", "false"):
+        with environment("ACCELERATE_USE_DEEPSPEED", "false"), meeting():
             self.accelerator = Accelerator(
                 cpu=cpu or not torch.cuda.is_available(),
                 mixed_precision=PRECISION[precision],

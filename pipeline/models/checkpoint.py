@@ -56,9 +56,7 @@ def images_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(".").removeprefix(_PREFIX).split(".")[0])
 
 
-def write(
-    run: Path, images: int, state: State, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None
-) -> Path:
+def write(run: Path, images: int, state: State, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> Path:
     """Write one checkpoint; it is there whole or not at all.
 
     Args:
@@ -119,16 +117,9 @@ def remove(checkpoint: Path) -> None:
         log.warning("%s is not removed: %s", checkpoint, error)
 
 
-def at(run: Path, images: int) -> Path:
-    """The checkpoint at so many images seen.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for checkpoint in kept(run):
-        if images_of(checkpoint) == images:
-            return checkpoint
-    raise ValueError(f"{run} has no checkpoint at {images:,} images here; all ranks must see the same folder")
+def at(run: Path, images: int) -> Path | None:
+    """Return the checkpoint at so many images seen; None when there is none."""
+    return next((path for path in kept(run) if images_of(path) == images), None)
 
 
 def latest(run: Path, up_to: float = math.inf) -> Path | None:
@@ -150,10 +141,9 @@ def note_best(run: Path, images: int, about: Mapping[str, Any]) -> None:
 def validated(run: Path) -> Path | None:
     """Return the checkpoint that validation found best; None when none was kept or the one that was is gone."""
     try:
-        images = int(json.loads((folder(run) / _BEST).read_text())["images"])
+        return at(run, int(json.loads((folder(run) / _BEST).read_text())["images"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return next((path for path in kept(run) if images_of(path) == images), None)
 
 
 def named(run: Path, which: str) -> Path:
@@ -171,7 +161,7 @@ def named(run: Path, which: str) -> Path:
     if which == "best":
         checkpoint = validated(run)
     elif which.startswith(_PREFIX) and digits.isdecimal():
-        checkpoint = next((path for path in kept(run) if images_of(path) == int(digits)), None)
+        checkpoint = at(run, int(digits))
     else:
         raise ValueError(f"checkpoint {which!r} is none of latest, best, {_PREFIX}N")
     if checkpoint is None:
@@ -213,11 +203,7 @@ def _is_sound(checkpoint: Path) -> bool:
 
 
 def check(checkpoint: Path) -> None:
-    """Hold a checkpoint against its digests.
-
-    Raises:
-        ValueError: it is unfinished or damaged, and how.
-    """
+    """Hold a checkpoint against its digests; raise ValueError where it is unfinished or damaged, and say how."""
     try:
         digests = json.loads((checkpoint / "digests.json").read_text())
     except (OSError, ValueError):
@@ -235,21 +221,14 @@ def check(checkpoint: Path) -> None:
 
 
 def read(checkpoint: Path) -> tuple[State, dict[str, Any]]:
-    """The state of a verified checkpoint, and its state.json.
-
-    Raises:
-        ValueError: it was written by a later version.
-    """
+    """Return the state of a verified checkpoint and its state.json; raise ValueError where a later version wrote it."""
     extra = json.loads((checkpoint / "state.json").read_text())
     if extra["format"] > FORMAT:
         raise ValueError(f"{checkpoint} has format {extra['format']}, this version reads up to {FORMAT}: upgrade to use it")
-    parts = {}
-    for part in _PARTS:
-        path = checkpoint / f"{part}.safetensors"
-        parts[part] = load_file(path) if path.exists() else {}
     from pipeline.engine import State
 
-    return State(**parts), extra
+    files = {part: checkpoint / f"{part}.safetensors" for part in _PARTS}
+    return State(**{part: load_file(path) if path.exists() else {} for part, path in files.items()}), extra
 
 
 def read_networks(checkpoint: Path, ema: bool = True) -> dict[str, dict[str, Tensor]]:
@@ -258,6 +237,11 @@ def read_networks(checkpoint: Path, ema: bool = True) -> dict[str, dict[str, Ten
     averaged = checkpoint / "ema.safetensors"
     if ema and averaged.exists():
         tensors |= load_file(averaged)
+    return by_network(tensors)
+
+
+def by_network(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Group tensors named "network/key" as state dicts by network."""
     networks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         network, _, key = name.partition("/")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import subprocess
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fader.method import Stage
 from pipeline.config import Experiment, build_method
 from pipeline.data.shards import ShardSet
 from pipeline.engine import Engine
 from pipeline.files import write_whole
-from pipeline.tracking import Tracker, open_tracker
+from pipeline.ownership import Owner, owned
+from pipeline.tracking import open_tracker
 from pipeline.training import watchdog
 from pipeline.training.batches import Batches, Loaders
 from pipeline.training.interruption import STOP_FILE, Listener
@@ -28,22 +29,57 @@ from pipeline.training.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-@dataclass
 class Run:
-    """What one rank's part of a run is made of. point: where it stands. writer: None on all ranks but the main one."""
+    """What one rank's part of a run is made of, ready to go on from its newest sound checkpoint, or to begin.
 
-    experiment: Experiment
-    folder: Path
-    stages: tuple[Stage, ...]
-    engine: Engine
-    loaders: Loaders
-    batches: Batches
-    validation: Validation | None
-    listener: Listener
-    tracker: Tracker
-    writer: CheckpointWriter | None
-    watchdog: Watchdog
-    point: ResumePoint
+    point: where it stands. writer: None on all ranks but the main one.
+
+    Args:
+        stack: holds the run's folder for this process until it is closed.
+
+    Raises:
+        ValueError: what the user gave does not fit together, or another process trains in the folder; nothing was
+            written then.
+    """
+
+    def __init__(self, experiment: Experiment, folder: Path, resume: bool, listener: Listener, stack: ExitStack) -> None:
+        self.experiment, self.folder, self.listener = experiment, folder, listener
+        shards = ShardSet.open(experiment.data.path)
+        torch.manual_seed(experiment.seed)
+        method = build_method(experiment, shards.attributes)
+        self.stages = method.stages()
+        _read_card(folder, resume, shards)
+        judges = named_judges(experiment)
+        self.engine = Engine(method, precision=experiment.precision, seed=experiment.seed, settings=experiment.engine)
+        _check_batch_size(experiment, self.engine.world_size)
+        owner = _own(folder, self.engine, stack)
+        before = _read_card(folder, resume, shards)  # again, because another process may have been here until now
+        if before and self.engine.is_main:
+            _warn_of_other_ranks(experiment, before["world_size"], self.engine.world_size)
+        point = (restore(self.engine, folder) if resume else None) or ResumePoint()
+        self.loaders = Loaders(experiment, self.engine, point.quarantine)
+        self.batches = Batches(experiment, self.engine, shards.split("train"), self.loaders)
+        self.validation: Validation | None = None
+        if experiment.run.evaluate_images or experiment.run.picture_images:
+            whole = lambda split: self.loaders.open(split, whole=True)  # noqa: E731
+            self.validation = Validation(experiment, self.engine, judges, shards, whole)
+        self.engine.wait()
+        self.batches.open()
+        self.tracker = open_tracker(
+            experiment.tracking.enabled, folder, experiment.tracking.experiment, experiment.name, self.engine.is_main,
+            node=self.engine.node, local_main=self.engine.is_local_main,
+        )  # fmt: skip
+        settings = experiment.run
+        self.writer = owner and CheckpointWriter(
+            folder, settings.keep, every_images=settings.keep_every_images, best=settings.keep_best, owner=owner
+        )
+        hung = lambda text: self.tracker.tags({"hung": text})  # noqa: E731
+        self.watchdog = Watchdog(folder, self.engine.rank, self.engine.world_size, settings.watchdog_minutes, hung)
+        self.go_to(point)
+        if self.engine.is_main:
+            _open_folder(self, shards)
+        else:
+            self.tracker.start()
 
     @property
     def images(self) -> int:
@@ -59,56 +95,6 @@ class Run:
         self.point = point
         if self.best_so_far:
             self.best_so_far.load(point.validation)
-
-
-def assemble(experiment: Experiment, folder: Path, resume: bool, listener: Listener) -> Run:
-    """Return a run that is ready to go on from its newest sound checkpoint, or to begin.
-
-    Raises:
-        ValueError: what the user gave does not fit together; nothing was written then.
-    """
-    shards = ShardSet.open(experiment.data.path)
-    torch.manual_seed(experiment.seed)
-    method = build_method(experiment, shards.attributes)
-    before = _read_card(folder, resume, shards)
-    judges = named_judges(experiment)
-    engine = Engine(method, precision=experiment.precision, seed=experiment.seed, settings=experiment.engine)
-    _check_batch_size(experiment, engine.world_size)
-    if before and engine.is_main:
-        _warn_of_other_ranks(experiment, before["world_size"], engine.world_size)
-    point = (restore(engine, folder) if resume else None) or ResumePoint()
-    loaders = Loaders(experiment, engine, point.quarantine)
-    batches = Batches(experiment, engine, shards.split("train"), loaders)
-    validation = None
-    if experiment.run.evaluate_images or experiment.run.picture_images:
-        validation = Validation(experiment, engine, judges, shards, lambda split: loaders.open(split, whole=True))
-    engine.wait()
-    batches.open()
-    tracker = open_tracker(
-        experiment.tracking.enabled, folder, experiment.tracking.experiment, experiment.name, engine.is_main,
-        node=engine.node, local_main=engine.is_local_main,
-    )  # fmt: skip
-    tell = lambda text: tracker.tags({"hung": text})  # noqa: E731
-    run = Run(
-        experiment,
-        folder,
-        method.stages(),
-        engine,
-        loaders,
-        batches,
-        validation,
-        listener,
-        tracker,
-        writer=_writer(experiment, folder) if engine.is_main else None,
-        watchdog=Watchdog(folder, engine.rank, engine.world_size, experiment.run.watchdog_minutes, tell),
-        point=point,
-    )
-    run.go_to(point)
-    if engine.is_main:
-        _open_folder(run, shards)
-    else:
-        tracker.start()
-    return run
 
 
 def _read_card(folder: Path, resume: bool, shards: ShardSet) -> dict[str, Any] | None:
@@ -136,6 +122,28 @@ def _read_card(folder: Path, resume: bool, shards: ShardSet) -> dict[str, Any] |
     return before
 
 
+def _own(folder: Path, engine: Engine, stack: ExitStack) -> Owner | None:
+    """Own the run's folder on the main rank; raise ValueError on every rank where another process has it."""
+    owner = refusal = None
+    if engine.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            owner = stack.enter_context(owned(folder / "owner", str(folder)))
+            stack.callback(_leave_no_trace, folder)
+        except (ValueError, OSError) as error:
+            refusal = error
+    if engine.largest(refusal is not None):
+        raise refusal or ValueError(f"the main rank cannot have {folder}")
+    return owner
+
+
+def _leave_no_trace(folder: Path) -> None:
+    if not (folder / "run.json").exists():
+        (folder / "owner").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def _check_batch_size(experiment: Experiment, ranks: int) -> None:
     """Raise ValueError when a rank's share of a batch cannot be taken in the parts that are asked for."""
     size, parts = experiment.batch_size, experiment.engine.accumulation
@@ -154,11 +162,6 @@ def _warn_of_other_ranks(experiment: Experiment, before: int, now: int) -> None:
             "the epoch under way some records may be read twice and others not; the next epochs are whole",
             before, now,
         )  # fmt: skip
-
-
-def _writer(experiment: Experiment, folder: Path) -> CheckpointWriter:
-    settings = experiment.run
-    return CheckpointWriter(folder, settings.keep, every_images=settings.keep_every_images, best=settings.keep_best)
 
 
 def _open_folder(run: Run, shards: ShardSet) -> None:

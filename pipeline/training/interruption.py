@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.engine.launcher import launched
+
 EXIT_AGAIN = 75  # sysexits' EX_TEMPFAIL: all is saved, and the run wants to go on
 STOP_FILE = "stop"
 _LOOK_SECONDS = 1.0
@@ -42,12 +44,7 @@ class Reason(enum.IntEnum):
         return {Reason.STOP_FILE: "its stop file", Reason.LAUNCHER_GONE: "the end of its launcher"}.get(self, self.name)
 
 
-_SIGNALS = {
-    signal.SIGUSR1: Reason.SIGUSR1,
-    signal.SIGHUP: Reason.SIGHUP,  # the terminal is gone
-    signal.SIGTERM: Reason.SIGTERM,
-    signal.SIGINT: Reason.SIGINT,
-}
+_SIGNALS = {signal.Signals[reason.name]: reason for reason in Reason if reason.name in signal.Signals.__members__}
 
 
 class Interrupted(Exception):
@@ -56,13 +53,6 @@ class Interrupted(Exception):
     def __init__(self, reason: Reason, run: Path, images: int) -> None:
         super().__init__(f"stopped by {reason} after {images:,} images, state saved in {run}")
         self.reason = reason
-        self.run = run
-        self.images = images
-
-
-def launched() -> bool:
-    """Whether a launcher (Accelerate's, torchrun) started this process and watches over it."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 class Listener:

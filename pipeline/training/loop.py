@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from fader.method import Clock
 from pipeline.images import grid, png_bytes
 from pipeline.training.assembly import Run
 from pipeline.training.interruption import Interrupted, Reason
-from pipeline.training.meter import Meter, Progress
 from pipeline.training.recovery import NonFinite, Recovery
 from pipeline.training.steps import steps, total_images
 from pipeline.training.validation import Measured
@@ -20,16 +21,26 @@ log = logging.getLogger(__name__)
 _STEPS_BETWEEN_AGREEMENTS = 4
 
 
-class Loop:
-    """Trains a run.
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is told at each log interval. metrics: means over the interval and over ranks."""
 
-    Args:
-        watch: called on the main rank at each log interval.
-    """
+    clock: Clock
+    total_images: int
+    images_per_second: float
+    metrics: Mapping[str, float]
+
+    @property
+    def seconds_left(self) -> float:
+        return max(self.total_images - self.clock.images, 0) / max(self.images_per_second, 1e-9)
+
+
+class Loop:
+    """Trains a run. watch: called on the main rank at each log interval."""
 
     def __init__(self, run: Run, watch: Callable[[Progress], None] | None = None) -> None:
         self.run, self.watch = run, watch
-        self.meter, self.recovery = Meter(run.engine), Recovery(run)
+        self.recovery, self.images_per_second = Recovery(run), 0.0
         self.total_images = total_images(run.stages, run.experiment.batch_size)
         self.measured = Measured()
 
@@ -45,7 +56,7 @@ class Loop:
 
     def _steps(self) -> None:
         run, first = self.run, self.run.point.position.clock
-        self.meter.start(first.images)
+        self._interval = time.monotonic(), first.images
         with contextlib.closing(run.batches.after(run.point)) as batches:
             for step in steps(run.stages, run.experiment.batch_size, run.point.position):
                 if self._is_stalled():
@@ -72,17 +83,20 @@ class Loop:
 
     def _log(self, clock: Clock) -> None:
         run = self.run
-        metrics, counts = self.meter.read(clock.images)
+        metrics, counts = run.engine.read_report()  # waits for the device
+        began, images = self._interval
+        self._interval = time.monotonic(), clock.images
+        self.images_per_second = (clock.images - images) / max(self._interval[0] - began, 1e-9)
         self.recovery.check(metrics, counts)
         left_out = run.point.quarantine = run.loaders.left_out(run.point.quarantine)
-        rate = {"run/images_per_second": self.meter.images_per_second, "data/quarantined": float(len(left_out))}
+        rate = {"run/images_per_second": self.images_per_second, "data/quarantined": float(len(left_out))}
         run.tracker.log({**metrics, **rate}, clock.images, clock.updates)
         run.loaders.check(left_out)
         self._tell(clock, metrics)
 
     def _tell(self, clock: Clock, metrics: Mapping[str, float]) -> None:
         if self.run.engine.is_main and self.watch:
-            self.watch(Progress(clock, self.total_images, self.meter.images_per_second, metrics))
+            self.watch(Progress(clock, self.total_images, self.images_per_second, metrics))
 
     def _validate(self, clock: Clock) -> bool:
         """Measure part of the validation split; return whether it is the best so far."""
@@ -121,11 +135,7 @@ class Loop:
         run.writer.save(run.images, state, {**point.to_dict(), **about}, metrics, best)
 
     def _end_if_told(self, clock: Clock) -> None:
-        """Save and end when any rank was told to; ranks agree on it every few steps.
-
-        Raises:
-            Interrupted: it was told to.
-        """
+        """Save, and raise Interrupted, when any rank was told to end; ranks agree on it every few steps."""
         run = self.run
         if run.engine.world_size > 1 and clock.updates % _STEPS_BETWEEN_AGREEMENTS:
             return

@@ -83,10 +83,9 @@ class Recovery:
     def _forget_a_best_that_is_gone(self) -> None:
         """Let the next validation be the best, if the best before the return was removed for one that is gone now, too."""
         best_so_far, engine = self.run.best_so_far, self.run.engine
-        best = best_so_far and best_so_far.best
-        if best:
-            there = [checkpoint.images_of(path) for path in checkpoint.kept(self.run.folder)] if engine.is_main else []
-            if engine.largest(engine.is_main and best.images not in there):
+        if best_so_far and best_so_far.best:
+            gone = engine.is_main and checkpoint.at(self.run.folder, best_so_far.best.images) is None
+            if engine.largest(gone):
                 best_so_far.best = None
 
     def _first_state(self) -> State:

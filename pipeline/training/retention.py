@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pipeline.engine import Engine, State
 from pipeline.models import checkpoint
+from pipeline.ownership import Owner
 from pipeline.training.steps import ResumePoint
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,18 @@ def restore(engine: Engine, run: Path, up_to: float = math.inf) -> ResumePoint |
 
     Returns:
         Where the run stood, or None when there is no such checkpoint.
+
+    Raises:
+        ValueError: this rank does not see what the main rank chose.
     """
     newest = checkpoint.latest(run, up_to) if engine.is_main else None
     images = int(engine.largest(-1 if newest is None else checkpoint.images_of(newest)))
     if images < 0:
         return None
-    state, extra = checkpoint.read(checkpoint.at(run, images))
+    chosen = checkpoint.at(run, images)
+    if chosen is None:
+        raise ValueError(f"{run} has no checkpoint at {images:,} images here; all ranks must see the same folder")
+    state, extra = checkpoint.read(chosen)
     engine.load(state)
     if extra["format"] < 2 and engine.is_main:
         log.warning(
@@ -45,12 +52,19 @@ class CheckpointWriter:
         keep: how many of the newest are kept.
         every_images: beside them the first one of each so many images is kept; 0 = none.
         best: beside them the best by each of these metrics is kept.
+        owner: this process as the owner of the run's folder.
     """
 
     def __init__(
-        self, run: Path, keep: int, *, every_images: int = 0, best: Mapping[str, Literal["max", "min"]] | None = None
+        self,
+        run: Path,
+        keep: int,
+        *,
+        every_images: int = 0,
+        best: Mapping[str, Literal["max", "min"]] | None = None,
+        owner: Owner | None = None,
     ) -> None:
-        self.run = run
+        self.run, self.owner = run, owner
         self.keep, self.every_images, self.best = keep, every_images, dict(best or {})
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Path] | None = None
@@ -71,9 +85,23 @@ class CheckpointWriter:
             extra, metrics: as `checkpoint.write` takes them.
             validated_best: what is known of it when validation found it the best so far; it is then kept until a better
                 one comes.
+
+        Raises:
+            ValueError: another process took the folder over while this one stood still.
         """
+
+        def write() -> Path:
+            written = checkpoint.write(self.run, images, state, extra, metrics)
+            if validated_best is not None:
+                checkpoint.note_best(self.run, images, validated_best)
+            for path in self._superfluous(images):
+                checkpoint.remove(path)
+            return written
+
         self.wait()
-        self._pending = self._pool.submit(self._write, images, state, extra, metrics, validated_best)
+        if self.owner:
+            self.owner.check()
+        self._pending = self._pool.submit(write)
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
@@ -90,11 +118,7 @@ class CheckpointWriter:
             self._pending = None
 
     def close(self) -> None:
-        """Wait for the last one.
-
-        Raises:
-            OSError: it could not be saved.
-        """
+        """Wait for the last one; raise OSError where it could not be saved."""
         self.wait()
         self._pool.shutdown()
         if self._error is not None:
@@ -108,21 +132,6 @@ class CheckpointWriter:
         for path in checkpoint.kept(self.run):
             if checkpoint.images_of(path) > images:
                 checkpoint.remove(path)
-
-    def _write(
-        self,
-        images: int,
-        state: State,
-        extra: Mapping[str, Any],
-        metrics: Mapping[str, float] | None,
-        validated_best: Mapping[str, Any] | None,
-    ) -> Path:
-        written = checkpoint.write(self.run, images, state, extra, metrics)
-        if validated_best is not None:
-            checkpoint.note_best(self.run, images, validated_best)
-        for path in self._superfluous(images):
-            checkpoint.remove(path)
-        return written
 
     def _superfluous(self, images: int) -> list[Path]:
         """Return what need not be kept once that of `images` is written; those past it were damaged when the run resumed."""

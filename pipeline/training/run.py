@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.config import Experiment
-from pipeline.training.assembly import Run, assemble
+from pipeline.training.assembly import Run
 from pipeline.training.interruption import Interrupted, Listener
-from pipeline.training.loop import Loop
-from pipeline.training.meter import Progress
+from pipeline.training.loop import Loop, Progress
 
 
-def train(
-    experiment: Experiment, run: Path, *, resume: bool = False, watch: Callable[[Progress], None] | None = None
-) -> Path:
+def train(experiment: Experiment, run: Path, *, resume: bool = False, watch: Callable[[Progress], None] | None = None) -> Path:
     """Train an experiment to its end. Every rank calls it and makes the same steps.
 
     Args:
@@ -26,13 +24,13 @@ def train(
         The run's folder.
 
     Raises:
-        ValueError: what the user gave does not fit together.
+        ValueError: what the user gave does not fit together; another process trains in the folder.
         Interrupted: a signal or a stop file ended it (see `pipeline.training.interruption`); everything is saved.
         FloatingPointError: updates were not finite, again and again after the run went back to a checkpoint.
         OSError: the last checkpoint could not be saved.
     """
-    with Listener() as listener:
-        return complete(assemble(experiment, run, resume, listener), watch)
+    with Listener() as listener, ExitStack() as stack:
+        return complete(Run(experiment, run, resume, listener, stack), watch)
 
 
 def complete(run: Run, watch: Callable[[Progress], None] | None = None) -> Path:
@@ -48,5 +46,7 @@ def complete(run: Run, watch: Callable[[Progress], None] | None = None) -> Path:
         status = "KILLED"
         raise
     finally:
+        if run.writer:
+            run.writer.wait()  # the folder is given up after this
         run.tracker.finish(status)
     return run.folder

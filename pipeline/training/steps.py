@@ -15,14 +15,7 @@ class Position:
     """Where a run stands: its clock, and how many batches of each stream it has read."""
 
     clock: Clock = Clock()
-    counters: Mapping[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"clock": dataclasses.asdict(self.clock), "counters": dict(self.counters)}
-
-    @staticmethod
-    def from_dict(tree: Mapping[str, Any]) -> Position:
-        return Position(Clock(**tree["clock"]), tree["counters"])
+    counters: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,6 @@ class Turn:
 class Step:
     """One global batch's worth of every phase of a stage. clock: as the losses see it. after: where the run then stands."""
 
-    stage: Stage
     turns: tuple[Turn, ...]
     clock: Clock
     after: Position
@@ -58,7 +50,7 @@ def steps(stages: tuple[Stage, ...], batch_size: int, position: Position) -> Ite
             turns += [Turn(phase, stream, first + k) for k in range(phase.repeat)]
             read[stream] = max(read.get(stream, 0), first + phase.repeat)
         after = Position(position.clock.after(batch_size), {**position.counters, **read})
-        yield Step(stage, tuple(turns), position.clock, after)
+        yield Step(tuple(turns), position.clock, after)
         position = after
 
 
@@ -82,9 +74,10 @@ class ResumePoint:
     validation: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "position": self.position.to_dict()}
+        return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> ResumePoint:
         known = {entry.name: tree[entry.name] for entry in dataclasses.fields(ResumePoint) if entry.name in tree}
-        return ResumePoint(**{**known, "position": Position.from_dict(tree["position"])})
+        position = Position(Clock(**tree["position"]["clock"]), tree["position"]["counters"])
+        return ResumePoint(**{**known, "position": position})

@@ -119,11 +119,7 @@ def _short(key: str) -> str:
 
 
 def has_begun(child: Child) -> bool:
-    """Whether the child's folder holds its run.
-
-    Raises:
-        ValueError: it holds a run of other settings or of other data.
-    """
+    """Return whether a child's folder holds its run; raise ValueError where that is of other settings or other data."""
     if not (child.folder / "run.json").is_file():
         return False
     about, data = json.loads((child.folder / "run.json").read_text()), child.experiment.data.path
@@ -147,9 +143,7 @@ def report_of(child: Child, specification: Specification) -> Path:
     return child.folder / "report" / f"{keeping.file_name(specification, variant, len(split))}.json"
 
 
-def evaluate_child(
-    child: Child, specification: Specification, ranks: Ranks, progress: Callable[[int, int], None]
-) -> list[Path]:
+def evaluate_child(child: Child, specification: Specification, ranks: Ranks, progress: Callable[[int, int], None]) -> list[Path]:
     """Evaluate a child and keep its report; return the files, or none when that was done for these weights.
 
     Raises:
@@ -170,14 +164,9 @@ def evaluate_child(
     return files
 
 
-# --- what came of it --------------------------------------------------------------------------------------------------
-
-
 def bound(sweep: Sweep, compared: Sequence[Compared | None]) -> tuple[float, str]:
     """The MSE that the chosen point may have, and what it rests on: λ = 0 where it was swept, else the lowest MSE."""
-    errors = {
-        child.label: run.metrics["mse"] for child, run in zip(sweep.children, compared) if run and "mse" in run.metrics
-    }
+    errors = {child.label: run.metrics["mse"] for child, run in zip(sweep.children, compared) if run and "mse" in run.metrics}
     if not errors:
         return math.inf, "no MSE is known"
     without = [c.label for c in sweep.children if c.label in errors and _is_zero(c.settings.get(_LAMBDA))]

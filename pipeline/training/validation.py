@@ -8,7 +8,6 @@ go into every checkpoint, so that a resumed run decides as an unbroken one does.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pipeline.evaluation.pictures import swapped
 from pipeline.loading.loader import Loader
 from pipeline.loading.plan import sequential
 from pipeline.models import Model
+from pipeline.settings import nearest
 
 BATCH_SIZE = 128
 PICTURE_RECORDS = 6
@@ -78,15 +78,12 @@ class BestSoFar:
         named = [("best", self.metric), ("patience_metric", self.patience_metric)]
         for key, name in (*named, *(("keep_best", metric) for metric in settings.keep_best)):
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                there = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
-                raise ValueError(f"run.{key}: validation measures no {name!r}; {there} (run.evaluate_tables adds more)")
+                raise ValueError(
+                    f"run.{key}: validation measures no {name!r}{nearest(name, known)} (run.evaluate_tables adds more)"
+                )
         self.mse_at_most, self.mse_factor = settings.best_mse, settings.best_mse_factor
         self.patience_images = settings.patience_images
-        self.best: Best | None = None
-        self.lowest_mse = math.inf
-        self.progress: float | None = None  # the best value of the patience's own metric
-        self.progress_images: int | None = None
+        self.load(None)
 
     @property
     def bound(self) -> float:
@@ -102,16 +99,15 @@ class BestSoFar:
         self.lowest_mse = min(self.lowest_mse, math.inf if mse is None else mse)
         new = None if value is None else Best(images, value, mse)
         better = new is not None and (self.best is None or self._rank(new) > self._rank(self.best))
+        progress = better
         if better:
             self.best = new
-        if self.patience_metric == self.metric:
-            progress = better
-        else:
-            value = values.get(self.patience_metric)
+        if self.patience_metric != self.metric:
+            value, before = values.get(self.patience_metric), self.progress
             progress = value is not None and (
-                self.progress is None or score(self.patience_metric, value) > score(self.patience_metric, self.progress)
+                before is None or score(self.patience_metric, value) > score(self.patience_metric, before)
             )
-            self.progress = value if progress else self.progress
+            self.progress = value if progress else before
         if progress or self.progress_images is None:
             self.progress_images = images
         return better
@@ -143,13 +139,12 @@ class BestSoFar:
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Go on from what `state` gave, or from nothing where it is None; what rests on another metric begins anew."""
         state = state or {}
-        self.best, self.lowest_mse, self.progress, self.progress_images = None, math.inf, None, None
-        if state.get("lowest_mse") is not None:
-            self.lowest_mse = state["lowest_mse"]
-        if state.get("metric") == self.metric and state["best"]:
-            self.best = Best(**state["best"])
-        if state.get("patience_metric") == self.patience_metric:
-            self.progress, self.progress_images = state["progress"], state["progress_images"]
+        lowest, best = state.get("lowest_mse"), state.get("best") if state.get("metric") == self.metric else None
+        self.lowest_mse: float = math.inf if lowest is None else lowest
+        self.best = Best(**best) if best else None
+        same = state.get("patience_metric") == self.patience_metric
+        self.progress: float | None = state["progress"] if same else None  # the best value of the patience's own metric
+        self.progress_images: int | None = state["progress_images"] if same else None
 
 
 def score(name: str, value: float) -> float:

@@ -72,7 +72,8 @@ class Watchdog:
         self.folder, self.rank, self.world_size = run / "ranks", rank, world_size
         self.patience = minutes * 60
         self.tell = tell
-        self._started = psutil.Process().create_time()
+        started = psutil.Process().create_time()
+        self._process = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "started": started}
         self._mark = (0, "its start", True)
         self._poll = min(max(self.patience / _POLLS, _POLL_SECONDS[0]), _POLL_SECONDS[1])
         self._over = threading.Event()
@@ -109,9 +110,7 @@ class Watchdog:
                     self._end(verdict, [rank for rank in ranks if self._is_silent(rank)])
 
     def _publish(self, idle: float) -> None:
-        marks, what, slow = self._mark
-        process = {"host": socket.gethostname(), "pid": os.getpid(), "started": self._started}
-        about = {**process, "marks": marks, "what": what, "slow": slow, "idle": idle}
+        about = {**self._process, **dict(zip(("marks", "what", "slow"), self._mark)), "idle": idle}
         try:
             write_whole(self._file(self.rank), json.dumps(about), durable=False)
         except OSError as error:  # a full disk is no reason to end; the other ranks may take this one for silent then
@@ -127,7 +126,7 @@ class Watchdog:
         for rank in range(self.world_size):
             try:
                 silent = max(now - self._file(rank).stat().st_mtime, 0.0)
-                ranks.append(_Rank(rank=rank, silent=silent, **json.loads(self._file(rank).read_text())))
+                ranks.append(_Rank(silent=silent, **json.loads(self._file(rank).read_text())))
             except (OSError, ValueError, TypeError):
                 continue  # not written yet, or gone
         return ranks

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pipeline.config import Experiment, build
 from pipeline.models import checkpoint
 from pipeline.training.interruption import Interrupted
-from pipeline.training.meter import Progress
+from pipeline.training.loop import Progress
 from pipeline.training.run import train
 from tests import imported  # noqa: F401  here, once, what each run would import anew
 from tests.commands import as_rank, free_port

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import ROOT, command, environment
+from tests.commands import ROOT, as_rank, command, environment, free_port, interruptible
 from tests.launch.test_train import CONFIG, checkpoints
 from tests.warm import forked
 
@@ -115,6 +115,20 @@ def test_two_ranks_agree_although_one_alone_heard_it(config, tmp_path):
     third = Attempt(config, run, 2)
     os.killpg(third.process.pid, signal.SIGHUP)  # the launcher hands it on
     assert third.ended()[1] == "129" and third.stopped_by == "SIGHUP"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_variables_that_are_left_over_are_named_and_the_run_ends_when_told(config, tmp_path, number):
+    words = command("launch.train", config, f"run.folder={tmp_path / 'run'}")
+    left_over = environment(**as_rank(0, 2, free_port()))
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=left_over, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=interruptible
+    )
+    line = next((line for line in iter(process.stdout.readline, "") if "waiting at" in line), "")
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == -number
+    assert "the environment says WORLD_SIZE=2" in line and "unset WORLD_SIZE" in line
 
 
 def test_resume_and_continue_are_not_given_together(tmp_path):

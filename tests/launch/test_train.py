@@ -18,6 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config import load
+from pipeline.ownership import owned
+from pipeline.training.run import train
 from tests.commands import ROOT, command, environment, interruptible
 from tests.warm import forked
 
@@ -165,6 +168,27 @@ def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
     done = forked("launch.train", config, f"run.folder={run}", code=2)
     assert f"fader train --resume {run}" in done.stderr
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_second_training_in_a_folder_is_refused_and_told_who_has_it(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for words in ([config, f"run.folder={run}", "method.images=80"], ["--resume", run]):
+        with owned(run / "owner", str(run)):
+            done = forked("launch.train", *words, code=2)
+            assert f"error: {run} belongs to process {os.getpid()} on " in done.stderr
+            assert (run / "owner").read_text(), "the first keeps its name there"
+        forked("launch.train", *words)
+    assert (run / "owner").read_text() == "", "it was given up at the end"
+
+
+def test_a_run_that_was_taken_over_while_it_stood_still_saves_nothing(config, tmp_path):
+    run = tmp_path / "run"
+    experiment = load(config, [f"run.folder={run}", "run.log_images=8", "run.checkpoint_images=0"])
+    taken = json.dumps({"host": "elsewhere", "process": 7, "since": "2026-01-01 00:00:00", "token": "x"})
+    with pytest.raises(ValueError, match="was taken over by process 7 on elsewhere"):
+        train(experiment, run, watch=lambda progress: (run / "owner").write_text(taken))
+    assert not checkpoints(run) and (run / "owner").read_text() == taken
 
 
 def test_a_damaged_checkpoint_is_passed_over(config, unbroken, tmp_path):

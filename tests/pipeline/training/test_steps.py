@@ -9,7 +9,7 @@ import pytest
 
 from fader.method import Clock, Loss, Phase, Stage
 from fader.schedules import ramp
-from pipeline.training.steps import Position, steps
+from pipeline.training.steps import Position, ResumePoint, steps
 
 
 def phase(name: str, **settings) -> Phase:
@@ -24,7 +24,7 @@ STAGES = (
 
 def test_every_step_counts_one_global_batch_and_every_phase_its_repeats():
     unrolled = list(steps(STAGES, 20, Position()))
-    assert [step.stage.name for step in unrolled] == ["gan"] * 4 + ["invert"] * 3
+    assert [step.turns[0].stream.partition("/")[0] for step in unrolled] == ["gan"] * 4 + ["invert"] * 3
     first = unrolled[0]
     assert [(turn.stream, turn.draw) for turn in first.turns] == [("gan/critic", 0), ("gan/critic", 1), ("gan/generator", 0)]
     assert unrolled[3].after.counters == {"gan/critic": 8, "gan/generator": 4}
@@ -60,7 +60,7 @@ def test_a_phase_that_comes_every_few_steps_comes_first_in_the_first_and_reads_i
 @pytest.mark.parametrize("done", range(8))
 def test_going_on_from_anywhere_makes_the_steps_that_are_left(done):
     whole = list(steps(STAGES, 20, Position()))
-    position = Position() if done == 0 else Position.from_dict(whole[done - 1].after.to_dict())
+    position = Position() if done == 0 else ResumePoint.from_dict(ResumePoint(whole[done - 1].after).to_dict()).position
     assert list(steps(STAGES, 20, position)) == whole[done:]
 
 

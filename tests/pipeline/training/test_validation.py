@@ -82,7 +82,7 @@ def test_another_metric_begins_anew():
 def test_a_metric_that_is_not_measured_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="run.best: validation measures no 'swap_acuracy'; did you mean swap_accuracy"):
         best_so_far(best="swap_acuracy")
-    with pytest.raises(ValueError, match="run.patience_metric.*there are: swap_accuracy, mse, psnr.*evaluate_tables"):
+    with pytest.raises(ValueError, match="run.patience_metric.*there are: mse, psnr, swap_accuracy.*evaluate_tables"):
         best_so_far(patience_metric="leak.Smiling")
     with pytest.raises(ValueError, match="run.keep_best: validation measures no 'psrn'; did you mean psnr"):
         best_so_far(keep_best={"mse": "min", "psrn": "max"}, evaluate_images=1)
