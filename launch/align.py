@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from launch.command import describe, main
+from launch.command import describe, main, say_next
 
 if TYPE_CHECKING:
     from pipeline.faces.alignment import Face
@@ -22,9 +22,7 @@ def align(
         list[Path] | None,
         typer.Argument(help="pictures or folders of them, then the folder to write", metavar="PHOTO... OUT"),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="an aligner that refines: run, export or models:/NAME@alias")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="an aligner that refines: run, export or models:/NAME@alias")] = None,
     every_face: Annotated[bool, typer.Option("--all", help="every face of a photo, not the largest alone")] = False,
     format_: Annotated[Literal["png", "jpg"], typer.Option("--format", help="of the pictures it writes")] = "png",
     overwrite: Annotated[bool, typer.Option(help="replace pictures that are in OUT already")] = False,
@@ -72,7 +70,7 @@ def _cut(photos: list[Path], cutter: Cutter) -> None:
         typer.echo(f"wrote {cutter.sheet}: photo and crop side by side{shown}")
     if missed:
         raise ValueError(f"{missed} of {len(photos)} photos left out, as said above")
-    typer.echo(f"next: fader edit {first} --model MODEL --set Smiling=1.5 --out edited")
+    say_next("edit", first, "--model", "MODEL", "--set", "Smiling=1.5", "--out", "edited")
 
 
 def _about(face: Face, number: int, faces: int, every_face: bool) -> str:
@@ -85,9 +83,6 @@ def _about(face: Face, number: int, faces: int, every_face: bool) -> str:
     else:
         words += f", enlarged {1 / face.size:.1f} times"
     return words + ("" if face.sure else "; hardly seen: look at it")
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def _measure(shards: Path, split: str, count: int, model: str | None) -> None:
@@ -110,7 +105,7 @@ def _measure(shards: Path, split: str, count: int, model: str | None) -> None:
     for line in _table(misalignment.measure(records, count, aligner, watch=watch)):
         typer.echo(line)
     if model is None:
-        typer.echo("next: fader train configs/celeba_aligner.yaml, then the same with --model runs/celeba_aligner")
+        say_next("train", "configs/celeba_aligner.yaml")
 
 
 def _table(rows: list[Errors]) -> list[str]:

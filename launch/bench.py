@@ -86,7 +86,7 @@ def data(
     if to:
         to.write_text(json.dumps(figures, indent=1) + "\n")
         typer.echo(f"wrote {to}")
-    typer.echo("next: docs/performance.md says what these figures should be")
+    typer.echo("docs/performance.md says what these figures should be")
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.command import main, show
+from launch.command import main, say_next, show
 from pipeline.files import write_whole
 
 
@@ -32,10 +32,10 @@ def compare(
     png = comparison.plot(compared, split)
     if png is None:
         typer.echo("no plot: no run has both a reconstruction MSE and a swap accuracy")
-        typer.echo(f"next: fader evaluate {' '.join(runs)}")
+        say_next("evaluate", *runs)
     else:
         typer.echo(f"wrote {write_whole(plot, png)}")
-        typer.echo(f"next: fader evaluate {runs[0]} --report")
+        say_next("evaluate", runs[0], "--report")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from launch import values
-from launch.command import main
+from launch.command import main, say_next
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +42,7 @@ def edit(
     align: Annotated[
         Literal["none", "auto"], typer.Option(help="auto: find the face and cut it out as fader align does")
     ] = "none",
-    aligner: Annotated[
-        str | None, typer.Option(help="with --align auto: a model that refines it", metavar="MODEL")
-    ] = None,
+    aligner: Annotated[str | None, typer.Option(help="with --align auto: a model that refines it", metavar="MODEL")] = None,
     paste: Annotated[bool, typer.Option(help="with --set: also the whole photo with the edited face in it")] = False,
 ) -> None:
     """Move the sliders on photos: original, reconstruction and edited pictures as PNG."""
@@ -75,9 +73,10 @@ def edit(
     for path in road.edited(editing, portraits, labels, sliders, sweeps, paste).write(out):
         typer.echo(f"wrote {path}")
     typer.echo("a row is one photo: original, reconstruction, then edited or the steps of a sweep")
-    cutting = " --align auto" * (align == "auto") + (f" --aligner {aligner}" if aligner else "")
-    sweep_one = f"--sweep {loaded.attributes.names[0]}=-2:2:9"
-    typer.echo(f"next: fader edit {photos[0]} --model {model} {sweep_one} --out {out}{cutting}")
+    cutting = [*(["--align", "auto"] if align == "auto" else []), *(["--aligner", aligner] if aligner else [])]
+    name, value = editing.example_slider()
+    moved = ["--sweep", f"{name}=-2:2:9"] if loaded.attributes[0].kind != "k-way" else ["--set", f"{name}={value}"]
+    say_next("edit", photos[0], "--model", model, *moved, "--out", out, *cutting)
 
 
 _ORIGINS = {
@@ -87,9 +86,7 @@ _ORIGINS = {
 }
 
 
-def _about(
-    portraits: Sequence[Portrait], model: Model, labels: torch.Tensor, origins: dict[str, str]
-) -> Iterator[str]:
+def _about(portraits: Sequence[Portrait], model: Model, labels: torch.Tensor, origins: dict[str, str]) -> Iterator[str]:
     """Say how the photos were cut, what they show, and where that comes from."""
     yield from (f"note: {note}" for portrait in portraits for note in portrait.notes)
     for origin, words in _ORIGINS.items():

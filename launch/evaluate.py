@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,7 +104,6 @@ def _evaluate(specification: Specification, page: bool, json_file: Path | None, 
     leave()
     if not ranks.is_main:
         return
-    show_reports(reports)
     written = []
     for model, report in zip(models, reports):
         written += keep(model, report, judges, shards, specification, page)
@@ -111,6 +111,7 @@ def _evaluate(specification: Specification, page: bool, json_file: Path | None, 
         written.append(write_whole(json_file, keeping.as_json(reports)))
     if markdown_file:
         written.append(write_whole(markdown_file, markdown(reports)))
+    show_reports(reports)
     for file in written:
         typer.echo(f"wrote {file}")
     slides = next((model for model in models if makes_pictures(model.method)), models[0])
@@ -185,7 +186,7 @@ def next_command(model: Model) -> str:
 
     if model.source.startswith("models:/") or not makes_pictures(model.method):
         return model.capabilities[0].next_command(model.source)
-    return f"fader register {model.source} --name NAME"
+    return shlex.join(["fader", "register", model.source, "--name", "NAME"])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.command import LARGEST_SEED, main
+from launch.command import LARGEST_SEED, main, say_next
 
 if TYPE_CHECKING:
     from pipeline.data.inspection import Inspection
@@ -39,7 +39,7 @@ def inspect(
     if log:
         _log(report, to, log, name)
     typer.echo(f"\nwrote {', '.join(f'{picture}.png' for picture in report.pictures)} and inspect.txt to {to}")
-    typer.echo("next: write a config whose data.path is this folder (docs/data.md), then fader train CONFIG")
+    say_next("train", "CONFIG", f"data.path={out}")
 
 
 def _folder_for(whole: Path, name: str, local: bool) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launch.command import LARGEST_SEED, main
+from launch.command import LARGEST_SEED, main, say_next
 from launch.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -226,7 +226,8 @@ def upload(
     from pipeline.data import shards
 
     shards.upload(source, address)
-    typer.echo(f"{source} lies at {address} now\nnext: fader train CONFIG data.path={address}")
+    typer.echo(f"{source} lies at {address} now")
+    say_next("train", "CONFIG", f"data.path={address}")
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -268,7 +269,7 @@ def _write(read: Callable[[], Dataset], out: Path, workers: int | None, skip_bad
         raise
     if part.tasks:
         typer.echo(f"task {part.task} of {part.tasks} wrote {len(names):,} shards: {_few(names)}")
-        typer.echo("next, when all tasks are done: the same command with --finish in place of --task and --tasks")
+        typer.echo("when all tasks are done: the same command with --finish in place of --task and --tasks")
     else:
         _tell(written)
 
@@ -289,7 +290,8 @@ def _tell(written: ShardSet) -> None:
     if info["left_out"]:
         first, where = info["left_out"][0]["reason"], written.path / "dataset.json"
         typer.echo(f"left out: {len(info['left_out']):,}, listed in {where}; the first: {first}")
-    typer.echo(f"next: fader inspect {written.path}, or fader verify {written.path}")
+    say_next("inspect", written.path)
+    say_next("verify", written.path)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def promote(
     name: Annotated[str, typer.Argument(help="the registered model", metavar="NAME")],
-    version: Annotated[
-        str, typer.Option(help="what becomes the champion: a version's number or an alias")
-    ] = "challenger",
+    version: Annotated[str, typer.Option(help="what becomes the champion: a version's number or an alias")] = "challenger",
     least: Annotated[
         list[str] | None,
         typer.Option("--min", help="a number that must be at least so high: smiling.swap=0.9", metavar="NAME=VALUE"),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launch import values
-from launch.command import LARGEST_SEED, main
+from launch.command import LARGEST_SEED, main, say_next
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _ACROSS = 8
@@ -46,7 +46,7 @@ def sample(
     for path in written.write(out):
         typer.echo(f"wrote {path}")
     name, value = sampling.example_slider()
-    typer.echo(f"next: fader sample {model} --seed {seed + count} --set {name}={value} --out {out}")
+    say_next("sample", model, "--seed", seed + count, "--set", f"{name}={value}", "--out", out)
 
 
 if __name__ == "__main__":

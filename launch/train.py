@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.command import main
+from launch.command import main, say_next
 from launch.progress import is_first_rank, watching_training
 
 if TYPE_CHECKING:
@@ -57,14 +58,14 @@ def train(
     except Interrupted as stopped:
         leave()
         if is_first_rank():
-            typer.echo(f"{stopped}\ngo on with: fader train --resume {folder}", err=True)
+            typer.echo(f"{stopped}\ngo on with: fader train --resume {shlex.quote(str(folder))}", err=True)
         sys.stdout.flush()
         sys.exit(exit_code(stopped.reason.exit_code))
     except FloatingPointError as error:
         raise ValueError(str(error)) from None
     leave()
     if is_first_rank():
-        typer.echo(_ending(experiment, folder))
+        _say_what_came_of_it(experiment, folder)
         _leave_word(0)
 
 
@@ -116,15 +117,16 @@ def _announcement(experiment: Any, folder: Path, resumed: bool) -> str:
     )
 
 
-def _ending(experiment: Any, folder: Path) -> str:
-    lines = [f"wrote {folder} (config, checkpoints)"]
+def _say_what_came_of_it(experiment: Any, folder: Path) -> None:
+    typer.echo(f"wrote {folder} (config, checkpoints)")
+    if experiment.method_name == "aligner":
+        say_next("align", "PHOTO", "OUT", "--model", folder)
+        return
+    say_next("evaluate", folder)
     if experiment.method_name == "judge":
-        lines.append(f"next: fader train CONFIG judge={folder}")
-    elif experiment.method_name == "aligner":
-        lines.append(f"next: fader align PHOTO... OUT --model {folder}")
+        say_next("train", "CONFIG", f"judge={folder}")
     else:
-        lines.append(f"next: fader evaluate {folder}    or    fader register {folder} --name {experiment.name}")
-    return "\n".join(lines)
+        say_next("register", folder, "--name", experiment.name)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attributes
 from fader.method import METHODS, Method
 from fader.methods.judge import refuse_judges_networks
-from pipeline.images import CROPS, Preprocessing
+from pipeline.images import Preprocessing
 from pipeline.settings import check_keys, describe, method_settings, nearest, translated
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -89,15 +89,9 @@ class DataConfig(BaseModel):
             raise ValueError("an attribute is named twice")
         return names
 
-    @pydantic.field_validator("crop")
-    @classmethod
-    def _known_crop(cls, crop: str) -> str:
-        if crop not in CROPS:
-            raise ValueError(f"is none of {', '.join(sorted(CROPS))}")
-        return crop
-
     @pydantic.model_validator(mode="after")
-    def _sequential_has_its_order(self) -> DataConfig:
+    def _fits_together(self) -> DataConfig:
+        self.preprocessing()  # refuses a crop that it does not know
         if self.loader == "sequential":
             cache = self.cache if self.cache in ("device", "host") else ""
             others = {"window": self.window, "replacement": self.replacement, "balance": self.balance, "cache": cache}
@@ -127,9 +121,7 @@ class RunConfig(BaseModel):
     evaluate_tables: tuple[str, ...] = Field(
         (), description="whole tables for it (swap, fidelity, leak); none = table 1 and MSE, as far as there is a judge"
     )
-    best: str = Field(
-        "", description="metric of the checkpoint that is kept as the best; empty = swap_accuracy (no judge: mse)"
-    )
+    best: str = Field("", description="metric of the checkpoint that is kept as the best; empty = swap_accuracy (no judge: mse)")
     best_mse: float | None = Field(None, ge=0, description="the best's MSE should not exceed this")
     best_mse_factor: float = Field(1.25, ge=0, description="without it: not this times the lowest MSE seen; 0 = no bound")
     patience_images: int = Field(0, ge=0, description="stop after so many images without a better patience_metric")

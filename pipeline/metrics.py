@@ -6,8 +6,9 @@ Nothing here knows of files, ranks or networks. Images are [N, C, H, W] in [-1, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,6 @@ SSIM_FROM = 11  # pixels a side: the window
 MS_SSIM_FROM = 176  # pixels a side: below, the coarsest of MS-SSIM's five scales is smaller than its window
 _MSE_FLOOR = 1e-10  # so that a perfect picture has a finite PSNR: 106.0 dB
 _BOOTSTRAP_CELLS = 4_000_000  # resampling weights held at once: 32 MB in float64
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 _LOWER = ("mse", "shift", "leak", "fid", "kid", "wcis", "bcfid", "wcfid", "judge_ece", "twin_inside", "twin_outside")
@@ -55,11 +53,7 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    _same(images, target)
-    if min(images.shape[-2:]) < SSIM_FROM:
-        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; SSIM's window needs {SSIM_FROM} a side")
-    value = structural_similarity_index_measure(images.float(), target.float(), data_range=PEAK, reduction="none")
-    return value.reshape(len(images)).double()  # type: ignore[union-attr]
+    return _similarity(structural_similarity_index_measure, "SSIM's window needs", SSIM_FROM, images, target)
 
 
 def ms_ssim(images: Tensor, target: Tensor) -> Tensor:
@@ -72,22 +66,20 @@ def ms_ssim(images: Tensor, target: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+    return _similarity(multiscale_structural_similarity_index_measure, "MS-SSIM's five scales need", MS_SSIM_FROM, images, target)
+
+
+def _similarity(measure: Callable[..., Any], needs: str, smallest: int, images: Tensor, target: Tensor) -> Tensor:
     _same(images, target)
-    if min(images.shape[-2:]) < MS_SSIM_FROM:
-        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; MS-SSIM's five scales need {MS_SSIM_FROM}")
-    value = multiscale_structural_similarity_index_measure(
-        images.float(), target.float(), data_range=PEAK, reduction="none"
-    )
-    return value.reshape(len(images)).double()
+    if min(images.shape[-2:]) < smallest:
+        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; {needs} {smallest} a side")
+    return measure(images.float(), target.float(), data_range=PEAK, reduction="none").reshape(len(images)).double()
 
 
 def _same(images: Tensor, target: Tensor) -> None:
     if images.shape != target.shape or images.ndim != 4:
         found = f"{tuple(images.shape)} and {tuple(target.shape)}"
         raise ValueError(f"images are {found}; both must be the same [N, C, H, W]")
-
-
-# --- judged attributes -----------------------------------------------------------------------------------------------
 
 
 def balanced_accuracy(preds: Tensor, labels: Tensor, k: int) -> float:
@@ -98,9 +90,7 @@ def balanced_accuracy(preds: Tensor, labels: Tensor, k: int) -> float:
     Args:
         preds, labels: [N], 0 … k-1.
     """
-    shares = [
-        (preds[labels == value] == value).double().mean().item() for value in range(k) if (labels == value).any()
-    ]
+    shares = [(preds[labels == value] == value).double().mean().item() for value in range(k) if (labels == value).any()]
     return sum(shares) / len(shares) if shares else math.nan
 
 
@@ -127,9 +117,6 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     ranks = (last - (counts.double() - 1) / 2)[place]  # the mean of the ranks that equal scores share
     above = ranks[positive].sum().item() - num_positive * (num_positive + 1) / 2
     return above / (num_positive * num_negative)
-
-
-# --- intervals -------------------------------------------------------------------------------------------------------
 
 
 def calibration_error(confidence: Tensor, right: Tensor, weights: Tensor, bins: int = 15) -> float:
@@ -203,9 +190,6 @@ def interval(resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
     return low, high
 
 
-# --- sliders ---------------------------------------------------------------------------------------------------------
-
-
 def monotonic_share(response: Tensor, fall: float = 0.01, rise: float = 0.05) -> float:
     """Share of records whose response rises along the slider and never turns back.
 
@@ -244,9 +228,6 @@ def effective_range(response: Tensor, positions: Sequence[float]) -> tuple[float
         raise AssertionError("the last share is 1")
 
     return first(0.1), first(0.9)
-
-
-# --- distributions of features ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -289,9 +270,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(float((a.mean - b.mean).square().sum() + traces - 2 * root), 0.0)
 
 
-def kernel_distance(
-    a: Tensor, b: Tensor, *, seed: int, subsets: int = 100, subset_size: int = 1000
-) -> tuple[float, float]:
+def kernel_distance(a: Tensor, b: Tensor, *, seed: int, subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
     """Kernel distance (KID) of two sets of features: unbiased squared MMD with the kernel (x·y / F + 1)³.
 
     Args:
@@ -348,9 +327,7 @@ def inception_scores(probabilities: Tensor, classes: Tensor) -> tuple[float, flo
     return float(total.exp()), float(between.exp()), float(within.exp())
 
 
-def conditional_frechet(
-    real: Sequence[Tensor], generated: Sequence[Tensor], correction: int = 1
-) -> tuple[float, float]:
+def conditional_frechet(real: Sequence[Tensor], generated: Sequence[Tensor], correction: int = 1) -> tuple[float, float]:
     """(BCFID, WCFID): Fréchet distance between the classes' means, and within a class averaged over classes.
 
     Every class weighs alike. BCFID compares the normal distributions of the class means (covariance over classes,

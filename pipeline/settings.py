@@ -132,6 +132,6 @@ def describe(error: pydantic.ValidationError, source: str, *outer: str) -> str:
     first = error.errors()[0]
     place = ".".join(map(str, (*outer, *first["loc"])))
     what = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] == "missing" else f" (found {first['input']!r})"
+    found = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f" (found {first['input']!r})"
     more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     return f"{source}: {place}: {what}{found}{more}"

@@ -53,7 +53,12 @@ Detector = Callable[[np.ndarray], "list[Face]"]
 
 @dataclass(frozen=True)
 class Face:
-    """frame: from CelebA's pixels to the photo's. sure: the detector saw it clearly."""
+    """A face in a photo.
+
+    Args:
+        frame: from CelebA's pixels to the photo's.
+        sure: the detector saw it clearly.
+    """
 
     frame: Similarity
     sure: bool = True
@@ -82,9 +87,6 @@ def opencv() -> ModuleType:
         raise ValueError(f"OpenCV {cv2.__version__} has no cascades: pip install 'opencv-python-headless<5'")
     cv2.setNumThreads(1)
     return cv2
-
-
-# --- finding ----------------------------------------------------------------------------------------------------------
 
 
 def find(photo: np.ndarray, aligner: Model | None = None, detector: Detector | None = None) -> list[Face]:
@@ -131,11 +133,11 @@ def _search(photo: np.ndarray, side: int, step: float, enough: int) -> list[Face
 
 @dataclass(frozen=True)
 class _Box:
-    """A window that the face cascade took for a face, in pixels of the upright picture."""
+    """A window that the face cascade took for a face, in pixels of the upright picture. turn: in degrees."""
 
     center: complex
     side: float
-    turn: float  # degrees
+    turn: float
     votes: int
 
 
@@ -154,9 +156,7 @@ def _boxes(grey: np.ndarray, degrees: float, step: float) -> list[_Box]:
     middle = complex(width - 1, height - 1) / 2
     back = Similarity(factor, complex(size[0] - 1, size[1] - 1) / 2 - factor * middle).inverse()
     turned = _warp(grey, back, size, mirrored=False)  # a mirrored face is a face too
-    windows, votes = _classifier().detectMultiScale2(
-        turned, scaleFactor=step, minNeighbors=2, minSize=(_MIN_FACE, _MIN_FACE)
-    )
+    windows, votes = _classifier().detectMultiScale2(turned, scaleFactor=step, minNeighbors=2, minSize=(_MIN_FACE, _MIN_FACE))
     boxes = [
         _Box(back(complex(x + (w - 1) / 2, y + (h - 1) / 2)), float(w), degrees, int(count))
         for (x, y, w, h), count in zip(windows, votes)
@@ -204,15 +204,8 @@ def _mean(boxes: Sequence[_Box]) -> Similarity:
     return Similarity.between(EYES, (left, right))
 
 
-# --- refining ---------------------------------------------------------------------------------------------------------
-
-
 def refine(photo: np.ndarray, faces: Sequence[Face], aligner: Model, rounds: int = ROUNDS) -> list[Face]:
-    """Correct faces `rounds` times by what the aligner says of its window on them.
-
-    Raises:
-        ValueError: as `check_aligner`.
-    """
+    """Correct faces `rounds` times by what the aligner, which `check_aligner` must take, says of its window on them."""
     method = check_aligner(aligner)
     window = _square(aligner) @ method.window
     pixels = _pixels_of(method.window_size)
@@ -229,11 +222,7 @@ def refine(photo: np.ndarray, faces: Sequence[Face], aligner: Model, rounds: int
 
 
 def load_aligner(source: str | None) -> Model | None:
-    """Load a model that refines where faces are; None for none.
-
-    Raises:
-        ValueError: it is not there, or as `check_aligner`.
-    """
+    """Load a model that refines where faces are, or None; raise ValueError where it is not there or as `check_aligner` does."""
     if source is None:
         return None
     aligner = load(source)
@@ -267,9 +256,6 @@ def _square(aligner: Model) -> Similarity:
 def _pixels_of(size: int) -> Similarity:
     """Return the similarity from pixels of a square to coordinates whose edges are at -1 and 1."""
     return Similarity(complex(2 / size), complex(1, 1) * (1 / size - 1))
-
-
-# --- cutting out ------------------------------------------------------------------------------------------------------
 
 
 def crop(photo: np.ndarray, frame: Similarity, size: tuple[int, int] = CELEBA_SIZE) -> np.ndarray:

@@ -22,7 +22,12 @@ _JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Cut:
-    """What became of a photo. files: one for each of the faces that were cut out. error: why there is none."""
+    """What became of a photo.
+
+    Args:
+        files: one for each of the faces that were cut out.
+        error: why there is none.
+    """
 
     photo: Path
     faces: Sequence[Face] = ()

@@ -66,9 +66,7 @@ def plant(picture: np.ndarray, draws: Draws) -> tuple[np.ndarray, Similarity]:
     smallest, largest = map(math.log, ZOOMS)
     factor = cmath.rect(math.exp(smallest + zoom * (largest - smallest)), math.radians((2 * turn - 1) * MAX_TURN))
     corners = [factor * complex(x, y) for x in (0, width - 1) for y in (0, height - 1)]
-    free = [
-        (-min(side), CANVAS - 1 - max(side)) for side in ([c.real for c in corners], [c.imag for c in corners])
-    ]
+    free = [(-min(side), CANVAS - 1 - max(side)) for side in ([c.real for c in corners], [c.imag for c in corners])]
     place = Similarity(factor, complex(*(a + share * (b - a) for share, (a, b) in zip((across, down), free))))
     around = Image.fromarray(picture).resize((_BLUR, _BLUR), Image.Resampling.BOX).resize((CANVAS,) * 2)
     line = np.arange(CANVAS)

@@ -40,11 +40,7 @@ def listed(paths: Sequence[Path]) -> list[Path]:
 
 
 def read(path: Path) -> Image.Image:
-    """Decode a photo, upright and in colour.
-
-    Raises:
-        ValueError: the file is no picture; its name stands in the message.
-    """
+    """Decode a photo, upright and in colour; raise ValueError with its name where the file is no picture."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name pictures in it, as {path}/*.jpg")
     try:
@@ -57,9 +53,13 @@ def read(path: Path) -> Image.Image:
 class Portrait:
     """A face cut out of a photo as a model reads it.
 
-    name: what messages call the photo, its path. photo: the whole picture, upright. pixels: uint8 [S, S, C].
-    frame: from the pixels of the square to the photo's. shown: the part of the square that shows the photo, not margins:
-    its first and its last pixel, as x + iy. notes: what a person should know of how it was cut.
+    Args:
+        name: what messages call the photo, its path.
+        photo: the whole picture, upright.
+        pixels: uint8 [S, S, C].
+        frame: from the pixels of the square to the photo's.
+        shown: the part of the square that shows the photo, not margins: its first and its last pixel, as x + iy.
+        notes: what a person should know of how it was cut.
     """
 
     name: str

@@ -12,6 +12,7 @@ MLflow pyfunc model "from code": a file of two lines that calls `served_model`, 
     card          what a model's card says of it
     export        a model written to a folder
     versions      a version of a registered model
+    aliases       the champion, moved by one promotion at a time
     serving       what MLflow serves
     store         MLflow, speaking to one store
 """
@@ -24,30 +25,3 @@ from pipeline.models.model import Model
 from pipeline.models.serving import served_model
 from pipeline.models.sliders import Slider
 from pipeline.models.versions import Version, register
-
-__all__ = [
-    "Aligning",
-    "Capability",
-    "Editing",
-    "Judging",
-    "Model",
-    "BLUR",
-    "PANEL_SIZE",
-    "Reader",
-    "Sampling",
-    "Slider",
-    "Version",
-    "aligner",
-    "check_independent",
-    "check_judge",
-    "readers_of",
-    "editor",
-    "export",
-    "judge",
-    "load",
-    "parse_source",
-    "register",
-    "sampler",
-    "served_model",
-    "variant_of",
-]

@@ -7,6 +7,7 @@ or None. A model's capabilities (`Model.capabilities`) also know how a service c
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -46,28 +47,37 @@ def aligner(method: Method) -> Aligns | None:
 class Capability:
     """One thing that a model can do, and how a service calls it: an array and parameters in, an array out.
 
-    takes, gives: the shapes of one row of the two arrays. dtype: of the array that goes in. pictures: a service may give
-    pictures of any size instead. sliders: the answer depends on the parameters `sliders` and `attributes`, JSON objects.
-    use: what the model is meant for.
+    Args:
+        needs, lacks: the protocol of a method that can do it, and what is said of one that cannot.
+        dtype: of the array that goes in.
+        pictures: a service may give pictures of any size instead.
+        sliders: the answer depends on the parameters `sliders` and `attributes`, JSON objects.
+        use: what the model is meant for.
+        takes, gives: the shapes of one row of the two arrays; a picture's unless a class says otherwise.
     """
 
+    needs: ClassVar[type]
+    lacks: ClassVar[str]
     dtype: ClassVar[str] = "float32"
     pictures: ClassVar[bool] = False
     sliders: ClassVar[bool] = False
     use: ClassVar[str]
-    takes: tuple[int, ...]
-    gives: tuple[int, ...]
 
-    def __init__(self, method: Method, source: str) -> None:
-        self.attributes, self.source = method.attributes, source
-        self.pixels = (method.channels, method.image_size, method.image_size)
+    def __init__(self, method: Any, source: str) -> None:
+        if not isinstance(method, self.needs):
+            raise ValueError(f"{source}: {method.name} {self.lacks}")
+        self.method, self.attributes, self.source = method, method.attributes, source
+        self.takes = self.gives = self.pixels = (method.channels, method.image_size, method.image_size)
 
     def summary(self) -> str:
         """Say in a few words what the attributes are for."""
         raise NotImplementedError
 
     def next_command(self, address: str) -> str:
-        """Return the command that a user can try next with the model of this address."""
+        """Return the command that a user can try next with the model of this address, quoted for the shell."""
+        return shlex.join(["fader", *self._next(address)])
+
+    def _next(self, address: str) -> list[str]:
         raise NotImplementedError
 
     def answer(self, array: Any, params: Mapping[str, str]) -> np.ndarray:
@@ -119,21 +129,19 @@ class Capability:
 class Judging(Capability):
     """Read attributes off pictures; a service gets probabilities [N, code_width]."""
 
+    needs, lacks = Judges, "is not a judge"
     use = "measuring whether edits show what was asked for; not for judging people"
     pictures = True
 
     def __init__(self, method: Method, source: str) -> None:
         super().__init__(method, source)
-        asked = judge(method)
-        if asked is None:
-            raise ValueError(f"{source}: {method.name} is not a judge")
-        self.method, self.takes, self.gives = asked, self.pixels, (self.attributes.code_width,)
+        self.gives = (self.attributes.code_width,)
 
     def summary(self) -> str:
         return f"reads: {', '.join(self.attributes.names)}"
 
-    def next_command(self, address: str) -> str:
-        return f"fader train CONFIG judge={address}"
+    def _next(self, address: str) -> list[str]:
+        return ["train", "CONFIG", f"judge={address}"]
 
     def probabilities(self, images: Tensor) -> list[Tensor]:
         """Return one [N, k] block an attribute: the probability of each value; (1 - v, v) of a continuous one.
@@ -158,29 +166,21 @@ class Judging(Capability):
 
 
 class Editing(Capability):
-    """Move sliders on photos.
+    """Move sliders on photos. judge: reads what photos show; without one it is estimated."""
 
-    Args:
-        judge: reads what photos show; without one it is estimated.
-    """
-
+    needs, lacks = Edits, "does not encode and decode; it has no sliders to move"
     use = "research on editing attributes: photos of people who agreed to it, shown as edited"
     pictures = sliders = True
 
     def __init__(self, method: Method, source: str, judge: Judging | None = None) -> None:
         super().__init__(method, source)
-        edits = editor(method)
-        if edits is None:
-            raise ValueError(f"{source}: {method.name} does not encode and decode; it has no sliders to move")
-        self.method, self.judge = edits, judge
-        self.takes = self.gives = self.pixels
+        self.judge = judge
 
     def summary(self) -> str:
         return f"sliders: {', '.join(self.attributes.names)}"
 
-    def next_command(self, address: str) -> str:
-        name, value = self.example_slider()
-        return f"fader edit PHOTO --model {address} --set {name}={value} --out DIR"
+    def _next(self, address: str) -> list[str]:
+        return ["edit", "PHOTO", "--model", address, "--set", "=".join(map(str, self.example_slider())), "--out", "DIR"]
 
     @torch.inference_mode()
     def labels(self, images: Tensor, given: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, str]]:
@@ -258,28 +258,23 @@ class Editing(Capability):
 class Sampling(Capability):
     """Make pictures that nobody photographed, each of a seed of its own; a service takes seeds [N] int64."""
 
+    needs, lacks = Samples, "does not sample pictures"
     use = "research on editing attributes: pictures shown as made by a model"
     dtype = "int64"
     sliders = True
 
     def __init__(self, method: Method, source: str) -> None:
         super().__init__(method, source)
-        samples = sampler(method)
-        if samples is None:
-            raise ValueError(f"{source}: {method.name} does not sample pictures")
-        self.method, self.takes, self.gives = samples, (), self.pixels
+        self.takes = ()
 
     def summary(self) -> str:
         return f"attributes of what it samples: {', '.join(self.attributes.names)}"
 
-    def next_command(self, address: str) -> str:
-        name, value = self.example_slider()
-        return f"fader sample {address} --set {name}={value} --out DIR"
+    def _next(self, address: str) -> list[str]:
+        return ["sample", address, "--set", "=".join(map(str, self.example_slider())), "--out", "DIR"]
 
     @torch.inference_mode()
-    def sample(
-        self, seeds: Tensor, given: Mapping[str, float] | None = None, sliders: Sequence[Slider] = ()
-    ) -> Tensor:
+    def sample(self, seeds: Tensor, given: Mapping[str, float] | None = None, sliders: Sequence[Slider] = ()) -> Tensor:
         """Return one picture for each seed, the same whatever the other seeds are: [N, C, S, S] in [-1, 1].
 
         Args:
@@ -302,24 +297,19 @@ class Sampling(Capability):
 class Aligning(Capability):
     """Say by which similarity the faces in windows are off; a service gets corrections [N, 4]."""
 
+    needs = Aligns
+    lacks = "does not align faces; give a model of the method aligner, as configs/celeba_aligner.yaml trains"
     use = "cutting faces out of photos as the training pictures were cut"
-    gives = (4,)
 
     def __init__(self, method: Method, source: str) -> None:
         super().__init__(method, source)
-        aligns = aligner(method)
-        if aligns is None:
-            raise ValueError(
-                f"{source}: {method.name} does not align faces; "
-                "give a model of the method aligner, as configs/celeba_aligner.yaml trains"
-            )
-        self.method, self.takes = aligns, (method.channels, aligns.window_size, aligns.window_size)
+        self.takes, self.gives = (method.channels, method.window_size, method.window_size), (4,)
 
     def summary(self) -> str:
         return "aligns faces"
 
-    def next_command(self, address: str) -> str:
-        return f"fader align PHOTO... OUT --model {address}"
+    def _next(self, address: str) -> list[str]:
+        return ["align", "PHOTO", "OUT", "--model", address]
 
     @torch.inference_mode()
     def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a model's card says of it, beside what the run or the export itself says."""
+"""Say on a model's card what it is: its method, its numbers and their limits, its terms, the packages it needs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ _PACKAGES = (_OURS, "torch", "safetensors", "numpy", "Pillow", "pydantic", "PyYA
 
 
 def about_method(method: Method) -> dict[str, Any]:
-    """What a card says of the method: enough to build it again, and the parameters of each of its networks."""
+    """Return what a card says of the method: enough to build it again, and the parameters of each of its networks."""
     return {
         "method": method.name,
         "settings": json.loads(json.dumps(method.settings_dict())),
         "networks": {
-            name: sum(parameter.numel() for parameter in network.parameters())
-            for name, network in method.networks.items()
+            name: sum(parameter.numel() for parameter in network.parameters()) for name, network in method.networks.items()
         },
         "attributes": method.attributes.to_list(),
         "image_size": method.image_size,
@@ -73,14 +72,14 @@ def evaluated(run: Path, chosen: Path, variant: str) -> dict[str, Any]:
 
 
 def versions_here() -> dict[str, str]:
-    """The versions of the packages that decide what weights do, of those that are installed."""
-    found = {}
+    """Return the versions of the packages that decide what weights do, of those that are installed."""
+    versions = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def requirements() -> list[str]:
-    """What a served model needs beside this package, as pip reads it (a build's own suffix, "+cpu", is on no index)."""
+    """Return what a served model needs beside our own code, as pip reads it, without suffixes of builds such as "+cpu"."""
     return [f"{name}=={version.partition('+')[0]}" for name, version in versions_here().items() if name != _OURS]

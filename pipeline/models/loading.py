@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,8 @@ ALIAS = "challenger"
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
-def load(
-    source: str | Path,
-    *,
-    checkpoint: str = "latest",
-    ema: bool = True,
-    own_judge: bool = True,
-    attributes: Sequence[str] | None = None,
-) -> Model:
-    """A model for use.
+def load(source: str | Path, *, checkpoint: str = "latest", ema: bool = True, own_judge: bool = True) -> Model:
+    """Load a model for use.
 
     Args:
         source: a run's folder, an export's folder, models:/NAME@ALIAS or models:/NAME/VERSION. RUN@best and
@@ -50,10 +43,9 @@ def load(
         checkpoint: which checkpoint of a run whose source names none: latest (the newest sound one), best or images-N.
         ema: take the averaged weights where there are any.
         own_judge: load the model's judge too, if it names one.
-        attributes: what the model must slide, in any order; None takes any.
 
     Raises:
-        ValueError: nothing is there, it is damaged, or it has other attributes; the message says what to do.
+        ValueError: nothing is there, or it is damaged; the message says what to do.
     """
     folder, which = parse_source(source)
     if which is None and checkpoint != "latest":
@@ -61,25 +53,18 @@ def load(
             raise ValueError(f"{source} is no run: only a run keeps checkpoints to choose from ({checkpoint} was asked for)")
         which = checkpoint
     if str(source).startswith("models:"):
-        model = _from_registry(str(source), ema, own_judge)
-    elif (folder / "card.json").is_file():
-        model = _from_export(folder, ema, own_judge)
-    elif (folder / "config.yaml").is_file():
-        model = _from_run(folder, which or "latest", ema, own_judge)
-    elif not folder.exists():
+        return _from_registry(str(source), ema, own_judge)
+    if (folder / "card.json").is_file():
+        return _from_export(folder, ema, own_judge)
+    if (folder / "config.yaml").is_file():
+        return _from_run(folder, which or "latest", ema, own_judge)
+    if not folder.exists():
         raise ValueError(f"{source}: there is no such folder; give a run, an export or models:/NAME@{ALIAS}")
-    else:
-        raise ValueError(f"{source} is neither a run (config.yaml) nor an export (card.json)")
-    if attributes is not None and set(attributes) != set(model.attributes.names):
-        raise ValueError(
-            f"{source} was trained on {', '.join(model.attributes.names)}, not on {', '.join(attributes)}: "
-            "take a model of the same attributes"
-        )
-    return model
+    raise ValueError(f"{source} is neither a run (config.yaml) nor an export (card.json)")
 
 
 def parse_source(source: str | Path) -> tuple[Path, str | None]:
-    """RUN@best to a folder and "best"; anything else, a folder with @ in its name too, to itself and None."""
+    """Split RUN@best into a folder and "best"; give anything else, also a folder with @ in its name, and None."""
     folder, at, which = str(source).rpartition("@")
     if at and not str(source).startswith("models:") and not Path(source).exists():
         return Path(folder), which
@@ -87,7 +72,7 @@ def parse_source(source: str | Path) -> tuple[Path, str | None]:
 
 
 def variant_of(run: Path, which: str) -> str:
-    """How the names of files about one of a run's checkpoints end: "" for the newest, "-images-64000" for another.
+    """Return how names of files about one of a run's checkpoints end: "" for the newest, "-images-64000" for another.
 
     Raises:
         ValueError: as `pipeline.models.checkpoint.named`.
@@ -166,11 +151,7 @@ def _from_export(folder: Path, ema: bool, own_judge: bool) -> Model:
     attributes = Attributes.from_list(card["attributes"])
     method = kind(settings, attributes, card["image_size"], card["channels"])
     refuse_judges_networks(method)
-    networks: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(weights).items():
-        network, _, key = name.partition("/")
-        networks.setdefault(network, {})[key] = tensor
-    _fill(method, networks, str(folder))
+    _fill(method, checkpoints.by_network(load_file(weights)), str(folder))
     kept = [folder / name for name in judge_folders(card) if own_judge and (folder / name / "card.json").is_file()]
     judges = tuple(_from_export(one, True, False) for one in kept)
     return Model(method, card, attributes, Preprocessing.from_dict(card["preprocessing"]), judges, str(folder))
@@ -202,14 +183,14 @@ def _from_registry(address: str, ema: bool, own_judge: bool) -> Model:
 
 
 def version_of(mlflow: Any, address: str, name: str, alias: str | None, version: str | None) -> Any:
-    """The registered version behind an address.
+    """Return the registered version behind an address.
 
     Raises:
         ValueError: no such name, alias or version; the message lists what there is.
     """
     client, store = mlflow.MlflowClient(), tracking.without_password(mlflow.get_tracking_uri())
     try:
-        there = client.get_registered_model(name)
+        registered = client.get_registered_model(name)
     except mlflow.exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -223,14 +204,14 @@ def version_of(mlflow: Any, address: str, name: str, alias: str | None, version:
     except mlflow.exceptions.MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        aliases = ", ".join(f"@{alias} (version {number})" for alias, number in there.aliases.items())
-        versions = [int(found.version) for found in client.search_model_versions(f"name='{name}'")]
+        aliases = ", ".join(f"@{alias} (version {number})" for alias, number in registered.aliases.items())
+        versions = [int(entry.version) for entry in client.search_model_versions(f"name='{name}'")]
         newest = f", versions up to {max(versions)}" if versions else ""
         raise ValueError(f"{address}: {name} has no such version; it has {aliases or 'no alias'}{newest}") from None
 
 
 def _fill(method: Method, networks: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
-    """Load the weights of the networks that use needs, and let these stand in eval mode; the others go."""
+    """Load the weights of the networks that are needed for use, in eval mode, and drop the other networks."""
     if method.for_use:
         method.networks = {name: method.networks[name] for name in method.for_use}
     missing = sorted(set(method.networks) - set(networks))

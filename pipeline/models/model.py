@@ -19,9 +19,12 @@ from pipeline.models.capabilities import Aligning, Capability, Editing, Judging,
 class Model:
     """A method with its weights, in eval mode, and what is known about it.
 
-    card: what an export's card.json holds. source: where it came from, for messages. run: the folder of the run it is
-    of. variant: which of that run's weights, as its files' names end: "" for the newest as they are used, else such as
-    "-images-64000" or "-raw".
+    Args:
+        card: what an export's card.json holds.
+        source: where it came from, for messages.
+        run: the folder of the run that it is of.
+        variant: which of that run's weights it has, as names of files about them end: "" for the newest as they are
+            used, else such as "-images-64000" or "-raw".
     """
 
     method: Method

@@ -13,7 +13,12 @@ from fader.attributes import Attribute, Attributes
 
 @dataclass(frozen=True)
 class Slider:
-    """One slider: -1 = absent, 1 = present, beyond = exaggerated. category: the value of a k-way attribute it moves."""
+    """One slider and its position.
+
+    Args:
+        category: the value of a k-way attribute that it moves.
+        value: -1 = absent, 1 = present, beyond = exaggerated.
+    """
 
     attribute: str
     category: int | None

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from launch import command, edit, register, sample, sync
+from launch import edit, register, sample, sync
 from pipeline import models
 from tests.commands import launch
 from tests.runs import FADER, JUDGE, make_run, make_store, painter, photo
 from tests.shams import Drawing, registered
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(what, *words):
-        monkeypatch.setattr(sys, "argv", ["fader", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            command.main(what)
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +164,13 @@ def test_the_edited_face_is_pasted_into_its_photo_on_wish(runs, tmp_path, call):
 
 def test_samples_are_made_of_seeds_and_sliders_and_the_next_command_works(tmp_path, call):
     with registered(Drawing):
-        run = make_run(tmp_path / "drawing", {"name": "sham_drawing"})
+        run = make_run(tmp_path / "a drawing", {"name": "sham_drawing"})
         code, said, _ = call(sample.app, run, "--set", "Smiling=1", "--count", "3", "--seed", "7", "--out", tmp_path / "out")
         assert code == 0, said
         names = ["grid.png", "seed-7.png", "seed-8.png", "seed-9.png"]
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
         line = said.splitlines()[-1].removeprefix("next: fader sample ")
-        code, said, _ = call(sample.app, *line.split())
+        code, said, _ = call(sample.app, *shlex.split(line))
         assert code == 0 and "seed-10.png" in said
         code, _, said = call(sample.app, run, "--set", "Smilling=1", "--out", tmp_path / "no")
         assert code == 2 and "did you mean 'Smiling'" in said
@@ -209,9 +195,9 @@ def test_sync_refuses_what_is_no_tracked_run(tmp_path, call):
 
 
 def test_what_is_printed_as_next_works(runs, tmp_path, call):
-    face = photo(tmp_path / "face.png")
+    face = photo(tmp_path / "a face.png")
     _, said, _ = call(edit.app, face, "--model", runs / "painter", "--set", "Smiling=1", "--out", tmp_path / "out")
     [line] = [line for line in said.splitlines() if line.startswith("next: fader edit ")]
-    code, _, said = call(edit.app, *line.removeprefix("next: fader edit ").split())
+    code, _, said = call(edit.app, *shlex.split(line.removeprefix("next: fader edit ")))
     assert code == 0, said
     assert models.load(runs / "painter").attributes.names[0] == "Smiling"
