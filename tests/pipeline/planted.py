@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from pipeline.data.datasets import Dataset
 
 NAMES = ("Bright", "Red_Left", "Odd")
 
@@ -71,3 +74,17 @@ def write_celeba(
         (folder / place).mkdir(exist_ok=True)
         (folder / place / name).write_bytes("".join(line + end for line in lines).encode())
     return folder
+
+
+class Record(NamedTuple):
+    """One record of a set's index."""
+
+    key: str
+    split: str
+    location: str
+    labels: np.ndarray
+    place: str
+
+
+def records(dataset: Dataset) -> Iterator[Record]:
+    return map(Record, dataset.keys, dataset.splits, dataset.locations, dataset.labels, dataset.places)

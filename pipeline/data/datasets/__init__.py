@@ -10,7 +10,7 @@ from pipeline.data.datasets.digits import read_digits
 from pipeline.data.datasets.faces import read_faces
 from pipeline.data.datasets.folders import read_folders
 from pipeline.data.datasets.mnist import read_mnist
-from pipeline.data.datasets.record import SPLITS, Dataset, LeftOut, Record
+from pipeline.data.datasets.record import SPLITS, Dataset, LeftOut
 from pipeline.data.datasets.splits import Shares
 from pipeline.data.datasets.table import read_table
 from pipeline.data.datasets.wds import read_wds
@@ -26,4 +26,4 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "wds": read_wds,
 }
 
-__all__ = ["DATASETS", "SPLITS", "Dataset", "LeftOut", "Record", "Shares"]
+__all__ = ["DATASETS", "SPLITS", "Dataset", "LeftOut", "Shares"]

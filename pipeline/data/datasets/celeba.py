@@ -15,13 +15,11 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from os import PathLike, fspath
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from pipeline.data.datasets.record import Dataset, Faults, LeftOut, key_fault
+from pipeline.data.datasets.index import Index
+from pipeline.data.datasets.record import Dataset, LeftOut, key_fault
 from pipeline.data.datasets.source import Place, Reader
-from pipeline.data.datasets.splits import assign
 
 MASK_HQ = "CelebAMask-HQ-attribute-anno.txt"
 ANNOTATION = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt", "list_attr_celeba.csv", MASK_HQ)
@@ -31,14 +29,6 @@ _EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 _SPLIT_OF = {"0": "train", "1": "valid", "2": "test"}
 
 logger = logging.getLogger(__name__)
-
-
-class _Row(NamedTuple):
-    """A row of the annotation. line: its number in the file. name: of the picture, as it stands there."""
-
-    line: int
-    name: str
-    labels: tuple[int, ...]
 
 
 def read_celeba(
@@ -65,33 +55,20 @@ def read_celeba(
     images = _find(source, IMAGES, "folder of pictures", Place.is_dir)
     if (images / IMAGES[0]).is_dir():  # as Kaggle packs it
         images = images / IMAGES[0]
-    annotation = _find(source, ANNOTATION, "annotation file", Place.is_file)
-    files, faults = [annotation], Faults(skip_bad)
-    names, rows = _read_annotation(annotation, faults)
-    keys, given = list(rows), None
-    if annotation.name != MASK_HQ:
-        files.append(_find(source, PARTITION, "partition file", Place.is_file))
-        split_of = _read_partition(files[1], faults)
-        for key in [key for key in keys if key not in split_of]:
-            row = rows.pop(key)
-            faults.add(key, f"{annotation.name} line {row.line}", f"{row.name} has no row in {files[1].name}")
-        keys = list(rows)
-        given = [split_of[key] for key in keys]
-        _tell_missing(split_of, rows, annotation, files[1], faults)
-    splits, how = assign(keys, given=given)
+    annotation, index = _find(source, ANNOTATION, "annotation file", Place.is_file), Index(skip_bad)
+    partition = None if annotation.name == MASK_HQ else _find(source, PARTITION, "partition file", Place.is_file)
+    split_of = _read_partition(partition, index) if partition else {}
+    names, labels = _read_annotation(annotation, partition, split_of, index)
+    if partition:
+        _tell_missing(split_of, annotation, partition, index)
+    index.locations = _locations(images, index.locations)
+    files = [annotation, partition] if partition else [annotation]
     origin = origin or {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return Dataset(
-        name=name,
-        source=origin if how == "as given" else {**origin, "split": how},
-        attribute_list=[{"name": name, "kind": "binary", "categories": []} for name in names],
-        keys=keys,
-        splits=splits,
-        locations=_locations(images, [row.name for row in rows.values()]),
-        labels=np.array([row.labels for row in rows.values()], np.float32).reshape(len(keys), len(names)),
-        places=[f"{annotation.name} line {row.line}" for row in rows.values()],
-        read=Reader(images),
-        left_out=faults.left_out,
-    )
+    attribute_list = [{"name": name, "kind": "binary", "categories": []} for name in names]
+    dataset = index.dataset(name, origin, attribute_list, labels, Reader(images))
+    if dataset.source["split"] == "as given":
+        del dataset.source["split"]
+    return dataset
 
 
 def _find(source: Place, candidates: tuple[str, ...], what: str, exists: Callable[[Place], bool]) -> Place:
@@ -126,8 +103,10 @@ def _is_csv(path: Place) -> bool:
     return path.name.endswith(".csv")
 
 
-def _read_annotation(path: Place, faults: Faults) -> tuple[list[str], dict[str, _Row]]:
-    """Attribute names, and the row of each key."""
+def _read_annotation(
+    path: Place, partition: Place | None, split_of: dict[str, str], index: Index
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Put the rows into the index; return the attributes' names, and the labels of each record that was taken."""
     lines = _lines(path)
     head = 1 if _is_csv(path) else 2
     if head == 2 and (len(lines) < 2 or len(lines[0]) != 1 or not lines[0][0].isdigit()):
@@ -140,64 +119,61 @@ def _read_annotation(path: Place, faults: Faults) -> tuple[list[str], dict[str, 
     count = len(lines) - head
     if head == 2 and int(lines[0][0]) != count:
         what = "stops short" if count < int(lines[0][0]) else "goes on"
-        faults.add(
-            None,
-            f"{path.name} line {len(lines)}",
-            f"the file {what}: line 1 announces {int(lines[0][0]):,} rows, {count:,} follow",
-        )
+        reason = f"the file {what}: line 1 announces {int(lines[0][0]):,} rows, {count:,} follow"
+        index.fault(None, f"{path.name} line {len(lines)}", reason)
     absent = "0" if count and "0" in lines[head][1:] and "-1" not in lines[head] else "-1"
-    meaning = {"1": 1, absent: 0}
-    rows: dict[str, _Row] = {}
+    meaning, labels = {"1": 1, absent: 0}, []
     for number, cells in enumerate(lines[head:], head + 1):
         name, *values = cells or [""]
-        key, fault = _key(name)
+        key, fault = _key(name), None
         if len(values) != len(names):
             fault = f"{len(values)} values for {len(names)} attributes"
         elif not all(map(meaning.__contains__, values)):
             wrong = next(pair for pair in zip(names, values) if pair[1] not in meaning)
             fault = f"{wrong[0]} is {wrong[1]!r}; 1 or {absent} is needed"
-        elif not fault and key in rows:
-            fault = f"{name} stands in line {rows[key].line} already"
-        if fault:
-            faults.add(key, f"{path.name} line {number}", fault)
-        else:
-            rows[key] = _Row(number, name, tuple(map(meaning.__getitem__, values)))
-    return names, rows
+        elif key is None:
+            fault = f"{name!r} is not the name of a .jpg or .png picture"
+        elif partition and key not in split_of and not key_fault(key):
+            fault = f"{name} has no row in {partition.name}"
+        place = f"{path.name} line {number}"
+        if fault or key is None:
+            index.fault(key or name, place, str(fault))
+        elif index.add(key, name, place, split_of.get(key)):
+            labels.append(tuple(map(meaning.__getitem__, values)))
+    return names, labels
 
 
-def _key(name: str) -> tuple[str, str | None]:
-    """The key of a picture's name, and what is wrong with that name."""
-    key, dot, extension = name.rpartition(".")
-    if f".{extension.lower()}" not in _EXTENSIONS:
-        return name, f"{name!r} is not the name of a .jpg or .png picture"
-    reason = key_fault(key)
-    return key, f"{key!r} {reason}" if reason else None
+def _key(name: str) -> str | None:
+    """The key of a picture's name; None where it is the name of something else."""
+    key, _, extension = name.rpartition(".")
+    return key if f".{extension.lower()}" in _EXTENSIONS else None
 
 
-def _read_partition(path: Place, faults: Faults) -> dict[str, str]:
+def _read_partition(path: Place, index: Index) -> dict[str, str]:
     """The split of each key."""
     splits: dict[str, str] = {}
     lines: dict[str, int] = {}
     head = 1 if _is_csv(path) else 0
     for number, cells in enumerate(_lines(path)[head:], head + 1):
         name, *values = cells or [""]
-        key, fault = _key(name)[0], None
+        key, fault = _key(name) or name, None
         if len(values) != 1 or values[0] not in _SPLIT_OF:
             fault = f"partition of {name!r} is {' '.join(values)!r}; 0 (train), 1 (valid) or 2 (test) is needed"
         elif key in splits:
             fault = f"{name} stands in line {lines[key]} already"
         if fault:
-            faults.add(key, f"{path.name} line {number}", fault)
+            index.fault(key, f"{path.name} line {number}", fault)
         else:
             splits[key], lines[key] = _SPLIT_OF[values[0]], number
     return splits
 
 
-def _tell_missing(splits: Iterable[str], rows: dict[str, _Row], annotation: Place, partition: Place, faults: Faults) -> None:
+def _tell_missing(splits: Iterable[str], annotation: Place, partition: Place, index: Index) -> None:
     """List pictures with a partition and no labels when skipping; else log how many there are. They are no part of the set."""
-    keys = [key for key in splits if key not in rows]
-    if keys and faults.skip:
-        faults.left_out += [LeftOut(key, f"{partition.name}: {key} has no row in {annotation.name}") for key in keys]
+    known = {*index.keys}
+    keys = [key for key in splits if key not in known]
+    if keys and index.skip_bad:
+        index.left_out += [LeftOut(key, f"{partition.name}: {key} has no row in {annotation.name}") for key in keys]
     elif keys:
         logger.warning("%s names %d pictures that have no row in %s", partition.name, len(keys), annotation.name)
 

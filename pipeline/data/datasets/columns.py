@@ -257,3 +257,10 @@ def choose(header: Sequence[str], wanted: Sequence[str], kinds: Sequence[str], o
     if not names:
         raise ValueError(f"no column is left for attributes; there are: {', '.join(header)[:400]}")
     return [Column(name, said.get(name, said.get("*"))) for name in names]
+
+
+def finished(columns: Sequence[Column], count: int) -> tuple[list[dict[str, Any]], np.ndarray, dict[int, str]]:
+    """`Column.finish` of all columns together: the attributes, labels [count, A], and what is wrong with each faulty row."""
+    parts = [column.finish() for column in columns]
+    labels = np.stack([column for _, column, _ in parts], 1) if parts else np.zeros((count, 0), np.float32)
+    return [entry for entry, _, _ in parts], labels, {row: why for _, _, bad in parts for row, why in bad.items()}

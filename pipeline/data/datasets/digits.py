@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset
-from pipeline.data.datasets.splits import Shares, assign
+from pipeline.data.datasets.splits import Shares
 from pipeline.images import png_bytes
 
 
@@ -21,19 +22,11 @@ def read_digits(*, shares: Shares | None = None, skip_bad: bool = False) -> Data
         ValueError: scikit-learn is not installed.
     """
     pictures, labels = _digits()
-    keys = [f"{number:04d}" for number in range(len(pictures))]
-    splits, how = assign(keys, shares=shares)
-    return Dataset(
-        name="digits",
-        source={"package": "scikit-learn", "split": how},
-        attribute_list=[{"name": "digit", "kind": "k-way", "categories": [str(value) for value in range(10)]}],
-        keys=keys,
-        splits=splits,
-        locations=keys,
-        labels=labels.astype(np.float32).reshape(-1, 1),
-        places=[f"digits record {number}" for number in range(len(pictures))],
-        read=read_digit,
-    )
+    index = Index(skip_bad)
+    for number in range(len(pictures)):
+        index.add(f"{number:04d}", f"{number:04d}", f"digits record {number}")
+    entry = {"name": "digit", "kind": "k-way", "categories": [str(value) for value in range(10)]}
+    return index.dataset("digits", {"package": "scikit-learn"}, [entry], labels, read_digit, shares)
 
 
 def read_digit(location: str) -> bytes:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -77,27 +78,18 @@ def draw_twins(seed: int, index: int, name: str, value: int) -> list[Image.Image
     return draw_dressed(others[0], labels, others)
 
 
-@dataclass(frozen=True)
-class _DrawJob:
-    """Faces start … stop-1 to draw, those that are not there yet."""
-
-    source: Path
-    seed: int
-    start: int
-    stop: int
-
-
 def _file_name(index: int) -> str:
     return f"{index + 1:06d}.jpg"
 
 
-def _draw_files(job: _DrawJob) -> None:
-    for index in range(job.start, job.stop):
+def _draw_files(source: Path, seed: int, indices: range) -> None:
+    """Draw those of these faces that are not there yet."""
+    for index in indices:
         tick()
-        path = job.source / IMAGES[0] / _file_name(index)
+        path = source / IMAGES[0] / _file_name(index)
         if not path.exists():
-            with replacing(path, job.source / WORK, durable=False) as file:
-                file.write(jpeg_bytes(draw_face(job.seed, index)))
+            with replacing(path, source / WORK, durable=False) as file:
+                file.write(jpeg_bytes(draw_face(seed, index)))
 
 
 def jpeg_bytes(image: Image.Image) -> bytes:
@@ -127,8 +119,8 @@ def read_faces(
     labels = [face_labels(seed, index) for index in range(count)]
     with owned(source / WORK / "lock", str(source)):
         _claim(source, origin)
-        jobs = [_DrawJob(source, seed, start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-        spread(_draw_files, jobs, workers, count, progress, few=0)
+        jobs = [range(count)[start : start + _CHUNK] for start in range(0, count, _CHUNK)]
+        spread(partial(_draw_files, source, seed), jobs, workers, count, progress, few=0)
         _annotate(source, labels)
     faces = read_celeba(source, skip_bad=skip_bad, name="faces", origin=origin)
     beards = np.array([[label["Beard"]] for label in labels], np.float32)

@@ -15,11 +15,10 @@ import os
 import re
 from collections.abc import Sequence
 
-import numpy as np
-
-from pipeline.data.datasets.record import Dataset, Faults, key_from_name
+from pipeline.data.datasets.index import Index
+from pipeline.data.datasets.record import Dataset, key_from_name
 from pipeline.data.datasets.source import PICTURES, Place, Reader, is_litter, tell_not_taken
-from pipeline.data.datasets.splits import NAMES, Shares, assign
+from pipeline.data.datasets.splits import NAMES, Shares
 
 _DOMAIN = re.compile(r"([a-z]+)([AB])")
 _SPLITS = {name: split for name, split in NAMES.items() if not name.isdigit()}  # folders called 0 and 1 are classes
@@ -54,45 +53,26 @@ def read_folders(
     source = Place(os.fspath(source))
     if not source.is_dir():
         raise ValueError(f"{source} is no folder")
-    files, faults = source.files(), Faults(skip_bad)
-    pictures = _pictures_of_classes(source, files, faults)
-    labels_of = sorted({label for _, _, label in pictures.values()})
-    if len(labels_of) < 2:
+    files, index = source.files(), Index(skip_bad)
+    pictures = _pictures_of_classes(source, files, index)
+    classes = sorted({label for _, _, label in pictures.values()})
+    if len(classes) < 2:
         raise _too_few(source, files)
-    if names and len(names) != len(labels_of):
-        raise ValueError(f"--names gives {len(names)} names for {len(labels_of)} classes: {', '.join(labels_of)}")
+    if names and len(names) != len(classes):
+        raise ValueError(f"--names gives {len(names)} names for {len(classes)} classes: {', '.join(classes)}")
     tell_not_taken(source, [file for file in files if file not in pictures])
-    first: dict[str, str] = {}
-    given, labels = [], []
+    labels = []
     for location, (_, split, label) in sorted(pictures.items(), key=lambda item: (item[1][0].split("/"), item[0])):
-        key = key_from_name(location)
-        if key in first:
-            faults.add(key, location, f"its key {key} is that of {first[key]} already; rename one")
-            continue
-        first[key] = location
-        given.append(split)
-        labels.append(labels_of.index(label))
-    keys, locations = list(first), list(first.values())
-    splits, how = assign(keys, given=None if None in given else given, shares=shares)
-    words = list(names) or labels_of
+        if index.add(key_from_name(location), location, location, split):
+            labels.append(classes.index(label))
+    words = list(names) or classes
     entry = {"name": attribute or "class", "kind": "k-way", "categories": words}
     if len(words) == 2:
         entry = {"name": attribute or words[1], "kind": "binary", "categories": []}
-    return Dataset(
-        name=name,
-        source={"format": "folders", "classes": words, "split": how},
-        attribute_list=[entry],
-        keys=keys,
-        splits=splits,
-        locations=locations,
-        labels=np.array(labels, np.float32).reshape(-1, 1),
-        places=locations,
-        read=Reader(source),
-        left_out=faults.left_out,
-    )
+    return index.dataset(name, {"format": "folders", "classes": words}, [entry], labels, Reader(source), shares)
 
 
-def _pictures_of_classes(source: Place, files: list[str], faults: Faults) -> dict[str, tuple[str, str | None, str]]:
+def _pictures_of_classes(source: Place, files: list[str], index: Index) -> dict[str, tuple[str, str | None, str]]:
     """Folder, split and class of each file that is a record. What looks wrong with the folders is a fault."""
     inside = [file for file in files if "/" in file and not is_litter(file)]
     taken = [file for file in inside if file.lower().endswith(PICTURES)]
@@ -101,7 +81,7 @@ def _pictures_of_classes(source: Place, files: list[str], faults: Faults) -> dic
     domains = {folder: match for folder in folders if (match := _DOMAIN.fullmatch(folder)) and match[1] in _SPLITS}
     splits = {folder for folder in folders if folder.lower() in _SPLITS}
     for stranger in sorted(folders - (domains.keys() or splits or folders)):
-        faults.add(None, f"{source}/{stranger}", f"it holds pictures beside {', '.join(sorted(domains or splits))}")
+        index.fault(None, f"{source}/{stranger}", f"it holds pictures beside {', '.join(sorted(domains or splits))}")
     empty = sorted(set(source.folders()) - folders)
     if empty:
         logger.warning("%s: folders without a picture, which are no classes: %s", source, ", ".join(empty)[:400])
@@ -123,7 +103,7 @@ def _pictures_of_classes(source: Place, files: list[str], faults: Faults) -> dic
             lost.setdefault(place[0], file)
     for folder, file in lost.items():
         words = "shards hold JPEG, PNG and WebP, and it has none of them: convert its pictures to PNG"
-        faults.add(None, f"{source}/{folder}", f"{words} ({file.rpartition('/')[2]})")
+        index.fault(None, f"{source}/{folder}", f"{words} ({file.rpartition('/')[2]})")
     return pictures
 
 

@@ -8,33 +8,23 @@ Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits", yann.
 
 from __future__ import annotations
 
+import gzip
 import math
-import mmap
 import os
 import struct
-from dataclasses import dataclass
-from functools import lru_cache
+import zlib
+from functools import lru_cache, partial
 
 import numpy as np
 
+from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset
-from pipeline.data.datasets.source import Place, describe_missing, unpacked
-from pipeline.data.datasets.splits import Shares, assign
+from pipeline.data.datasets.source import Place, describe_missing
+from pipeline.data.datasets.splits import Shares
 from pipeline.images import MAX_PIXELS, png_bytes
 
 PARTS = {"train": "train", "test": "t10k"}
 FOLDERS = ("", "raw", "MNIST/raw")
-
-
-@dataclass(frozen=True)
-class IdxReader:
-    """Reads picture `PART NUMBER` as a grey PNG."""
-
-    folder: Place
-
-    def __call__(self, location: str) -> bytes:
-        part, _, number = location.partition(" ")
-        return png_bytes(_numbers(_file(self.folder, f"{part}-images-idx3-ubyte"), 3)[int(number)])
 
 
 def read_mnist(
@@ -57,72 +47,58 @@ def read_mnist(
         ValueError: a file is missing, damaged, of another type, or pictures and labels differ in number.
     """
     source = Place(os.fspath(source))
-    first = f"{PARTS['train']}-images-idx3-ubyte"
-    folder = next((f for f in (source / part if part else source for part in FOLDERS) if _has(f, first)), None)
-    if folder is None:
-        raise describe_missing(source, f"{first}.gz or {first}")
-    keys, given, locations, places, labels = [], [], [], [], []
+    folders = [source / part if part else source for part in FOLDERS]
+    folder = next((folder for folder in folders if _find(folder, "train", "images", 3)), source)
+    index, labels = Index(skip_bad), []
     for split, part in PARTS.items():
-        place = _file(folder, f"{part}-labels-idx1-ubyte")
-        values, pictures = _numbers(place, 1), _numbers(_file(folder, f"{part}-images-idx3-ubyte"), 3)
+        place, values = _numbers(folder, part, "labels", 1)
+        _, pictures = _numbers(folder, part, "images", 3)
         if len(values) != len(pictures):
-            raise ValueError(f"{place.name} has {len(values):,} labels for {len(pictures):,} pictures; fetch both again")
+            raise ValueError(f"{place} has {len(values):,} labels for {len(pictures):,} pictures; fetch both again")
         width = max(5, len(str(len(values))))
-        keys += [f"{split}-{number:0{width}d}" for number in range(len(values))]
-        given += [split] * len(values)
-        locations += [f"{part} {number}" for number in range(len(values))]
-        places += [f"{place.name} record {number}" for number in range(len(values))]
+        for number in range(len(values)):
+            index.add(f"{split}-{number:0{width}d}", f"{part} {number}", f"{place} record {number}", split)
         labels += values.tolist()
-    categories = [str(value) for value in range(max(labels, default=0) + 1)]
-    splits, how = assign(keys, given=given, shares=shares)
-    return Dataset(
-        name=name,
-        source={"format": "idx", "split": how},
-        attribute_list=[{"name": attribute, "kind": "k-way", "categories": categories}],
-        keys=keys,
-        splits=splits,
-        locations=locations,
-        labels=np.array(labels, np.float32).reshape(-1, 1),
-        places=places,
-        read=IdxReader(folder),
-    )
+    entry = {"name": attribute, "kind": "k-way", "categories": [str(v) for v in range(max(labels, default=0) + 1)]}
+    return index.dataset(name, {"format": "idx"}, [entry], labels, partial(read_picture, folder), shares)
 
 
-def _has(folder: Place, name: str) -> bool:
-    return (folder / f"{name}.gz").is_file() or (folder / name).is_file()
+def read_picture(folder: Place, location: str) -> bytes:
+    """Picture `PART NUMBER` as a grey PNG."""
+    part, _, number = location.partition(" ")
+    return png_bytes(_numbers(folder, part, "images", 3)[1][int(number)])
 
 
-def _file(folder: Place, name: str) -> Place:
-    for candidate in (name, f"{name}.gz"):
-        if (folder / candidate).is_file():
-            return folder / candidate
-    raise describe_missing(folder, f"{name} or {name}.gz")
+def _find(folder: Place, part: str, what: str, dimensions: int) -> Place | None:
+    name = f"{part}-{what}-idx{dimensions}-ubyte"
+    return next((place for place in (folder / name, folder / f"{name}.gz") if place.is_file()), None)
 
 
 @lru_cache(maxsize=8)
-def _numbers(place: Place, dimensions: int) -> np.ndarray:
-    """The numbers of an idx file, mapped rather than read: uint8, of so many dimensions.
+def _numbers(folder: Place, part: str, what: str, dimensions: int) -> tuple[str, np.ndarray]:
+    """The name of an idx file, and its numbers: uint8, of so many dimensions.
 
     Raises:
-        ValueError: no idx file of unsigned bytes, or shorter or longer than it says.
+        ValueError: it is not there, no idx file of unsigned bytes, or shorter or longer than it says.
     """
-    shape: tuple[int, ...] = ()
-
-    def size_of(head: bytes) -> int:
-        nonlocal shape
-        if len(head) < 4 + 4 * dimensions or head[:2] != b"\0\0" or head[2:4] != bytes((8, dimensions)):
-            raise ValueError(f"{place} is no idx file of unsigned bytes with {dimensions} dimensions; fetch it again")
-        shape = struct.unpack(f">{dimensions}I", head[4:])
-        if dimensions == 3 and not 0 < shape[1] * shape[2] <= MAX_PIXELS:
-            raise ValueError(f"{place} says its pictures are {shape[2]}x{shape[1]}; fetch it again")
-        return len(head) + math.prod(shape)
-
-    with unpacked(place, 4 + 4 * dimensions, size_of) as file:
-        expected, size = 4 + 4 * dimensions + math.prod(shape), os.fstat(file.fileno()).st_size
-        if expected != size:
-            much = f"{size:,} bytes" if size < expected else "more bytes than that"
-            raise ValueError(f"{place} says it is {expected:,} bytes and holds {much}: damaged; fetch it again")
-        if not shape[0]:
-            return np.zeros(shape, np.uint8)
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    place = _find(folder, part, what, dimensions)
+    if place is None:
+        raise describe_missing(folder, f"{part}-{what}-idx{dimensions}-ubyte or {part}-{what}-idx{dimensions}-ubyte.gz")
+    with place.open() as raw:
+        file = gzip.GzipFile(fileobj=raw) if place.name.endswith(".gz") else raw
+        try:
+            head = file.read(4 + 4 * dimensions)
+            if len(head) < 4 + 4 * dimensions or head[:4] != bytes((0, 0, 8, dimensions)):
+                raise ValueError(f"{place} is no idx file of unsigned bytes with {dimensions} dimensions; fetch it again")
+            shape = struct.unpack(f">{dimensions}I", head[4:])
+            if dimensions == 3 and not 0 < shape[1] * shape[2] <= MAX_PIXELS:
+                raise ValueError(f"{place} says its pictures are {shape[2]}x{shape[1]}; fetch it again")
+            data, size = bytearray(), math.prod(shape)
+            while len(data) <= size and (more := file.read(1 << 20)):  # never much more than it says
+                data += more
+        except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{place} is damaged ({error}); fetch it again") from error
+    if len(data) != size:
+        much = f"{len(data):,} bytes" if len(data) < size else "more bytes than that"
+        raise ValueError(f"{place} says it holds {size:,} bytes of numbers and holds {much}: damaged; fetch it again")
+    return place.name, np.frombuffer(data, np.uint8).reshape(shape)

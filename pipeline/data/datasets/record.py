@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,20 +16,6 @@ if TYPE_CHECKING:  # processes that pack shards import this file and need no tor
 
 SPLITS = ("train", "valid", "test")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
-
-
-class Record(NamedTuple):
-    """One record of the index.
-
-    key: its name, the stem of its members in a tar. split: train, valid or test. location: what `Dataset.read` turns
-    into bytes. labels: [A], in the order of the set's attributes. place: where it is declared, for error messages.
-    """
-
-    key: str
-    split: str
-    location: str
-    labels: np.ndarray
-    place: str
 
 
 class LeftOut(NamedTuple):
@@ -71,16 +57,11 @@ class Dataset:
             raise ValueError(
                 f"labels are {self.labels.shape}; {shape[0]} records with {shape[1]} attributes need {shape}"
             )
-        if len({*self.keys}) == len(self.keys) and {*self.splits} <= {*SPLITS} and all(map(_KEY.fullmatch, self.keys)):
-            return
-        first: dict[str, int] = {}
-        for row, (key, split) in enumerate(zip(self.keys, self.splits, strict=True)):
-            if split not in SPLITS:
-                raise ValueError(f"{self.places[row]}: split {split!r} is none of {', '.join(SPLITS)}")
-            reason = key_fault(key) or (f"stands at {self.places[first[key]]} already" if key in first else None)
-            if reason:
-                raise ValueError(f"{self.places[row]}: {key!r} {reason}")
-            first[key] = row
+        if len({*self.keys}) < len(self.keys) or not {*self.splits} <= {*SPLITS}:
+            raise ValueError(f"{self.name}: a key stands twice, or a split is none of {', '.join(SPLITS)}")
+        for key, place in zip(self.keys, self.places, strict=True):
+            if fault := key_fault(key):
+                raise ValueError(f"{place}: {fault}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -91,10 +72,6 @@ class Dataset:
 
         return Attributes.from_list(self.attribute_list)
 
-    @property
-    def records(self) -> Iterator[Record]:
-        return map(Record, self.keys, self.splits, self.locations, self.labels, self.places)
-
     def digest(self) -> str:
         """sha256 of the index: name, source, attributes, keys, splits and labels. Paths and places are not in it."""
         head = json.dumps([self.name, self.source, self.attribute_list], sort_keys=True)
@@ -103,19 +80,6 @@ class Dataset:
             digest.update("\n".join(part).encode())
         digest.update(np.ascontiguousarray(self.labels, "<f4").tobytes())
         return digest.hexdigest()
-
-
-class Faults:
-    """Raises at the first fault of an index, or collects them all when told to skip."""
-
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
-        self.left_out: list[LeftOut] = []
-
-    def add(self, key: str | None, place: str, reason: str) -> None:
-        if not self.skip:
-            raise ValueError(f"{place}: {reason}; mend the file, or leave such records out with --skip-bad")
-        self.left_out.append(LeftOut(key, f"{place}: {reason}"))
 
 
 def key_from_name(name: str) -> str:
@@ -137,4 +101,4 @@ def key_fault(key: str) -> str | None:
     """Why a key cannot name members of a tar, or None: it must be a plain name, so that nothing escapes a folder."""
     if _KEY.fullmatch(key):
         return None
-    return "is no plain name; letters, digits, '-' and '_', at most 90 of them, make a key"
+    return f"{key[:100]!r} is no plain name; letters, digits, '-' and '_', at most 90 of them, make a key"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import logging
 import os
-import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +20,6 @@ logger = logging.getLogger(__name__)
 RETRIES, FIRST_WAIT_SECONDS = 6, 0.5  # 15 seconds of pauses in all
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 """Extensions of what counts as a picture when a folder is listed."""
-_PART = 1 << 16
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
 """Names, in small letters, of what operating systems leave in folders."""
 
@@ -75,14 +70,11 @@ class Place:
         protocol, slashes, path = first.partition("://")
         return Place(f"{protocol}{slashes}{path.rstrip('/').rpartition('/')[0]}{chain}{rest}")
 
-    def with_name(self, name: str) -> Place:
-        return self.parent / name
-
     def is_file(self) -> bool:
-        return self._ask(lambda system, path: system.isfile(path)) if self.remote else os.path.isfile(self.address)
+        return self._ask(lambda system, path: system.isfile(path))
 
     def is_dir(self) -> bool:
-        return self._ask(lambda system, path: system.isdir(path)) if self.remote else os.path.isdir(self.address)
+        return self._ask(lambda system, path: system.isdir(path))
 
     def read_bytes(self) -> bytes:
         """The whole file: for pictures and annotations.
@@ -90,9 +82,7 @@ class Place:
         Raises:
             OSError: it cannot be read.
         """
-        if self.remote:
-            return self._ask(lambda system, path: system.cat_file(path))
-        return _read(self.address)
+        return self._ask(lambda system, path: system.cat_file(path))
 
     def open(self) -> BinaryIO:
         """The file, to be read part by part.
@@ -100,7 +90,7 @@ class Place:
         Raises:
             OSError: it cannot be opened.
         """
-        return self._ask(lambda system, path: system.open(path, "rb")) if self.remote else open(self.address, "rb")
+        return self._ask(lambda system, path: system.open(path, "rb"))
 
     def read_part(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on; fewer where the file ends before.
@@ -108,10 +98,7 @@ class Place:
         Raises:
             OSError: it cannot be read.
         """
-        if self.remote:
-            return self._ask(lambda system, path: system.cat_file(path, start=offset, end=offset + size))
-        with open(self.address, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
+        return self._ask(lambda system, path: system.cat_file(path, start=offset, end=offset + size))
 
     def size(self) -> int | None:
         """Bytes of the file that lies here; None where there is none.
@@ -119,9 +106,7 @@ class Place:
         Raises:
             OSError: the address does not answer.
         """
-        if self.remote:
-            return self._ask(lambda system, path: system.size(path) if system.isfile(path) else None)
-        return os.stat(self.address).st_size if self.is_file() else None
+        return self._ask(lambda system, path: system.size(path) if system.isfile(path) else None)
 
     def write_file(self, path: str | os.PathLike[str]) -> None:
         """Copy a local file to this address.
@@ -143,12 +128,8 @@ class Place:
         Raises:
             OSError: it cannot be listed.
         """
-        if self.remote:
-            entries = self._ask(lambda system, path: system.ls(path, detail=True))
-            names = [e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory"]
-        else:
-            with os.scandir(self.address) as listing:
-                names = [entry.name for entry in listing if entry.is_dir()]
+        entries = self._ask(lambda system, path: system.ls(path, detail=True))
+        names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
         return sorted(name for name in names if not is_litter(name))
 
     def files(self) -> list[str]:
@@ -165,7 +146,7 @@ class Place:
         """What the file system answers.
 
         Raises:
-            OSError: it does not, after some trials; libraries behind fsspec raise kinds of their own.
+            OSError: it does not, at an address after some trials; libraries behind fsspec raise kinds of their own.
         """
         for trial in range(RETRIES):
             try:
@@ -175,18 +156,21 @@ class Place:
             except (ImportError, ValueError) as error:
                 raise ValueError(f"{self.address} cannot be opened: {error}") from error
             except Exception as error:
+                if not self.remote:
+                    raise
                 if trial == RETRIES - 1:
-                    raise OSError(f"{self.address} cannot be read, tried {RETRIES} times: {_words_of(error)}") from error
+                    words = str(error) or type(error).__name__
+                    raise OSError(f"{self.address} cannot be read, tried {RETRIES} times: {words}") from error
             time.sleep(FIRST_WAIT_SECONDS * 2**trial)
         raise AssertionError("unreachable")
 
 
-def _words_of(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
 def _file_system(address: str) -> tuple[AbstractFileSystem, str]:
     """fsspec's file system for an address, and the path in it; fsspec keeps its connections, archives are kept here."""
+    if not is_remote(address):
+        from fsspec.implementations.local import LocalFileSystem
+
+        return LocalFileSystem(), os.path.abspath(address)
     first, chain, rest = address.partition("::")
     if not chain:
         return _opened(address)
@@ -248,55 +232,8 @@ class Reader:
     def __call__(self, name: str) -> bytes:
         if self.folder.remote or is_remote(name) or name.startswith("~"):
             return (self.folder / name).read_bytes()
-        return _read(os.path.join(self.folder.address, name))
-
-
-def _read(path: str) -> bytes:
-    """Read a local file; a small one in half the time that `open` takes."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        data = os.read(handle, _PART)
-        if len(data) < _PART:
-            return data
-        parts = [data]
-        while part := os.read(handle, 1 << 20):
-            parts.append(part)
-        return b"".join(parts)
-    finally:
-        os.close(handle)
-
-
-def unpacked(place: Place, head_size: int, size_of: Callable[[bytes], int]) -> BinaryIO:
-    """A local file of the same content, unpacked, that can be mapped: the file itself, or one that vanishes with its last
-    reader. It may have any number of bytes, because they are in the page cache.
-
-    Args:
-        head_size: bytes that say how long the whole is.
-        size_of: how long it is, by those; no more is unpacked (and one byte, so that a longer file shows).
-
-    Raises:
-        ValueError: the packed file is damaged; and what `size_of` raises.
-        OSError: it cannot be read, or the disk is full.
-    """
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(place.open())
-        try:
-            if place.name.endswith(".gz"):
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            most = size_of(file.read(head_size)) + 1
-            file.seek(0)
-            if not place.remote and not place.name.endswith(".gz"):
-                stack.pop_all()
-                return file
-            out = tempfile.TemporaryFile(prefix="fader-")
-            while most and (part := file.read(min(most, 1 << 20))):
-                out.write(part)
-                most -= len(part)
-        except (zlib.error, EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{place} is damaged ({error}); fetch it again") from error
-    out.flush()
-    out.seek(0)
-    return out
+        with open(os.path.join(self.folder.address, name), "rb", buffering=0) as file:
+            return file.read()
 
 
 def describe_missing(place: Place, what: str) -> ValueError:

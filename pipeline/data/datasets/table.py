@@ -8,15 +8,13 @@ import io
 import os
 import re
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from pipeline.data.datasets.columns import Column, choose, is_unknown, plain, text_of
-from pipeline.data.datasets.record import Dataset, Faults, key_fault, key_from_name
+from pipeline.data.datasets.columns import choose, finished, text_of
+from pipeline.data.datasets.index import Index
+from pipeline.data.datasets.record import Dataset, key_from_name
 from pipeline.data.datasets.source import Place, Reader, describe_missing
-from pipeline.data.datasets.splits import NAMES, Shares, assign
+from pipeline.data.datasets.splits import Shares
 
 INDEX_NAMES = ("Unnamed: 0", "__index_level_0__")
 """What pandas calls an index that has no name, when it reads one from a CSV or writes one to Parquet: no attribute."""
@@ -25,77 +23,6 @@ _DELIMITER = re.compile(r'"?sep=(.)"?\s*')
 
 Row = tuple[int, Sequence[Any]]
 """(line or row number as a person counts it, cells)"""
-
-
-@dataclass
-class Rows:
-    """The light index while it grows: one entry a record in each list, one cell in each column.
-
-    grouped: records of one group stand in one split; a record whose group is unknown stands alone.
-    """
-
-    faults: Faults
-    columns: list[Column]
-    grouped: bool = False
-    keys: list[str] = field(default_factory=list)
-    locations: list[str] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    splits: list[str | None] = field(default_factory=list)
-    groups: list[str | None] = field(default_factory=list)
-
-    def add(
-        self, key: str, location: str, place: str, cells: Sequence[Any], split: str | None = None, group: str = ""
-    ) -> bool:
-        """Take one record, unless it is wrong. split: as the set calls it, None when the set gives none."""
-        fault = key_fault(key)
-        if fault:
-            self.faults.add(key, place, f"key {key[:100]!r} {fault}")
-            return False
-        given = None if split is None else NAMES.get(plain(split).lower())
-        if split is not None and given is None:
-            self.faults.add(key, place, f"split is {split!r}; train, valid or test is needed")
-            return False
-        self.keys.append(key)
-        self.locations.append(location)
-        self.places.append(place)
-        self.splits.append(given)
-        if self.grouped:
-            self.groups.append(None if is_unknown(group) else plain(group))
-        for column, cell in zip(self.columns, cells, strict=True):
-            column.add(cell)
-        return True
-
-    def dataset(self, name: str, source: dict[str, Any], read: Any, shares: Shares | None) -> Dataset:
-        """The index, without records whose cells are wrong or whose key an earlier record has."""
-        labels, entries, bad = np.zeros((len(self.keys), len(self.columns)), np.float32), [], {}
-        for j, column in enumerate(self.columns):
-            entry, labels[:, j], wrong = column.finish()
-            entries.append(entry)
-            bad |= wrong
-        first: dict[str, int] = {}
-        for row, key in enumerate(self.keys):
-            if row not in bad and first.setdefault(key, row) != row:
-                bad[row] = f"key {key[:100]!r} stands at {self.places[first[key]]} already"
-        for row in sorted(bad):
-            self.faults.add(self.keys[row], self.places[row], bad[row])
-        rows = [row for row in range(len(self.keys)) if row not in bad]
-        keys, locations, places, given = (
-            [part[row] for row in rows] for part in (self.keys, self.locations, self.places, self.splits)
-        )
-        groups = [self.groups[row] for row in rows] if self.grouped else None
-        splits, how = assign(keys, given=None if None in given else given, groups=groups, shares=shares)
-        return Dataset(
-            name=name,
-            source={**source, "split": how},
-            attribute_list=entries,
-            keys=keys,
-            splits=splits,
-            locations=locations,
-            labels=labels[rows],
-            places=places,
-            read=read,
-            left_out=self.faults.left_out,
-        )
 
 
 def read_table(
@@ -136,32 +63,28 @@ def read_table(
             hint = "; name the column of picture paths with --path" if column == path else ""
             raise ValueError(f"{source.name} has no column {column!r}{hint}; it has: {', '.join(header)[:400]}")
     columns = choose(header, attributes, kinds, [*others, *(name for name in header if name in INDEX_NAMES)])
-    index = Rows(Faults(skip_bad), columns, grouped=bool(group))
+    index = Index(skip_bad, grouped=bool(group))
     at = {column: number for number, column in enumerate(header)}
-    taken = [at[column.name] for column in columns]
     for number, cells in rows:
         place = f"{source.name} line {number}"
         if len(cells) != len(header):
-            index.faults.add(None, place, f"{len(cells)} cells for {len(header)} columns")
+            index.fault(None, place, f"{len(cells)} cells for {len(header)} columns")
             continue
         location = text_of(cells[at[path]])
         if not location or "\0" in location:
-            index.faults.add(None, place, f"no picture path in column {path}")
+            index.fault(None, place, f"no picture path in column {path}")
             continue
         name_of = text_of(cells[at[key]]) if key else key_from_name(location)
         if name_of in ("", "nan"):
-            index.faults.add(None, place, f"no key in column {key}")
+            index.fault(None, place, f"no key in column {key}")
             continue
-        index.add(
-            name_of,
-            location,
-            place,
-            [cells[column] for column in taken],
-            text_of(cells[at[split]]) if split and not shares else None,
-            text_of(cells[at[group]]) if group else "",
-        )
-    base = Place(images) if images else source.parent
-    return index.dataset(name, {source.name: _sha256(source)}, Reader(base), shares)
+        given = text_of(cells[at[split]]) if split and not shares else None
+        if index.add(name_of, location, place, given, text_of(cells[at[group]]) if group else ""):
+            for column in columns:
+                column.add(cells[at[column.name]])
+    read = Reader(Place(images) if images else source.parent)
+    entries, labels, bad = finished(columns, len(index.keys))
+    return index.dataset(name, {source.name: _sha256(source)}, entries, labels, read, shares, bad)
 
 
 def read_header(source: Place) -> list[str]:

@@ -12,13 +12,14 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from pipeline.data.datasets.columns import Column, Kind, text_of
-from pipeline.data.datasets.record import Dataset, Faults, key_fault, key_from_name
+from pipeline.data.datasets.columns import Column, Kind, finished, text_of
+from pipeline.data.datasets.index import Index
+from pipeline.data.datasets.record import Dataset, key_fault, key_from_name
 from pipeline.data.datasets.source import PICTURES, Place, describe_missing, is_litter
 from pipeline.data.datasets.splits import NAMES, Shares
-from pipeline.data.datasets.table import Rows
 
 IMG2DATASET = (
     "caption url key status error_message width height original_width original_height exif sha256 md5 shard_id "
@@ -31,18 +32,13 @@ _DAMAGE = (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TarReader:
-    """Reads the picture at `OFFSET SIZE TAR`."""
-
-    folder: Place
-
-    def __call__(self, location: str) -> bytes:
-        offset, size, tar = location.split(" ", 2)
-        data = (self.folder / tar).read_part(int(offset), int(size))
-        if len(data) != int(size):
-            raise ValueError(f"{tar} ends before byte {int(offset) + int(size):,}")
-        return data
+def read_in_tar(folder: Place, location: str) -> bytes:
+    """The picture at `OFFSET SIZE TAR`."""
+    offset, size, tar = location.split(" ", 2)
+    data = (folder / tar).read_part(int(offset), int(size))
+    if len(data) != int(size):
+        raise ValueError(f"{tar} ends before byte {int(offset) + int(size):,}")
+    return data
 
 
 @dataclass
@@ -89,44 +85,44 @@ def read_wds(
     folder, tars = (source.parent, [source.name]) if source.is_file() else (source, _tars(source))
     split_of = {} if split or shares else _splits_of(source, tars)
     said = dict(map(Kind.parse, kinds))
-    index = Rows(Faults(skip_bad), [Column(name, said.get(name, said.get("*"))) for name in attributes], bool(group))
+    index = Index(skip_bad, grouped=bool(group))
+    columns = [Column(field, said.get(field, said.get("*"))) for field in attributes]
     fields = dict.fromkeys([*IMG2DATASET, key, split, group])  # seen so far, of all records
     seen: set[str] = set()
     names: list[tuple[str, str]] = []  # tar and name of each record
     for tar in tars:
-        for sample in _samples(folder / tar, tar, index.faults):
+        for sample in _samples(folder / tar, tar, index):
             place = f"{tar} record {sample.name[:100]}"
             if sample.picture is None and (sample.fields or {}).get("status", "success") != "success":
                 continue
             fault = sample.fault or _fault(sample, key, split)
             if fault:
-                index.faults.add(None, place, fault)
+                index.fault(None, place, fault)
                 continue
             seen.update(sample.fields)
             for field in sample.fields if not attributes else ():
                 if field not in fields:
                     fields[field] = None
-                    index.columns.append(Column(field, said.get(field, said.get("*"))))
-                    index.columns[-1].add_unknown(len(index.keys))
-            if index.add(
-                text_of(sample.fields[key]) if key else _key(sample.name),
-                f"{sample.picture[0]} {sample.picture[1]} {tar}",
-                place,
-                [_cell(sample.fields.get(column.name)) for column in index.columns],
-                text_of(sample.fields[split]) if split and not shares else split_of.get(tar),
-                text_of(_cell(sample.fields.get(group))) if group else "",
-            ):
+                    columns.append(Column(field, said.get(field, said.get("*"))))
+                    columns[-1].add_unknown(len(index.keys))
+            name_of = text_of(sample.fields[key]) if key else _key(sample.name)
+            given = text_of(sample.fields[split]) if split and not shares else split_of.get(tar)
+            group_of = text_of(_cell(sample.fields.get(group))) if group else ""
+            if index.add(name_of, f"{sample.picture[0]} {sample.picture[1]} {tar}", place, given, group_of):
                 names.append((tar, sample.name))
+                for column in columns:
+                    column.add(_cell(sample.fields.get(column.name)))
     if not seen and not index.keys:
         raise ValueError(f"{source} holds no record with a picture and a JSON file")
-    for field in [*attributes, *(field for field in said if field != "*")]:
-        if field not in seen:
-            raise ValueError(f"{source}: there is no field {field!r}; there are: {', '.join(sorted(seen))[:400]}")
-    if not index.columns:
-        raise ValueError(f"{source}: no field is left for attributes; there are: {', '.join(sorted(seen))[:400]}")
+    lacks = next((field for field in [*attributes, *(field for field in said if field != "*")] if field not in seen), None)
+    if lacks or not columns:
+        what = f"there is no field {lacks!r}" if lacks else "no field is left for attributes"
+        raise ValueError(f"{source}: {what}; there are: {', '.join(sorted(seen))[:400]}")
     if not key:
         _part_keys(index.keys, names)
-    return index.dataset(name, {"format": "webdataset", "tars": len(tars)}, TarReader(folder), shares)
+    entries, labels, bad = finished(columns, len(index.keys))
+    about = {"format": "webdataset", "tars": len(tars)}
+    return index.dataset(name, about, entries, labels, partial(read_in_tar, folder), shares, bad)
 
 
 def _tars(source: Place) -> list[str]:
@@ -190,7 +186,7 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (dict, list)) else value
 
 
-def _samples(place: Place, tar: str, faults: Faults) -> Iterator[_Sample]:
+def _samples(place: Place, tar: str, index: Index) -> Iterator[_Sample]:
     """The records of a tar: neighbours whose names agree up to the first dot, as webdataset has it.
 
     Only headers and JSON are read. Nothing is written, and no member's name is ever a path of this machine.
@@ -222,7 +218,7 @@ def _samples(place: Place, tar: str, faults: Faults) -> Iterator[_Sample]:
             if end != bytes(_BLOCK):  # tarfile takes what is no header for the end
                 raise tarfile.ReadError("it is cut short" if len(end) < _BLOCK else "what follows is no header")
     except _DAMAGE as error:
-        faults.add(None, tar, f"damaged after record {sample.name[:100] if sample else 'none'}: {error}")
+        index.fault(None, tar, f"damaged after record {sample.name[:100] if sample else 'none'}: {error}")
         return
     if sample is not None:
         yield sample

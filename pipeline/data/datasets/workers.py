@@ -1,8 +1,4 @@
-"""Work spread over threads or processes of one machine.
-
-A worker that dies with its parent, leaves Ctrl-C to it and prints no traceback of its own is what every command that
-reads or writes many files needs; it stands here once.
-"""
+"""Work spread over threads or processes of one machine, with progress, Ctrl-C and a killed worker handled once."""
 
 from __future__ import annotations
 
@@ -22,51 +18,26 @@ Progress = Callable[[int, int], None]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+_shared = threading.local()
+"""What a worker shares with the process that started it: `count`, of records, and `stop`, which is not 0 when it is to stop."""
+
 
 def silent(done: int, total: int) -> None:
     """A progress function that shows nothing."""
 
 
-class _Shared(threading.local):
-    """What a worker shares with the process that started it: a counter of records, and an event that asks it to stop."""
-
-    count: Any = None
-    stop: Any = None
-    unreported: int = 0
-
-    def flush(self) -> None:
-        with self.count.get_lock():
-            self.count.value += self.unreported
-        self.unreported = 0
-
-
-_shared = _Shared()
-
-
 def tick() -> None:
     """Count a record, and stop when asked to. A function that runs under `spread` calls it once a record."""
-    _shared.unreported += 1
-    if _shared.unreported >= 32:
-        _shared.flush()
-        if _shared.stop.is_set():
-            raise InterruptedError("stopped: another part failed or was interrupted")
+    with _shared.count.get_lock():
+        _shared.count.value += 1
+    if _shared.stop.value:
+        raise InterruptedError("stopped: another part failed or was interrupted")
 
 
 def _join(count: Any, stop: Any) -> None:
     _shared.count, _shared.stop = count, stop
-
-
-def _start_process(count: Any, stop: Any) -> None:
-    _join(count, stop)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _call(function: Callable[[Job], Result], job: Job) -> Result:
-    try:
-        return function(job)
-    finally:
-        _shared.flush()
+    if parent := multiprocessing.parent_process():  # a process that dies with its parent
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -89,7 +60,6 @@ def spread(
     total: int,
     progress: Progress,
     few: int = 50_000,
-    meanwhile: Callable[[], Any] = lambda: None,
 ) -> list[Result]:
     """Call `function` with every job, in processes, or in threads where records are few; return its results in order.
 
@@ -97,12 +67,11 @@ def spread(
     processes take a second or two to start and then keep all of them busy.
 
     Args:
-        function: defined in a module, so that it pickles. It calls `tick()` once a record.
+        function: one that pickles. It calls `tick()` once a record.
         workers: processes; None: one for each core this process may use, or as many threads for few records.
         total: records in all, for `progress`.
         few: fewer than these are few. A process takes as long to start as a thread takes for some 10,000 small pictures;
             0 where `function` holds the interpreter's lock.
-        meanwhile: what this thread does when the jobs have begun, before it waits for them.
 
     Raises:
         whatever `function` raises, and KeyboardInterrupt, after the other workers have stopped; OSError when one of
@@ -111,16 +80,15 @@ def spread(
     threads = workers == 1 or (workers is None and total < few)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))
     context = multiprocessing.get_context("spawn")
-    count, stop = context.Value("q", 0), context.Event()
+    count, stop = context.Value("q", 0), context.RawValue("b", 0)
     executor: Executor
     if threads or workers == 1:
         executor = ThreadPoolExecutor(workers, "worker", _join, (count, stop))
     else:
-        executor = ProcessPoolExecutor(workers, context, _start_process, (count, stop))
+        executor = ProcessPoolExecutor(workers, context, _join, (count, stop))
     try:
         with _ignoring_interrupts():
-            futures = [executor.submit(_call, function, job) for job in jobs]
-        meanwhile()
+            futures = [executor.submit(function, job) for job in jobs]
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -131,5 +99,5 @@ def spread(
     except BrokenProcessPool as error:
         raise OSError("a worker process was killed (out of memory?); run again, with fewer workers") from error
     finally:
-        stop.set()
+        stop.value = 1
         executor.shutdown(wait=True, cancel_futures=True)

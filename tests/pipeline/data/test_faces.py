@@ -8,6 +8,7 @@ import pytest
 from pipeline.data.datasets import faces
 from pipeline.data.datasets.celeba import read_celeba
 from pipeline.data.datasets.faces import BEARDS, RATES, draw_face, face_labels, jpeg_bytes, read_faces
+from tests.pipeline.planted import records
 
 NONE = {"Eyeglasses": 0, "Smiling": 0, "Wearing_Hat": 0, "Blond_Hair": 0, "Beard": 0}
 
@@ -91,7 +92,7 @@ def test_the_files_are_celebas_own_format_and_the_celeba_reader_reads_them(tmp_p
     assert read_celeba(tmp_path).attributes.names == tuple(RATES)
     assert dataset.attributes.names == (*RATES, "Beard") and dataset.attributes[4].categories == BEARDS
     assert [dataset.splits.count(split) for split in ("train", "valid", "test")] == [16, 2, 2]
-    for index, record in enumerate(dataset.records):
+    for index, record in enumerate(records(dataset)):
         assert dict(zip(dataset.attributes.names, record.labels.astype(int).tolist())) == face_labels(4, index)
         assert dataset.read(record.location) == jpeg_bytes(draw_face(4, index))
 

@@ -20,6 +20,7 @@ from pipeline.data.shards import prepare
 from pipeline.images import Preprocessing
 from pipeline.loading.dali import open_loader
 from tests.pipeline.data.test_datasets import column, encoded, grey, seen, tar_of
+from tests.pipeline.planted import records
 
 COUNT = 60
 PATHS = [f"p/{n:03d}.jpg" for n in range(COUNT)]
@@ -28,7 +29,7 @@ SMILING = [n % 2 for n in range(COUNT)]
 
 def splits_of(dataset: Dataset) -> dict[int, str]:
     """By the number of each record's picture."""
-    return {int(record.location[2:5]): record.split for record in dataset.records}
+    return {int(record.location[2:5]): record.split for record in records(dataset)}
 
 
 def table(folder: Path, parquet: bool, **columns: list) -> Path:
@@ -282,7 +283,7 @@ def test_tars_in_folders_called_like_splits_keep_their_splits(tmp_path):
     for split in ("train", "val", "test"):
         tar(tmp_path / f"set/{split}/00000.tar", *(record(f"{split}{n}", n) for n in range(10)))
     dataset = DATASETS["wds"](tmp_path / "set")
-    assert all(r.key.startswith({"valid": "val"}.get(r.split, r.split)) for r in dataset.records) and len(dataset) == 30
+    assert all(r.key.startswith({"valid": "val"}.get(r.split, r.split)) for r in records(dataset)) and len(dataset) == 30
     tar(tmp_path / "set/extra/00000.tar", record("x", 1))
     with pytest.raises(ValueError, match="extra/00000.tar says no split and .* does; .*--split"):
         DATASETS["wds"](tmp_path / "set")
@@ -313,11 +314,11 @@ def test_names_that_begin_anew_in_each_tar_are_told_apart_by_it(tmp_path):
 
 def test_a_record_of_unknown_group_stands_alone_and_one_without_split_is_a_fault(tmp_path):
     groups = [None if n % 3 == 0 else f"p{n // 6}" for n in range(60)]
-    records = [record(f"{n}", n, who=groups[n], part=None if n == 4 else "train") for n in range(60)]
-    tar(tmp_path / "a.tar", *records)
+    members = [record(f"{n}", n, who=groups[n], part=None if n == 4 else "train") for n in range(60)]
+    tar(tmp_path / "a.tar", *members)
     dataset = DATASETS["wds"](tmp_path, group="who", attributes=["Smiling"])
     sides: dict[str, set[str]] = {}
-    for record_ in dataset.records:
+    for record_ in records(dataset):
         sides.setdefault(groups[int(record_.key)] or "unknown", set()).add(record_.split)
     assert len(sides.pop("unknown")) == 3 and all(len(those) == 1 for those in sides.values())
     with pytest.raises(ValueError, match="record 4: its JSON has no 'part'"):

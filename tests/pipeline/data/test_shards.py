@@ -453,7 +453,7 @@ def test_keys_that_escape_and_attributes_that_shadow_columns_are_refused(source,
     for key in ("../x", "a/b", "..", "a.b", "", "x" * 91, "a b", "ä"):
         with pytest.raises(ValueError, match="is no plain name"):
             dataclasses.replace(dataset, keys=[key, *dataset.keys[1:]])
-    with pytest.raises(ValueError, match="line 4: '000001' stands at list_attr_celeba.txt line 3 already"):
+    with pytest.raises(ValueError, match="a key stands twice"):
         dataclasses.replace(dataset, keys=["000001", "000001", *dataset.keys[2:]])
     named = [{"name": "digest", "kind": "binary", "categories": []}, *dataset.attribute_list[1:]]
     with pytest.raises(ValueError, match="'digest' is called like a column"):
