@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -71,6 +71,14 @@ class Dataset:
         from fader.attributes import Attributes
 
         return Attributes.from_list(self.attribute_list)
+
+    def part(self, rows: Sequence[int]) -> Dataset:
+        """These records alone."""
+        keys, splits, locations, places = (
+            [column[row] for row in rows] for column in (self.keys, self.splits, self.locations, self.places)
+        )
+        labels = self.labels[rows]
+        return replace(self, keys=keys, splits=splits, locations=locations, labels=labels, places=places, left_out=[])
 
     def digest(self) -> str:
         """sha256 of the index: name, source, attributes, keys, splits and labels. Paths and places are not in it."""

@@ -26,10 +26,10 @@ def silent(done: int, total: int) -> None:
     """A progress function that shows nothing."""
 
 
-def tick() -> None:
-    """Count a record, and stop when asked to. A function that runs under `spread` calls it once a record."""
+def tick(records: int = 1) -> None:
+    """Count records, and stop when asked to. A function that runs under `spread` calls it for each record."""
     with _shared.count.get_lock():
-        _shared.count.value += 1
+        _shared.count.value += records
     if _shared.stop.value:
         raise InterruptedError("stopped: another part failed or was interrupted")
 

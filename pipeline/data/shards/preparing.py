@@ -9,29 +9,22 @@ dataset.json. Every byte is the one that a single command writes.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.data.datasets import SPLITS, Dataset
-from pipeline.data.datasets.workers import Progress, silent, spread, tick
+from pipeline.data.datasets.workers import Progress, silent, spread
 from pipeline.data.shards.describing import describe_set
 from pipeline.data.shards.files import DESCRIPTION, FIXED_COLUMNS, FORMAT, ORIENTATION, WORK
 from pipeline.data.shards.reading import ShardSet
-from pipeline.data.shards.writing import ShardJob, Written, finished_shard, shard
-from pipeline.files import write_json, write_whole
+from pipeline.data.shards.writing import ShardJob, Written, shard, written_by_task
+from pipeline.files import write_whole
 from pipeline.images import Check
 from pipeline.ownership import owned
-
-Result = TypeVar("Result")
-
-_MOST_NAMED = 3
 
 logger = logging.getLogger(__name__)
 
@@ -72,30 +65,35 @@ def prepare(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
             names file and line.
     """
 
-    def write(jobs: list[ShardJob]) -> list[Written]:
-        for stale in (Path(out) / WORK).glob("*.part"):
-            stale.unlink()
-        return _each_shard(shard, jobs, how, partial(import_module, "pyarrow.parquet"))  # which takes a while
-
     how = Settings(**settings)
-    return _complete(dataset, Path(out), how, write)
+    return _complete(dataset, Path(out), how, lambda jobs: _write(jobs, how))
 
 
 def finish(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
     """Make one set of what all tasks wrote.
 
     Raises:
-        ValueError: as `prepare`; a task still runs; or one has not finished or has failed: it is named, with its
-            reason, and nothing is written.
+        ValueError: as `prepare`; a task still runs; or one has not finished or has failed: it is named, and nothing is
+            written.
     """
     out, how = Path(out), Settings(**settings)
+    note = out / WORK / "tasks"
 
     def collect(jobs: list[ShardJob]) -> list[Written]:
-        results = _each_shard(_written_by_task, jobs, how)
-        _refuse_missing(out, jobs, [job for job, written in zip(jobs, results) if written is None])
-        return [written for written in results if written is not None]
+        results = spread(written_by_task, jobs, how.workers, len(dataset), how.progress)
+        tasks, missing = int(note.read_text()), dict[int, list[str]]()
+        for number, (job, written) in enumerate(zip(jobs, results)):
+            if written is None:
+                missing.setdefault(number % tasks, []).append(job.name)
+        if missing:
+            named = "; ".join(f"task {task} of {tasks}: {', '.join(names[:3])}" for task, names in sorted(missing.items()))
+            raise ValueError(
+                f"{out} lacks {sum(map(len, missing.values()))} of {len(jobs)} shards, which did not get finished, are damaged, "
+                f"or lack bad records (--skip-bad allows that here, too): {named}; run those tasks again, then the finisher"
+            )
+        return results
 
-    if not (out / WORK).is_dir() and not (out / DESCRIPTION).is_file():
+    if not note.is_file() and not (out / DESCRIPTION).is_file():
         raise ValueError(f"{out} holds nothing that a task wrote; run the tasks first")
     return _complete(dataset, out, how, collect)
 
@@ -118,23 +116,16 @@ def write_part(dataset: Dataset, out: Path | str, task: int, tasks: int, **setti
     if not 0 <= task < tasks:
         raise ValueError(f"task {task} of {tasks}: tasks are counted from 0 to {tasks - 1}")
     source = _source_digest(dataset, how)
-    mine = _of_task(_jobs_of(dataset, out, how), task, tasks)
-    if (out / DESCRIPTION).is_file():
+    mine = _jobs_of(dataset, out, how)[task::tasks]
+    if not (out / DESCRIPTION).is_file():
+        _claim(out)
+        work, who = out / WORK, f"{out} as task {task} of {tasks}"
+        with owned(work / "lock", str(out), shared=True), owned(work / f"task-{task}.lock", who):
+            _finished_set(out, source)
+            _agree_on_tasks(out, tasks)
+            _write(mine, how)
+    else:
         _finished_set(out, source)
-        return [job.name for job in mine]
-    _claim(out)
-    work, who = out / WORK, f"{out} as task {task} of {tasks}"
-    with owned(work / "lock", str(out), shared=True), owned(work / f"task-{task}.lock", who):
-        _finished_set(out, source)
-        _agree_on_tasks(out, tasks)
-        _failure(out, task).unlink(missing_ok=True)
-        for stale in (path for job in mine for path in work.glob(f"{job.name}*.part")):
-            stale.unlink()
-        try:
-            _each_shard(shard, mine, how)
-        except (OSError, ValueError) as error:
-            write_json(_failure(out, task), {"reason": str(error)}, work=work)
-            raise
     return [job.name for job in mine]
 
 
@@ -151,15 +142,13 @@ def _complete(dataset: Dataset, out: Path, how: Settings, write: Callable[[list[
     return finished
 
 
-def _each_shard(
-    function: Callable[[ShardJob], Result], jobs: list[ShardJob], how: Settings, meanwhile: Callable[[], Any] = lambda: None
-) -> list[Result]:
-    """Call `function` with every job; return what it gives, in the order of the jobs. Large ones begin first."""
-    order = sorted(range(len(jobs)), key=lambda k: -len(jobs[k].keys))
-    total = sum(len(job.keys) for job in jobs)
-    done = spread(function, [jobs[k] for k in order], how.workers, total, how.progress, meanwhile=meanwhile)
-    results = dict(zip(order, done))
-    return [results[k] for k in range(len(jobs))]
+def _write(jobs: list[ShardJob], how: Settings) -> list[Written]:
+    """Write shards, or take those that an earlier run finished; what it left half written goes."""
+    names = {job.name for job in jobs}
+    for stale in jobs[0].out.glob(f"{WORK}/*.part") if jobs else ():
+        if f"{stale.name.partition('.tar')[0]}.tar" in names:
+            stale.unlink()
+    return spread(shard, jobs, how.workers, sum(len(job.data) for job in jobs), how.progress)
 
 
 def _jobs_of(dataset: Dataset, out: Path, how: Settings) -> list[ShardJob]:
@@ -169,22 +158,8 @@ def _jobs_of(dataset: Dataset, out: Path, how: Settings) -> list[ShardJob]:
     for split in SPLITS:
         rows = sorted((row for row, s in enumerate(dataset.splits) if s == split), key=order.__getitem__)
         for number, start in enumerate(range(0, len(rows), how.shard_records)):
-            part = rows[start : start + how.shard_records]
-            jobs.append(
-                ShardJob(
-                    out=out,
-                    name=f"{split}-{number:06d}.tar",
-                    names=[entry["name"] for entry in dataset.attribute_list],
-                    kinds=[entry["kind"] for entry in dataset.attribute_list],
-                    keys=[dataset.keys[row] for row in part],
-                    locations=[dataset.locations[row] for row in part],
-                    labels=dataset.labels[part],
-                    places=[dataset.places[row] for row in part],
-                    read=dataset.read,
-                    skip_bad=how.skip_bad,
-                    check=how.check,
-                )
-            )
+            part = dataset.part(rows[start : start + how.shard_records])
+            jobs.append(ShardJob(out, f"{split}-{number:06d}.tar", part, how.skip_bad, how.check))
     return jobs
 
 
@@ -231,25 +206,6 @@ def _finished_set(out: Path, source: str) -> ShardSet | None:
     return None
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
-
-
-def _of_task(jobs: list[ShardJob], task: int, tasks: int) -> list[ShardJob]:
-    return jobs[task::tasks]
-
-
-def _written_by_task(job: ShardJob) -> Written | None:
-    """What a task wrote of a shard; bad records may be left out only where that is allowed."""
-    written = finished_shard(job, short=job.skip_bad)
-    for _ in job.keys:
-        tick()
-    return written
-
-
-def _failure(out: Path, task: int) -> Path:
-    return out / WORK / f"task-{task}.failed"
-
-
 def _agree_on_tasks(out: Path, tasks: int) -> None:
     """Note the number of tasks, or hold it against the note."""
     note = out / WORK / "tasks"
@@ -261,28 +217,3 @@ def _agree_on_tasks(out: Path, tasks: int) -> None:
             f"{out} is being written by {before} tasks, not by {tasks}: give all of them the same number, "
             "or remove the folder and start again"
         )
-
-
-def _refuse_missing(out: Path, jobs: list[ShardJob], missing: list[ShardJob]) -> None:
-    """Raise a ValueError that names the tasks whose shards are missing, if some are."""
-    if not missing:
-        return
-    note = out / WORK / "tasks"
-    if not note.is_file():
-        raise ValueError(f"{out} holds no shards of tasks; run the tasks first")
-    tasks, absent, faults = int(note.read_text()), {job.name for job in missing}, []
-    for task in range(tasks):
-        theirs = [job for job in _of_task(jobs, task, tasks) if job.name in absent]
-        names = [job.name for job in theirs]
-        if names:
-            failed, why = _failure(out, task), "did not finish"
-            if failed.is_file():
-                why = f"failed: {json.loads(failed.read_text())['reason']}"
-            elif any(job.note.is_file() for job in theirs):
-                why = "wrote shards that are damaged, or left bad records out, which --skip-bad must allow here too"
-            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-            faults.append(f"task {task} of {tasks} {why} ({', '.join(names[:_MOST_NAMED])}{more})")
-    raise ValueError(
-        f"{out} lacks {len(missing)} of {len(jobs)} shards: {'; '.join(faults)}; run those tasks again, "
-        "then the finisher"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from pipeline.data.datasets import SPLITS
 from pipeline.data.datasets.source import Place, is_remote
 from pipeline.data.remote import Remote, cache_folder, fetch, publish
 from pipeline.data.shards.files import DESCRIPTION, FORMAT, MANIFEST, ORIENTATION, SHARD_NAME, WORK
-from pipeline.data.shards.manifest import Manifest, numbered, numbers
+from pipeline.data.shards.manifest import data_digest, labels_of, numbered, read_manifest, shards_of
 from pipeline.files import digest_of, write_whole
 from pipeline.images import decode
 
@@ -60,10 +59,6 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{path / DESCRIPTION} is damaged ({error}); remove {path} and run 'fader prepare' again"
         ) from error
     return info
-
-
-def shards_of(info: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard for split in SPLITS for shard in info["splits"][split]["shards"]]
 
 
 def size_fault(path: Path, size: int) -> str | None:
@@ -131,12 +126,7 @@ class ShardSet:
         Raises:
             ValueError: a column is missing, or a row points outside its tar.
         """
-        return self._rows.table()
-
-    @property
-    def _rows(self) -> Manifest:
-        sizes = {shard["file"]: shard["size"] for shard in shards_of(self.info)}
-        return Manifest(self.path, self.info["attributes"], sizes)
+        return read_manifest(self.path, self.info)
 
     def split(self, name: str) -> Split:
         """The records of one split.
@@ -147,32 +137,26 @@ class ShardSet:
         if name not in SPLITS:
             raise ValueError(f"unknown split {name!r}; there are {', '.join(SPLITS)}")
         names = [shard["file"] for shard in self.info["splits"][name]["shards"]]
-        places = {file: i for i, file in enumerate(names)}
-        kept: dict[str, list[np.ndarray]] = {}
-        for part in self._rows.parts(split=name):
-            shard = numbered(part["shard"], places)
-            if (shard < 0).any():
-                raise ValueError(
-                    f"{self.path / MANIFEST}: records of {name} stand in tars of another split; remove {self.path} and run "
-                    "'fader prepare' again"
-                )
-            labels = np.empty((part.num_rows, len(self.info["attributes"])), np.float32)
-            for j, entry in enumerate(self.info["attributes"]):
-                labels[:, j] = numbers(part[entry["name"]])
-            columns = {"keys": np.array(part["key"].to_pylist()), "labels": labels, "shard": shard.astype(np.int32)}
-            fixed = ("offset", "size", "width", "height", ORIENTATION)
-            columns |= {column: numbers(part[column]) for column in fixed if column in part.schema.names}
-            for column, values in columns.items():
-                kept.setdefault(column, []).append(values)
-        if not kept:
+        table = read_manifest(self.path, self.info, name)
+        if not len(table):
             counts = ", ".join(f"{split} {self.info['splits'][split]['records']:,}" for split in SPLITS)
             raise ValueError(f"{self.path} has no {name} records ({counts}); prepare a source that has some")
+        shard = numbered(table["shard"], {file: number for number, file in enumerate(names)}).astype(np.int32)
+        if (shard < 0).any():
+            raise ValueError(
+                f"{self.path / MANIFEST}: records of {name} stand in tars of another split; remove {self.path} and run "
+                "'fader prepare' again"
+            )
+        columns = ("offset", "size", "width", "height", ORIENTATION)
         return Split(
             name=name,
             attributes=self.attributes,
-            **{column: np.concatenate(parts) for column, parts in kept.items()},
+            keys=np.array(table["key"].to_pylist()),
+            labels=labels_of(table, self.info["attributes"]),
+            shard=shard,
+            **{column: np.array(table[column]) for column in columns if column in table.column_names},
             shards=[self.path / file for file in names],
-            digest=self._rows.data_digest(name),
+            digest=data_digest(self.info["attributes"], table),
             remote=self.remote,
         )
 
@@ -268,7 +252,7 @@ class Split:
         number = int(self.shard[row])
         tar = self._maps.get(number)
         if tar is None:
-            tar = self._maps.setdefault(number, self._mapped(self.shards[number]))
+            tar = self._maps.setdefault(number, self._mapped(number))
         offset = int(self.offset[row])
         return tar[offset : offset + int(self.size[row])]
 
@@ -280,21 +264,32 @@ class Split:
         """
         return decode(self.bytes(row), None if self.orientation is None else int(self.orientation[row]))
 
-    def _mapped(self, path: Path) -> np.ndarray:
-        """A tar, mapped; fetched first where the set lies elsewhere."""
-        if self.remote is None:
-            return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of it cost a third of a memmap's
-        gone = [number for number in list(self._maps) if not self.shards[number].exists()]
-        for number in gone:  # another process, or this one, needed the room: give the disk back
-            self._maps.pop(number, None)
-        for _ in range(_MAP_TRIALS):
-            local = self.remote.fetch(path.name)
-            with contextlib.suppress(FileNotFoundError):  # it made room for another tar before it was mapped
-                return np.asarray(np.memmap(local, np.uint8, "r"))
-        raise OSError(f"the cache has no room for {path.name} beside what others read; raise FADER_CACHE_GB")
+    def _mapped(self, number: int) -> np.ndarray:
+        """A tar, mapped; what another process, or this one, removed from the cache is let go, which gives the disk back."""
+        for other in list(self._maps) if self.remote else ():
+            if not self.shards[other].exists():
+                self._maps.pop(other, None)
+        return mapped(self.shards[number], self.remote)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
+
+
+def mapped(path: Path, remote: Remote | None) -> np.ndarray:
+    """The bytes of a tar, mapped: 1-D uint8. Where the set lies elsewhere, it is fetched first.
+
+    Raises:
+        ValueError: what came is not what the set says of it.
+        OSError: it cannot be read, or others take its room in the cache as soon as it has come.
+    """
+    for _ in range(_MAP_TRIALS if remote else 1):
+        local = remote.fetch(path.name) if remote else path
+        try:
+            return np.asarray(np.memmap(local, np.uint8, "r"))  # slices of it cost a third of a memmap's
+        except FileNotFoundError:  # it made room for another tar before it was mapped
+            if remote is None:
+                raise
+    raise OSError(f"the cache has no room for {path.name} beside what others read; raise FADER_CACHE_GB")
 
 
 def _kind(attribute: Any) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,11 +12,12 @@ from pipeline.data.datasets.source import is_remote
 from pipeline.data.datasets.workers import Progress, silent, spread, tick
 from pipeline.data.remote import Remote
 from pipeline.data.shards.files import BLOCK, DESCRIPTION, MANIFEST, header, label_members, member_json, sha256
-from pipeline.data.shards.manifest import data_digest
-from pipeline.data.shards.reading import ShardSet, read_description, shards_of, size_fault
+from pipeline.data.shards.manifest import data_digest, labels_of, numbered, shards_of
+from pipeline.data.shards.reading import ShardSet, mapped, read_description, size_fault
 from pipeline.files import digest_of
 
-_OPEN_TRIALS = 20
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -33,16 +31,13 @@ class Report:
 
 @dataclass(frozen=True)
 class _VerifyJob:
-    """One tar to check: what dataset.json and the manifest say of it. rows: (key, offset, size, digest, extension)."""
+    """One tar to check: what dataset.json and the manifest say of it."""
 
     path: Path
-    size: int
-    digest: str
-    names: list[str]
-    kinds: list[str]
-    rows: list[tuple[str, int, int, str, str]]
-    labels: np.ndarray
-    remote: Remote | None = None
+    shard: dict[str, Any]
+    attribute_list: list[dict[str, Any]]
+    rows: pa.Table
+    remote: Remote | None
 
 
 def _verify_shard(job: _VerifyJob) -> list[str]:
@@ -56,58 +51,35 @@ def _verify_shard(job: _VerifyJob) -> list[str]:
 
 def _faults(job: _VerifyJob) -> list[str]:
     """What is damaged in one tar. All of it follows from the manifest; of the pictures their digests do."""
-    name, faults, position = job.path.name, [], 0
-    try:
-        opened = _fetched(job.remote, name) if job.remote else None
-    except ValueError as error:
-        return [str(error)]
-    fault = None if opened else size_fault(job.path, job.size)
+    name, position, faults = job.path.name, 0, list[str]()
+    fault = None if job.remote else size_fault(job.path, job.shard["size"])
     if fault:
         return [fault]
-    digest = hashlib.sha256()
-    with opened or open(job.path, "rb") as file:
-
-        def take(size: int) -> bytes:
-            data = file.read(size)
-            digest.update(data)
-            return data
-
-        members = label_members(job.names, job.kinds, job.labels)
-        for (key, offset, size, expected, extension), labels in zip(job.rows, members, strict=True):
-            tick()
-            if offset != position + BLOCK:
-                return [
-                    *faults,
-                    f"{name}: the manifest has {key} at byte {offset:,}, where it does not follow the record before",
-                ]
-            if take(BLOCK) != header(f"{key}.{extension}", size):
-                faults.append(f"{name}: the header of {key}.{extension} is damaged")
-            picture, padding = take(size), take(-size % BLOCK)
-            if sha256(picture) != expected or padding.strip(b"\0"):
-                faults.append(f"{name}: {key}.{extension} differs from its digest")
-            member = member_json(key, labels)
-            if take(len(member)) != member:
-                faults.append(f"{name}: {key}.json differs from the labels in the manifest")
-            position = file.tell()
-        rest = take(job.size - position)
-        if len(rest) < 2 * BLOCK or rest.strip(b"\0"):
-            faults.append(f"{name}: the end of the tar is damaged")
-    if digest.hexdigest() != job.digest and not faults:
+    try:
+        tar = mapped(job.path, job.remote)
+    except ValueError as error:
+        return [str(error)]
+    columns = [job.rows[column].to_pylist() for column in ("key", "offset", "size", "digest", "extension")]
+    names, kinds = ([entry[what] for entry in job.attribute_list] for what in ("name", "kind"))
+    members = label_members(names, kinds, labels_of(job.rows, job.attribute_list))
+    for key, offset, size, digest, extension, labels in zip(*columns, members, strict=True):
+        tick()
+        if offset != position + BLOCK:
+            return [*faults, f"{name}: the manifest has {key} at byte {offset:,}, where it does not follow the record before"]
+        if tar[position:offset].tobytes() != header(f"{key}.{extension}", size):
+            faults.append(f"{name}: the header of {key}.{extension} is damaged")
+        end = offset + size + -size % BLOCK
+        if sha256(tar[offset : offset + size]) != digest or tar[offset + size : end].any():
+            faults.append(f"{name}: {key}.{extension} differs from its digest")
+        member = member_json(key, labels)
+        position = end + len(member)
+        if tar[end:position].tobytes() != member:
+            faults.append(f"{name}: {key}.json differs from the labels in the manifest")
+    if len(tar) < position + 2 * BLOCK or tar[position:].any():
+        faults.append(f"{name}: the end of the tar is damaged")
+    if not faults and sha256(tar) != job.shard["digest"]:
         faults.append(f"{name} differs from its digest in {DESCRIPTION}")
     return faults
-
-
-def _fetched(remote: Remote, name: str) -> BinaryIO:
-    """A tar that lies elsewhere, open; fetched if it is not here.
-
-    Raises:
-        ValueError: what came is not what the set says of it.
-        OSError: it cannot be read, or others take its room as soon as it has come.
-    """
-    for _ in range(_OPEN_TRIALS):
-        with contextlib.suppress(FileNotFoundError):  # another process made room before it was opened
-            return open(remote.fetch(name), "rb")
-    raise OSError(f"the cache has no room for {name} beside what others read; raise FADER_CACHE_GB")
 
 
 def verify(path: Path | str, *, workers: int | None = None, progress: Progress = silent) -> Report:
@@ -124,43 +96,20 @@ def verify(path: Path | str, *, workers: int | None = None, progress: Progress =
     fault = size_fault(path / MANIFEST, info["manifest"]["size"])
     if fault or digest_of(path / MANIFEST) != info["manifest"]["digest"]:
         raise ValueError(f"{path} is damaged: {fault or f'{MANIFEST} differs from its digest in {DESCRIPTION}'}")
-    whole = ShardSet(path, info, remote)
-    jobs = _verify_jobs(whole, shards)
-    parts = spread(_verify_shard, jobs, workers, whole.manifest.num_rows, progress)
-    faults = [fault for part in parts for fault in part]
-    if data_digest(info["attributes"], lambda name: [whole.manifest[name]]) != info["digest"]:
+    table = ShardSet(path, info, remote).manifest
+    numbers = numbered(table["shard"], {shard["file"]: number for number, shard in enumerate(shards)})
+    numbers, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+    rows_of = {number: np.arange(start, start + count) for number, start, count in zip(numbers.tolist(), first, counts)}
+    jobs = [
+        _VerifyJob(path / shard["file"], shard, info["attributes"], table.take(rows_of.get(number, np.arange(0))), remote)
+        for number, shard in enumerate(shards)
+    ]
+    faults = [fault for part in spread(_verify_shard, jobs, workers, len(table), progress) for fault in part]
+    if data_digest(info["attributes"], table) != info["digest"]:
         faults.append(f"{MANIFEST} does not give the data digest in {DESCRIPTION}")
     known = {shard["file"] for shard in shards}
     faults += [f"{p.name} does not belong to the set" for p in sorted(path.glob("*.tar")) if p.name not in known]
     if faults:
         more = f" and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise ValueError(f"{path} is damaged in {len(faults)} places: {'; '.join(faults[:20])}{more}")
-    return Report(whole.manifest.num_rows, len(shards), sum(shard["size"] for shard in shards))
-
-
-def _verify_jobs(whole: ShardSet, shards: Iterable[dict[str, Any]]) -> list[_VerifyJob]:
-    table, attribute_list = whole.manifest, whole.info["attributes"]
-    names = [entry["name"] for entry in attribute_list]
-    labels = (
-        np.stack([table[name].to_numpy().astype(np.float32) for name in names], 1)
-        if names
-        else np.zeros((table.num_rows, 0))
-    )
-    rows_of: dict[str, list[int]] = {shard["file"]: [] for shard in shards}
-    for row, shard in enumerate(table["shard"].to_pylist()):
-        rows_of[shard].append(row)
-    columns = [table[name].to_pylist() for name in ("key", "offset", "size", "digest", "extension")]
-    rows = list(zip(*columns))
-    return [
-        _VerifyJob(
-            path=whole.path / shard["file"],
-            size=shard["size"],
-            digest=shard["digest"],
-            names=names,
-            kinds=[entry["kind"] for entry in attribute_list],
-            rows=[rows[row] for row in rows_of[shard["file"]]],
-            labels=labels[rows_of[shard["file"]]],
-            remote=whole.remote,
-        )
-        for shard in shards
-    ]
+    return Report(len(table), len(shards), sum(shard["size"] for shard in shards))

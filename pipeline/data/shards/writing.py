@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.datasets import LeftOut
+from pipeline.data.datasets import Dataset, LeftOut
 from pipeline.data.datasets.workers import tick
 from pipeline.data.shards.files import EXTENSIONS, FORMAT, WORK, TarWriter, label_members, sha256
 from pipeline.files import digest_of, replacing
@@ -23,13 +21,7 @@ class ShardJob:
 
     out: Path
     name: str
-    names: list[str]
-    kinds: list[str]
-    keys: list[str]
-    locations: list[str]
-    labels: np.ndarray
-    places: list[str]
-    read: Callable[[str], bytes]
+    data: Dataset
     skip_bad: bool
     check: Check = "full"
 
@@ -37,18 +29,19 @@ class ShardJob:
     def note(self) -> Path:
         return self.out / WORK / f"{self.name}.json"
 
+    @property
+    def names_and_kinds(self) -> tuple[list[str], list[str]]:
+        return [e["name"] for e in self.data.attribute_list], [e["kind"] for e in self.data.attribute_list]
+
     def digest(self) -> str:
         """The digest of what decides the shard's content, apart from the pictures."""
-        digest = hashlib.sha256(
-            json.dumps([FORMAT, self.name, self.names, self.kinds, self.keys, self.locations]).encode()
-        )
-        digest.update(np.ascontiguousarray(self.labels, "<f4").tobytes())
-        return digest.hexdigest()
+        content = [FORMAT, self.name, *self.names_and_kinds, self.data.keys, self.data.locations]
+        return sha256(json.dumps(content).encode() + np.ascontiguousarray(self.data.labels, "<f4").tobytes())
 
 
 @dataclass(frozen=True)
 class Written:
-    """A shard as it stands on the disk. rows: (index among the job's records, offset, size, digest, width, height,
+    """A shard as it stands on the disk. rows: (number among the job's records, offset, size, digest, width, height,
     extension, orientation) of every record in it."""
 
     job: str
@@ -58,17 +51,18 @@ class Written:
     left_out: list[LeftOut]
 
 
-def _picture(job: ShardJob, i: int) -> tuple[bytes, Checked] | str:
+def _picture(job: ShardJob, record: int) -> tuple[bytes, Checked] | str:
     """The bytes of a record's picture and what `check` says of them; or what is wrong with it."""
+    location = job.data.locations[record]
     try:
-        data = job.read(job.locations[i])
+        data = job.data.read(location)
         checked = check(data, job.check)
     except FileNotFoundError as error:
-        return f"picture {job.locations[i]} is missing ({error.filename})"
+        return f"picture {location} is missing ({error.filename})"
     except (OSError, ValueError) as error:
-        return f"picture {job.locations[i]} cannot be read: {error}"
+        return f"picture {location} cannot be read: {error}"
     if checked.format not in EXTENSIONS:
-        return f"picture {job.locations[i]} is {checked.format}; shards hold {', '.join(EXTENSIONS)}"
+        return f"picture {location} is {checked.format}; shards hold {', '.join(EXTENSIONS)}"
     return data, checked
 
 
@@ -78,20 +72,21 @@ def _write_shard(job: ShardJob) -> Written:
     Neither is flushed to the disk: a tar that differs from its note is written again, and all tars are flushed before the
     set is described.
     """
-    rows, left_out = [], []
+    rows, left_out, data = [], [], job.data
+    members = label_members(*job.names_and_kinds, data.labels)
     with replacing(job.out / job.name, job.out / WORK, durable=False) as file:
         tar = TarWriter(file)
-        for i, (key, labels) in enumerate(zip(job.keys, label_members(job.names, job.kinds, job.labels), strict=True)):
+        for record, (key, place, labels) in enumerate(zip(data.keys, data.places, members, strict=True)):
             tick()
-            picture = _picture(job, i)
+            picture = _picture(job, record)
             if isinstance(picture, str):
                 if not job.skip_bad:
-                    raise ValueError(f"{job.places[i]}: {picture}; mend it, or leave such records out with --skip-bad")
-                left_out.append(LeftOut(key, f"{job.places[i]}: {picture}"))
+                    raise ValueError(f"{place}: {picture}; mend it, or leave such records out with --skip-bad")
+                left_out.append(LeftOut(key, f"{place}: {picture}"))
                 continue
-            data, (width, height, orientation, kind) = picture
-            offset = tar.add(key, EXTENSIONS[kind], data, labels)
-            rows.append((i, offset, len(data), sha256(data), width, height, EXTENSIONS[kind], orientation))
+            content, (width, height, orientation, kind) = picture
+            offset = tar.add(key, EXTENSIONS[kind], content, labels)
+            rows.append((record, offset, len(content), sha256(content), width, height, EXTENSIONS[kind], orientation))
         tar.end()
     written = Written(job.digest(), tar.size, tar.digest.hexdigest(), rows, left_out)
     with replacing(job.note, job.out / WORK, durable=False) as file:
@@ -113,17 +108,17 @@ def finished_shard(job: ShardJob, short: bool = False) -> Written | None:
     if any(len(row) != 8 for row in rows):  # of a version that did not read which way up a picture is
         return None
     tar = job.out / job.name
-    if (left_out and not short) or written.job != job.digest():
+    if (left_out and not short) or written.job != job.digest() or not tar.is_file() or digest_of(tar) != written.digest:
         return None
-    if not tar.is_file() or tar.stat().st_size != written.size:
-        return None
-    return written if digest_of(tar) == written.digest else None
+    tick(len(job.data))
+    return written
+
+
+def written_by_task(job: ShardJob) -> Written | None:
+    """What a task wrote of a shard; bad records may be left out only where that is allowed."""
+    return finished_shard(job, short=job.skip_bad)
 
 
 def shard(job: ShardJob) -> Written:
-    written = finished_shard(job)
-    if written is None:
-        return _write_shard(job)
-    for _ in job.keys:
-        tick()
-    return written
+    """Write the shard, unless an earlier run did."""
+    return finished_shard(job) or _write_shard(job)

@@ -62,7 +62,7 @@ def test_a_task_that_was_not_run_is_named_and_nothing_is_written(source, whole, 
     out = tmp_path / "set"
     part(source, out, 0)
     part(source, out, 2)
-    with pytest.raises(ValueError, match=r"lacks \d of \d+ shards: task 1 of 3 did not finish \(train-"):
+    with pytest.raises(ValueError, match=r"lacks \d of \d+ shards, .*: task 1 of 3: train-"):
         end(source, out)
     assert not (out / "dataset.json").exists() and not (out / "manifest.parquet").exists()
     part(source, out, 1)
@@ -70,7 +70,7 @@ def test_a_task_that_was_not_run_is_named_and_nothing_is_written(source, whole, 
     assert contents(out) == whole
 
 
-def test_a_task_that_failed_is_named_with_its_reason(whole, tmp_path):
+def test_a_task_that_failed_is_named(whole, tmp_path):
     folder, out = write_celeba(tmp_path / "source", COUNT), tmp_path / "set"
     picture = folder / "img_align_celeba/000007.jpg"
     picture.write_bytes(b"no picture")
@@ -80,7 +80,7 @@ def test_a_task_that_failed_is_named_with_its_reason(whole, tmp_path):
             part(folder, out, task)
         except ValueError:
             failed = task
-    with pytest.raises(ValueError, match=rf"task {failed} of 3 failed: .*000007.jpg cannot be read"):
+    with pytest.raises(ValueError, match=f"task {failed} of 3: train-"):
         end(folder, out)
     picture.write_bytes(jpeg(7))
     part(folder, out, failed)
@@ -93,7 +93,7 @@ def test_left_out_records_are_the_ones_of_one_command(tmp_path):
     (folder / "img_align_celeba/000007.jpg").write_bytes(b"no picture")
     for task in range(TASKS):
         part(folder, out, task, skip_bad=True)
-    with pytest.raises(ValueError, match="left bad records out, which --skip-bad must allow here too"):
+    with pytest.raises(ValueError, match="lack bad records .--skip-bad allows that here, too"):
         end(folder, out)
     end(folder, out, skip_bad=True)
     prepare(read_celeba(folder), tmp_path / "one", shard_records=8, workers=1, skip_bad=True)
@@ -105,7 +105,7 @@ def test_a_damaged_shard_counts_as_missing(source, tmp_path):
     names = [part(source, out, task) for task in range(TASKS)]
     tar = out / names[1][0]
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=f"lacks 1 of .* task 1 of 3 wrote shards that are damaged.*{names[1][0]}"):
+    with pytest.raises(ValueError, match=f"lacks 1 of .* are damaged.*task 1 of 3: {names[1][0]}"):
         end(source, out)
 
 
