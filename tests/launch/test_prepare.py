@@ -183,7 +183,7 @@ def test_tasks_and_a_finisher_are_commands_like_the_one(source, unbroken, tmp_pa
     first = launch("launch.prepare", "--task", 0, "--tasks", 2, *words)
     assert "task 0 of 2 wrote" in first.stdout and "--finish in place of" in first.stdout
     refused = launch("launch.prepare", "--finish", *words, code=2).stderr
-    assert "task 1 of 2 did not finish" in refused and "Traceback" not in refused
+    assert "task 1 of 2: train-" in refused and "Traceback" not in refused
     launch("launch.prepare", "--task", 1, "--tasks", 2, *words)
     assert "is complete" in launch("launch.prepare", "--finish", *words).stdout
     assert contents(tmp_path / "set") == contents(unbroken)
