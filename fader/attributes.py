@@ -1,10 +1,10 @@
-"""Attributes: names to columns, labels to decoder code, logits layout, flips and sliders. Nothing else does these.
+"""Everything that depends on which attributes there are: columns, codes, logits, sliders, and labels moved to other values.
 
-A **label** is what the data stores: 0 … k-1 for a binary or k-way attribute, a number in [0, 1] for a continuous one,
--1 for unknown. A **code** is what a decoder reads: k columns an attribute (2 for binary and continuous), one-hot for a
-known label, as in the official code. A **slider** is what a person moves: -1 = absent, 1 = present, beyond =
-exaggerated. With a = (slider + 1) / 2 a binary attribute's code is (1 - a, a), so a slider at -1 or 1 is exactly the
-code of the label 0 or 1.
+A **label** is what the data stores: 0 … k-1 for a binary or k-way attribute, a number in [0, 1] for a continuous one, -1
+where it is unknown. A **code** is what a decoder reads: k columns for each attribute (2 for binary and continuous), one-hot
+for a known label, as in the official code. A **slider** is what a person moves: -1 is absent, 1 is present, and beyond is
+exaggerated. With a = (slider + 1) / 2, the code of a binary attribute is (1 - a, a). A slider at -1 or 1 is therefore
+exactly the code of the label 0 or 1.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Attribute:
         return self.categories[value] if self.categories else str(value)
 
     def logits_width(self, head: Head) -> int:
-        """Scores a classifier gives: k under softmax; one a binary attribute under sigmoid; one, regressed, if continuous."""
+        """Scores that a classifier gives: k under softmax, one for a binary attribute under sigmoid, one for a continuous one."""
         if self.kind == "continuous" or (self.kind == "binary" and head == "sigmoid"):
             return 1
         return self.k
@@ -147,7 +147,7 @@ class Attributes(tuple[Attribute, ...]):
         return torch.cat(columns, 1) if columns else labels.new_zeros(len(labels), 0)
 
     def members(self, labels: Tensor) -> Tensor:
-        """The code, with 0 in every column of an unknown label: to which values each record is known to belong.
+        """The code, but with 0 in every column of an unknown label: the values that each record is known to have.
 
         Raises:
             ValueError: the number of columns is wrong.
@@ -304,7 +304,7 @@ class Attributes(tuple[Attribute, ...]):
         return torch.where(start[:, None] < 0, labels, torch.stack(columns, 1).to(labels.dtype))
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raises ValueError when a label is none of its attribute's values and not -1 (not called on the training step)."""
+        """Raises ValueError when a label is neither one of its attribute's values nor -1. Training does not call it each step."""
         self.check_width(labels)
         for j, attribute in enumerate(self):
             label = labels[:, j]
@@ -322,9 +322,15 @@ class Attributes(tuple[Attribute, ...]):
             raise ValueError(f"labels are {tuple(labels.shape)}; {self!r} needs [N, {len(self)}]")
 
 
-def one_changed(attributes: Attributes, labels: Tensor, draws: Draws) -> Tensor:
-    """A copy of the labels [N, A] with one attribute of each record, drawn for it, moved to another value."""
-    chosen = draws.integers("changed", len(attributes), (1,))
+def one_changed(attributes: Attributes, labels: Tensor, shares: Tensor, draws: Draws) -> Tensor:
+    """A copy of the labels [N, A] with one attribute of each record, drawn for it, moved to another value.
+
+    Args:
+        shares: [N, A], how common the value of each label is. A record's attributes are drawn in inverse proportion to
+            it, so that a rare value is changed about as often as a common one.
+    """
+    waits = -torch.log1p(-draws.uniform("changed", (len(attributes),))) * shares  # the shortest of exponential times
+    chosen = waits.argmin(1, keepdim=True)
     return torch.where(chosen == torch.arange(len(attributes), device=labels.device), attributes.flipped(labels, draws), labels)
 
 

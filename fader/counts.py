@@ -26,6 +26,15 @@ class LabelCounts(nn.Module):
         counts = reduce_sum(attributes.members(labels).sum(0).to(self.counts.dtype))
         self.counts += torch.where(counts.isfinite().all(), counts, 0.0)
 
+    def shares(self, attributes: Attributes, labels: Tensor) -> Tensor:
+        """[N, A] float32: how common each label's value is in what training saw. 1 = as common as the others of its attribute.
+
+        An unknown label stands for 0.
+        """
+        values = (attribute.hard(labels[:, j]).clamp(min=0) for j, attribute in enumerate(attributes))
+        counts = (self.counts[part] for part in self.slices)
+        return torch.stack([(seen / seen.mean()).float()[value] for seen, value in zip(counts, values)], 1)
+
     def prior(self, attributes: Attributes, head: Head) -> Tensor:
         """[logits_width(head)] float32: what the frequencies of values add to logits; 0 for a continuous attribute.
 

@@ -31,6 +31,7 @@ SMALL = {
     "hidden_channels": 16,
     "images": STEPS * BATCH,
     "ramp_images": STEPS * BATCH // 2,
+    "warmup_images": 0,
 }
 
 

@@ -24,7 +24,7 @@ Targets = Callable[[Attributes, Batch], Tensor]
 
 @dataclass(frozen=True)
 class AdversarySettings(Settings):
-    """What every adversary has."""
+    """Settings that every adversary has."""
 
     weight: float = setting(0.0, "of its pressure, once it has risen; 0 = there is no such adversary", least=0)
     ramp_images: int | None = setting(None, "images over which the weight rises; none = as the latent adversary's", least=0)
@@ -81,7 +81,7 @@ class View:
         return self._decoder(self.latent, self.attributes.code(self.batch.attributes))
 
     def swap(self, targets: Targets = uniform) -> Swap:
-        """The batch decoded with the labels that `targets` gives."""
+        """Return the batch decoded with the labels that `targets` gives."""
         if targets not in self._swaps:
             labels = targets(self.attributes, self.batch)
             self._swaps[targets] = Swap(labels, self._decoder(self.latent, self.attributes.code(labels)))
@@ -108,11 +108,11 @@ class Adversary:
         raise NotImplementedError
 
     def phases(self) -> tuple[Phase, ...]:
-        """The updates of its network in each step."""
+        """Return the updates of its network in each step."""
         raise NotImplementedError
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
-        """By default its network has the autoencoder's settings, but for the learning rate."""
+        """Return how its network is updated: by default as the autoencoder is, but for the learning rate."""
         own, base = self.settings.learning_rate, self.autoencoder.optimizer
         rate = base.learning_rate if own is None else own
         return {(self.network,): dataclasses.replace(base, learning_rate=rate, ema_half_life=0, decay_images=0)}
@@ -122,19 +122,19 @@ class Adversary:
         return Schedule(s.weight, over=s.ramp_images, after=s.warmup_images, rise=s.rise)
 
     def pressure(self, networks: Networks, view: View, batch: Batch, context: Context) -> Loss:
-        """What the autoencoder minimises for this adversary, its weight included; names of the report without a network."""
+        """Return what the autoencoder minimises for this adversary, its weight included. The report names no network."""
         raise NotImplementedError
 
     def view(self, networks: Networks, batch: Batch) -> View:
         return View(self.attributes, networks, batch)
 
     def phase(self, loss: LossFunction, **more: Any) -> Phase:
-        """A phase that trains its network."""
+        """Return a phase that trains its network."""
         about = self.autoencoder
         return Phase((self.network,), loss, others=about.others, repeat=self.settings.steps, stream=about.stream, **more)
 
     def recognition(self, logits: Tensor, batch: Batch) -> Loss:
-        """Cross-entropy of a network that reads the attributes; its accuracies are reported."""
+        """Return the cross-entropy of its logits against the attributes, with its accuracies as the report."""
         given = (self.attributes, logits, batch.attributes, batch.known, self.head)
         loss, right = attribute_loss(*given), accuracies(*given)
         report = {f"{self.network}/accuracy.{name}": part for name, part in zip(self.attributes.names, right)}

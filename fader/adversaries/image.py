@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fader.adversaries.adversary import Adversary, AdversarySettings, View
+from fader.adversaries.adversary import Adversary, AdversarySettings, Autoencoder, Targets, View
 from fader.adversaries.sight import SightSettings, seen
 from fader.attributes import Attributes, one_changed
+from fader.counts import LabelCounts
 from fader.losses.adversarial import GAMES, r1_penalties
 from fader.losses.attributes import accuracies, attribute_loss, attribute_losses, log_odds
 from fader.method import Batch, Context, Loss, Networks, Optimizer, Phase
@@ -27,7 +29,9 @@ class ImageSettings(AdversarySettings):
     rise: Literal["linear", "cosine", "step", "constant"] = setting("linear", "shape of the rise")
     reading: float = setting(2.0, "of the attributes that are asked for, beside 1 for being taken for real", least=0)
     changed: float = setting(1.0, "what an attribute that is changed counts there, beside 1 for one that stays", least=0)
+    emphasis: tuple[float, ...] = setting((), "what each attribute counts there, in the order of the code; none given = 1 each")
     own_reading: float = setting(0.25, "of real images' attributes in the discriminator's own loss", least=0)
+    traces: float = setting(0.5, "there, of swaps' old attributes, beside 1 for real images' attributes", least=0)
     one_changed: float = setting(0.7, "share of swaps that change one attribute; others show others' labels", least=0, most=1)
     others: Literal["batch", "uniform"] = setting("batch", "those: another record's of the batch, or drawn evenly")
     game: Literal["non_saturating", "hinge", "relativistic"] = setting("non_saturating", "what real or decoded is worth")
@@ -44,8 +48,10 @@ class ImageSettings(AdversarySettings):
 class ImageAdversary(Adversary):
     """Tells real images from swaps and reads the attributes of both; the autoencoder is asked to pass on both counts.
 
-    The attributes are learnt from real images alone. Their frequencies are taken out of the logits, so that a swap is
-    asked to show a rare value as clearly as a common one (Menon et al. 2021, arXiv:2007.07314, logit adjustment).
+    The attributes are learnt from real images, and from swaps, of which the discriminator learns the attributes that they
+    had before (`traces`): a swap that only a network would take for changed is told from one that shows the new value.
+    Frequencies are taken out of the logits, so that a swap is asked to show a rare value as clearly as a common one (Menon
+    et al. 2021, arXiv:2007.07314, logit adjustment).
 
     Source: the classifier and the discriminator share a trunk as in Odena et al. 2017, arXiv:1610.09585, and He et al. 2019,
     "AttGAN", arXiv:1711.10678; the penalty comes every few steps as in Karras et al. 2020, arXiv:1912.04958, appendix B.
@@ -53,6 +59,12 @@ class ImageAdversary(Adversary):
 
     name, network = "image", "image_discriminator"
     settings: ImageSettings
+
+    def __init__(self, settings: ImageSettings, autoencoder: Autoencoder) -> None:
+        super().__init__(settings, autoencoder)
+        self.emphasis = settings.emphasis or (1.0,) * len(self.attributes)
+        if len(self.emphasis) != len(self.attributes):
+            raise ValueError(f"emphasis has {len(self.emphasis)} numbers for {len(self.attributes)} attributes")
 
     def build(self) -> ImageDiscriminator:
         s, layout = self.settings, self.autoencoder.layout
@@ -67,7 +79,7 @@ class ImageAdversary(Adversary):
         return (self.phase(self.discriminator_loss), dataclasses.replace(penalised, repeat=1))
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
-        """Its rate falls with the autoencoder's."""
+        """Return how the discriminator is updated; its learning rate falls when the autoencoder's does."""
         s, base = self.settings, self.autoencoder.optimizer
         rate = base.learning_rate if s.learning_rate is None else s.learning_rate
         return {(self.network,): dataclasses.replace(base, learning_rate=rate, betas=s.betas, ema_half_life=0)}
@@ -75,21 +87,22 @@ class ImageAdversary(Adversary):
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The discriminator learns to tell real images from swaps, and the attributes of real ones."""
         with torch.no_grad():
-            decoded = self.view(networks, batch).swap(self.targets).images
+            decoded = self.view(networks, batch).swap(self._targets(networks)).images
         discriminator = networks[self.network]
         prior = discriminator.counts.prior(self.attributes, self.head)
         discriminator.counts.add(self.attributes, batch.attributes, context.reduce_sum)
         both = torch.cat([self._seen(batch.images, batch, "real"), self._seen(decoded, batch, "decoded")])
-        (real, fake), (logits, _) = (part.chunk(2) for part in discriminator(both))
+        (real, fake), (logits, old) = (part.chunk(2) for part in discriminator(both))
         given = (self.attributes, wide(logits) + prior, batch.attributes, batch.known, self.head)
         told, reading = batch.mean(GAMES[self.settings.game].discriminator(real, fake)), attribute_loss(*given)
-        report = {"told": told, "reading": reading, "real": batch.mean(real), "decoded": batch.mean(fake)}
+        traces = attribute_loss(self.attributes, wide(old) + prior, batch.attributes, batch.known, self.head)
+        report = {"told": told, "reading": reading, "traces": traces, "real": batch.mean(real), "decoded": batch.mean(fake)}
         report |= {f"accuracy.{name}": part for name, part in zip(self.attributes.names, accuracies(*given))}
         report = {f"{self.network}/{name}": value.detach() for name, value in report.items()}
-        return Loss(told + self.settings.own_reading * reading, report)
+        return Loss(told + self.settings.own_reading * (reading + self.settings.traces * traces), report)
 
     def penalised_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The same with R1, which counts for all the steps until it comes again."""
+        """The same loss with R1, which is multiplied by the number of steps until it comes again."""
         s, loss = self.settings, self.discriminator_loss(networks, batch, context)
         images = self._seen(batch.images, batch, "real").detach().requires_grad_()
         verdict = networks[self.network](images)
@@ -99,19 +112,23 @@ class ImageAdversary(Adversary):
 
     def pressure(self, networks: Networks, view: View, batch: Batch, context: Context) -> Loss:
         """The swap should be taken for real, and read as the attributes that it was decoded with."""
-        s, discriminator, swap = self.settings, networks[self.network], view.swap(self.targets)
+        s, discriminator, swap = self.settings, networks[self.network], view.swap(self._targets(networks))
         verdict, game = discriminator(self._seen(swap.images, batch, "pressed")), GAMES[s.game]
         real = discriminator(self._seen(batch.images, batch, "real")).real if game.compares else verdict.real
         taken = batch.mean(game.maker(real, verdict.real))
         counts = torch.where(swap.labels == batch.attributes, 1.0, s.changed)
         everyone = batch.size.expand_as(batch.known)
-        reading = attribute_losses(self.attributes, verdict.attributes, swap.labels, everyone, self.head, counts).sum()
+        each = attribute_losses(self.attributes, verdict.attributes, swap.labels, everyone, self.head, counts)
+        reading = sum(much * loss for much, loss in zip(self.emphasis, each))
         report = {"taken": taken.detach(), "reading": reading.detach()}
         return Loss(context.weights["image"] * (taken + s.reading * reading), report)
 
-    def targets(self, attributes: Attributes, batch: Batch) -> Tensor:
-        """Labels of the swaps: one attribute changed, or another's labels altogether."""
-        changed = one_changed(attributes, batch.attributes, batch.draws)
+    def _targets(self, networks: Networks) -> Targets:
+        return partial(self.targets, networks[self.network].counts)
+
+    def targets(self, counts: LabelCounts, attributes: Attributes, batch: Batch) -> Tensor:
+        """Return the labels of the swaps: one attribute changed, or all labels of another record."""
+        changed = one_changed(attributes, batch.attributes, counts.shares(attributes, batch.attributes), batch.draws)
         if self.settings.others == "batch":
             others = batch.attributes[batch.draws.integers("another", len(batch.attributes))]
         else:

@@ -34,10 +34,10 @@ class SightSettings(Settings):
 
 
 def seen(images: Tensor, draws: Draws, name: str, settings: SightSettings) -> Tensor:
-    """Images [N, C, S, S] as they are seen: moved, blurred and in other colours, at least float32. Differentiable.
+    """Return images [N, C, S, S] moved, blurred and in other colours, at least as float32. It is differentiable.
 
     Args:
-        name: of these numbers, so that other images of the same records get others.
+        name: which random numbers of a record to use; images under different names are changed differently.
     """
     s, size, images = settings, images.shape[-1], wide(images)
 
@@ -66,7 +66,11 @@ def seen(images: Tensor, draws: Draws, name: str, settings: SightSettings) -> Te
 
 
 def _weights(size: int, shift: Tensor, sigma: Tensor) -> Tensor:
-    """[N, size, size]: what each place takes of each, when lines are shifted [N, 1] and blurred [N, 1, 1]; edges repeat."""
+    """Return [N, size, size]: the weights by which shifted and blurred lines are made of the old ones. Edges are repeated.
+
+    Args:
+        shift: [N, 1], in pixels. sigma: [N, 1, 1], of the blur, in pixels.
+    """
     place = torch.arange(size, device=shift.device, dtype=shift.dtype)
     source = (place - shift).clamp(0, size - 1)
     far = ((source[:, :, None] - place) / sigma).square() / 2

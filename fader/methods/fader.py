@@ -28,7 +28,7 @@ from fader.adversaries.solved import SolvedAdversary, SolvedSettings
 from fader.attributes import Attributes, Head
 from fader.losses.reconstruction import absolute_errors, squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
-from fader.networks.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset
+from fader.networks.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset, Skip
 from fader.networks.layers import Deconv, wide
 from fader.networks.normalization import Norm
 from fader.schedules import Schedule
@@ -49,6 +49,7 @@ class FaderSettings(Settings):
     max_channels: int | None = setting(None, "up to so many")
     num_layers: int | None = setting(None, "each halves the sides of the image")
     num_skips: int = setting(0, "encoder maps handed to the decoder beside the latent", least=0)
+    skip: Skip = setting("plain", "those maps as they are, or selective: through a gate that knows the attributes")
     deconv: Deconv = setting("convtranspose", "how the decoder doubles the sides")
     norm: Norm = setting("global", "of encoder and decoder; discriminators keep batch norm where this is instance")
     encoder_dropout: float = setting(0.0, "in every layer of the encoder", least=0, most=1)
@@ -97,7 +98,7 @@ class Fader(Method):
             raise ValueError("a Fader network needs at least one attribute to slide; name some")
         self.networks: dict[str, nn.Module] = {
             "encoder": Encoder(layout, s.norm, s.encoder_dropout),
-            "decoder": Decoder(layout, attributes.code_width, s.norm, s.deconv, s.decoder_dropout),
+            "decoder": Decoder(layout, attributes.code_width, s.norm, s.deconv, s.decoder_dropout, s.skip),
         }
         self.adversaries = self._adversaries(layout)
         for adversary in self.adversaries:

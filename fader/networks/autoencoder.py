@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fader.networks.layers import Deconv, Down, Up, channels_last, doubling, halvings, with_code
 from fader.networks.normalization import Norm
 
 Preset = Literal["paper", "official", "small"]
+Skip = Literal["plain", "selective"]
 
 PRESETS: dict[str, dict[str, int]] = {
     "paper": {"init_channels": 16, "max_channels": 512, "num_layers": 7},  # 256×256: latent 512×2×2, the paper's
@@ -120,6 +122,9 @@ class Decoder(nn.Module):
 
     Args:
         dropout: in the first three layers, except the last of all.
+        skip: "plain" takes encoder maps as they are; "selective" scales each of their numbers by a gate in (0, 1) that
+            is computed from features, code and the map, so that a swap need not keep what it should change. Source of
+            the idea: Liu et al. 2019, "STGAN", arXiv:1904.09709 (there a recurrent unit).
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class Decoder(nn.Module):
         norm: Norm = "global",
         deconv: Deconv = "convtranspose",
         dropout: float = 0.0,
+        skip: Skip = "plain",
     ) -> None:
         super().__init__()
         widths = [layout.channels, *layout.widths[: layout.num_layers]][::-1]
@@ -145,6 +151,8 @@ class Decoder(nn.Module):
             )
             for i, (a, b) in enumerate(zip(widths, widths[1:]))
         )
+        gated = widths[1 : layout.num_skips + 1] if skip == "selective" else []
+        self.gates = nn.ModuleList(nn.Conv2d(2 * width + code_width, width, 1) for width in gated)
 
     def forward(self, latent: Latent, code: Tensor) -> Tensor:
         """
@@ -157,5 +165,8 @@ class Decoder(nn.Module):
             raise ValueError(f"the latent has {len(latent.skips)} skips; this decoder takes {self.num_skips}")
         features = latent.latent
         for i, layer in enumerate(self.layers):
-            features = layer(with_code(features, code, latent.skips[i - 1] if 0 < i <= self.num_skips else None))
+            skip = latent.skips[i - 1] if 0 < i <= self.num_skips else None
+            if skip is not None and self.gates:
+                skip = skip * torch.sigmoid(self.gates[i - 1](with_code(features, code, skip)))
+            features = layer(with_code(features, code, skip))
         return features

@@ -1,4 +1,4 @@
-"""The attribute classifier: judge of swaps, and an optional critic of a Fader network's output.
+"""The attribute classifier: a judge of swaps, and optionally an adversary of a Fader network.
 
 Source: the classifier of facebookresearch/FaderNetworks (32 to 512 channels, hidden layer 512).
 """

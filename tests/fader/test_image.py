@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fader.adversaries.sight import SightSettings, seen
-from fader.attributes import Attribute, Attributes
+from fader.attributes import Attribute, Attributes, one_changed
+from fader.counts import LabelCounts
 from fader.draws import Draws
 from fader.losses.attributes import log_odds
 from fader.method import Batch
@@ -101,7 +102,7 @@ def test_sight_is_differentiable_and_as_precise_under_autocast():
 
 def targets(batch: Batch, **settings) -> torch.Tensor:
     (adversary,) = tiny_fader(latent={"steps": 0}, image=IMAGE | settings).adversaries
-    return adversary.targets(MIXED, batch)
+    return adversary.targets(LabelCounts(MIXED), MIXED, batch)
 
 
 def test_a_swap_changes_one_attribute_or_takes_another_records_labels():
@@ -121,6 +122,20 @@ def test_a_swap_changes_one_attribute_or_takes_another_records_labels():
     assert (even >= 0).all() and ((even[:, 1] == 2).float().mean() - 1 / 3).abs() < 0.08
     both = targets(batch, one_changed=0.7)
     assert 0.6 < (both == one).all(1).float().mean() < 0.95
+
+
+def test_a_rare_value_is_changed_as_often_as_a_common_one():
+    two = Attributes([Attribute("Male"), Attribute("Eyeglasses")])
+    labels = torch.stack([torch.arange(4000) % 2, torch.arange(4000) % 20 == 0], 1).float()
+    counts = LabelCounts(two)
+    counts.add(two, labels, lambda total: total)
+    shares = counts.shares(two, torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, -1.0]]))
+    torch.testing.assert_close(shares, torch.tensor([[1.0, 0.1], [1.0, 1.9], [1.0, 1.9]]), atol=2e-3, rtol=0)
+    moved = one_changed(two, labels, counts.shares(two, labels), draws(4000)) != labels
+    rare = labels[:, 1] == 1
+    assert moved.sum(1).eq(1).all()
+    assert moved[rare, 1].float().mean().item() == pytest.approx(1 / 1.1, abs=0.06), "1 / 0.1 against 1"
+    assert moved[~rare, 1].float().mean().item() == pytest.approx(1 / 2.9, abs=0.03), "1 / 1.9 against 1"
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -165,7 +180,7 @@ def test_the_penalised_phase_is_the_discriminators_loss_and_r1_for_all_steps_unt
 def test_the_autoencoders_loss_is_its_formula():
     """|x̂ - x|, being taken for real, and being read as asked, where a changed attribute counts more."""
     one = Attributes([Attribute("Smiling")])
-    settings = {"reading": 3.0, "changed": 2.0, "one_changed": 1.0, "sight": BLIND, "weight": 0.5}
+    settings = {"reading": 3.0, "emphasis": (1.5,), "changed": 2.0, "one_changed": 1.0, "sight": BLIND, "weight": 0.5}
     method = tiny_fader(one, latent={"steps": 0}, image=settings, reconstruction={"weight": 20.0, "error": "absolute"})
     batch = planted(one)
     loss = loss_of(method, "encoder+decoder", batch)
@@ -176,10 +191,28 @@ def test_the_autoencoders_loss_is_its_formula():
         reconstruction = method.networks["decoder"](latent, one.code(batch.attributes))
         verdict = method.networks["image_discriminator"](method.networks["decoder"](latent, one.code(1 - batch.attributes)))
     taken = torch.nn.functional.softplus(-verdict.real).mean().item()
-    reading = 2 * torch.nn.functional.cross_entropy(verdict.attributes, (1 - batch.attributes[:, 0]).long()).item()
+    reading = 1.5 * 2 * torch.nn.functional.cross_entropy(verdict.attributes, (1 - batch.attributes[:, 0]).long()).item()
     assert (report["taken"], report["reading"]) == pytest.approx((taken, reading), rel=1e-4)
     absolute = (reconstruction - batch.images).abs().mean().item()
     assert loss.value.item() == pytest.approx(20 * absolute + 0.5 * (taken + 3 * reading), rel=1e-4)
+    with pytest.raises(ValueError, match="emphasis has 2 numbers for 1 attributes"):
+        tiny_fader(one, image=settings | {"emphasis": (1.0, 2.0)})
+
+
+def test_the_discriminator_learns_the_old_attributes_of_swaps():
+    """Its loss is its formula, in which a swap has the labels that its image had."""
+    one = Attributes([Attribute("Smiling")])
+    method = tiny_fader(one, latent={"steps": 0}, image=IMAGE | {"one_changed": 1.0, "own_reading": 0.5, "traces": 0.2, "sight": BLIND})
+    batch, networks = planted(one), method.networks
+    loss = loss_of(method, "image_discriminator", batch)
+    with torch.no_grad():
+        swap = networks["decoder"](networks["encoder"](batch.images), one.code(1 - batch.attributes))
+        real, decoded = (networks["image_discriminator"](images) for images in (batch.images, swap))
+    told = (torch.nn.functional.softplus(-real.real) + torch.nn.functional.softplus(decoded.real)).mean()
+    old = batch.attributes[:, 0].long()
+    reading, traces = (torch.nn.functional.cross_entropy(verdict.attributes, old) for verdict in (real, decoded))
+    assert loss.report["image_discriminator/traces"].item() == pytest.approx(traces.item(), rel=1e-4)
+    assert loss.value.item() == pytest.approx((told + 0.5 * (reading + 0.2 * traces)).item(), rel=1e-4)
 
 
 def test_rare_values_are_learnt_with_their_frequency_and_asked_for_without():

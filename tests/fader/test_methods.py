@@ -18,7 +18,7 @@ CASES = [(name, {}) for name in sorted(METHODS)] + [("fader", FULL), ("fader", {
 CASES.append(("fader", {"solved": {"weight": 0.1, "steps": 1}}))
 IMAGE = {"weight": 1.0, "changed": 2.0, "others": "uniform"}  # another's labels would depend on the share of the batch
 CASES.append(("fader", {"latent": {"steps": 0}, "image": IMAGE}))
-CASES.append(("fader", {"image": IMAGE | {"game": "relativistic"}, "reconstruction": {"error": "absolute"}, "head": "sigmoid"}))
+CASES.append(("fader", {"image": IMAGE | {"game": "relativistic"}, "num_skips": 1, "skip": "selective", "head": "sigmoid"}))
 
 
 def cases(wanted=lambda changes, phase: True) -> list:

@@ -108,6 +108,25 @@ def test_skips_are_read_after_the_code_by_the_layers_that_have_them():
     assert torch.equal(seen[1][:, 10:], latent.skips[0]) and torch.equal(seen[2][:, 6:], latent.skips[1])
 
 
+def test_a_selective_skip_is_scaled_by_a_gate_that_knows_the_attributes():
+    layout = Layout(32, 3, 4, 16, 4, num_skips=1)
+    latent = Encoder(layout)(torch.randn(2, 3, 32, 32))
+    decoder = Decoder(layout, 2, skip="selective")
+    assert len(decoder.gates) == 1 and not Decoder(layout, 2).gates
+    seen = []
+    decoder.layers[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, 18:]))
+    codes = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    for code in (codes, codes.flip(0)):
+        decoder(latent, code)
+    gates = [(skip / latent.skips[0])[latent.skips[0].abs() > 1e-3] for skip in seen]
+    assert all(0 < gate.min() and gate.max() < 1 for gate in gates)
+    assert (gates[0] - gates[1]).abs().max() > 1e-3, "another code, another gate"
+    with torch.no_grad():
+        decoder.gates[0].weight.zero_(), decoder.gates[0].bias.fill_(-100)
+    decoder(latent, codes)
+    assert not seen[-1].any(), "a closed gate"
+
+
 def test_decoder_dropout_stands_in_the_first_three_layers_and_never_in_the_last():
     def layers_with(num_layers: int) -> list[bool]:
         decoder = Decoder(Layout(64, 3, 4, 8, num_layers), 2, dropout=0.5)

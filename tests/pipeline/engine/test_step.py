@@ -35,7 +35,10 @@ FADER = {
         "discriminator_others": "train", "autoencoder_others": "train", "head": "sigmoid", "num_skips": 1,
         "latent": {"ramp_images": 100, "warmup_images": 8, "rise": "cosine"}, "decay_share": 0.5, "encoder_dropout": 0.1,
     },
-    "an image adversary": {"image": {"weight": 1.0, "game": "relativistic"}, "reconstruction": {"error": "absolute"}},
+    "an image adversary": {
+        "image": {"weight": 1.0, "game": "relativistic"}, "reconstruction": {"error": "absolute"},
+        "num_layers": 3, "num_skips": 1, "skip": "selective",
+    },
     "no latent adversary": {"latent": {"steps": 0}, "image": {"weight": 1.0, "others": "uniform"}},
     "instance norm": {"norm": "instance", "patch": {"weight": 0.1}},
     "local norm": {"norm": "local"},
