@@ -15,6 +15,7 @@ from pipeline import config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 CELEBA = "Male Smiling Young Eyeglasses Mouth_Slightly_Open Wearing_Hat Blond_Hair".split()
+CELEBA += "Bald Bangs Black_Hair Brown_Hair Bushy_Eyebrows Mustache No_Beard Pale_Skin".split()  # and these, of celeba_thirteen
 K_WAY = (Attribute("Beard", "k-way", ("none", "moustache", "full")), Attribute("digit", "k-way", tuple("0123456789")))
 AVAILABLE = Attributes([*map(Attribute, CELEBA), *K_WAY, Attribute("Night")])
 
