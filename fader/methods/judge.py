@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fader.attributes import Attributes, Head
 from fader.counts import LabelCounts
-from fader.losses.attributes import accuracies, attribute_loss
+from fader.losses.attributes import accuracies, attribute_losses
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.networks.classifier import Classifier
 from fader.networks.layers import wide
@@ -38,6 +38,9 @@ class JudgeSettings(Settings):
     max_channels: int | None = setting(None, "channels double layer by layer up to this", least=1)
     hidden_channels: int | None = setting(None, "of the hidden layer before the logits; a residual network has none", least=1)
     norm: Literal["global", "local"] = setting("global", "whose statistics normalise: the global batch's, or this rank's share's")
+    asked: tuple[str, ...] = setting(
+        (), "attributes whose mean loss counts as much as the mean of all others, which only help to learn; none = all alike"
+    )
     head: Head = setting("softmax", "two logits a binary attribute, or one with sigmoid")
     dropout: float = setting(0.0, "after each convolution; of a residual network before the logits", least=0, most=1)
     prior: Literal["uniform", "data"] = setting(
@@ -87,6 +90,11 @@ class Judge(Method):
         super().__init__(settings, attributes, image_size, channels)
         if not attributes:
             raise ValueError("a judge needs at least one attribute to read; name some")
+        missing, rest = set(settings.asked) - set(attributes.names), len(attributes) - len(set(settings.asked))
+        if missing:
+            raise ValueError(f"asked: {', '.join(sorted(missing))} is not among the attributes of the data")
+        asked = [1 / len(settings.asked) if name in settings.asked else 1 / rest for name in attributes.names]
+        self.counts = asked if settings.asked else [1.0] * len(attributes)
         build = ResidualClassifier if settings.is_residual else Classifier
         layout = (image_size, attributes.logits_width(settings.head), channels)
         self.networks = {
@@ -105,8 +113,9 @@ class Judge(Method):
         """The classifier learns to read the attributes off real images; unknown labels are left out."""
         networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
         logits = networks["classifier"](batch.images)
-        loss = attribute_loss(self.attributes, logits, batch.attributes, batch.known, self.settings.head)
-        right = accuracies(self.attributes, logits, batch.attributes, batch.known, self.settings.head)
+        given = (self.attributes, logits, batch.attributes, batch.known, self.settings.head)
+        loss = sum(weight * each for weight, each in zip(self.counts, attribute_losses(*given)))
+        right = accuracies(*given)
         report = {f"classifier/accuracy.{name}": part for name, part in zip(self.attributes.names, right)}
         return Loss(loss, {"classifier/loss": loss.detach(), **report})
 

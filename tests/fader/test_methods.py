@@ -10,6 +10,7 @@ import torch
 
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
+from fader.losses.attributes import attribute_losses
 from fader.method import METHODS, Aligns, Batch, Decodes, Encodes, Judges
 from tests.fader.tiny import MIXED, changed, context, loss_of, phases, planted, stand, tiny, tiny_fader, weights
 
@@ -384,6 +385,22 @@ def test_the_judges_preset_and_overrides():
     assert kind.Settings().sizes() == {"init_channels": 32, "max_channels": 512, "hidden_channels": 512}
     small = kind.Settings(preset="small", max_channels=64).sizes()
     assert small == {"init_channels": 16, "max_channels": 64, "hidden_channels": 128}
+
+
+def test_what_the_judge_is_asked_counts_as_much_as_all_that_only_helps_it_to_learn():
+    losses = attribute_losses(MIXED, *_judged(tiny("judge")))
+    plain = loss_of(tiny("judge"), "classifier", planted()).value
+    asked = loss_of(tiny("judge", asked=(MIXED.names[0],)), "classifier", planted()).value
+    torch.testing.assert_close(plain, losses.sum())
+    torch.testing.assert_close(asked, losses[0] + losses[1:].mean())
+    with pytest.raises(ValueError, match="asked: Nobody is not among the attributes of the data"):
+        tiny("judge", asked=("Nobody",))
+
+
+def _judged(method) -> tuple:
+    """The logits, labels and divisors of the planted batch."""
+    batch = planted()
+    return method.networks["classifier"](batch.images), batch.attributes, batch.known
 
 
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
