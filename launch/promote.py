@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.command import main
+from launch.command import main, say_next
 from launch.evaluate import find_judges, measure, show_reports
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def promote(
     if rollback:
         replaced, now = aliases.rollback(name)
         typer.echo(f"{name}@{aliases.CHAMPION} is version {now} again, no longer version {replaced}")
-        typer.echo(f"next: fader promote {name} --better-than champion")
+        say_next("promote", name, "--better-than", "champion")
         return
     candidate = _address(name, version)
     beaten = _address(name, better_than) if better_than else None

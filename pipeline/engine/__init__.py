@@ -24,5 +24,3 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.groups import LossScale
 from pipeline.engine.ranks import Ranks, leave, open_ranks
 from pipeline.engine.state import State
-
-__all__ = ["Engine", "LossScale", "Ranks", "State", "leave", "open_ranks"]

@@ -17,17 +17,3 @@ from pipeline.evaluation.measure import makes_pictures
 from pipeline.evaluation.presentation import Table, as_markdown, as_tables, markdown
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.specification import TABLES, USUAL_TABLES, Specification
-
-__all__ = [
-    "TABLES",
-    "USUAL_TABLES",
-    "Report",
-    "Specification",
-    "Table",
-    "as_markdown",
-    "as_tables",
-    "evaluate",
-    "makes_pictures",
-    "markdown",
-    "quantities",
-]
