@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +13,7 @@ import typer
 
 from launch.command import LARGEST_SEED, main, show
 from launch.progress import progress_bar
-from launch.train import exit_code
+from launch.train import stop
 from pipeline.files import write_whole
 
 if TYPE_CHECKING:
@@ -126,8 +125,7 @@ def find_judges(models: list[Model], shards: ShardSet, specification: Specificat
     try:
         return panel_of(models, shards, specification, ranks)
     except Interrupted as stopped:
-        log.info("%s; the same command goes on with it", stopped)
-        sys.exit(exit_code(stopped.reason.exit_code))
+        stop(stopped, "the same command goes on with it")
 
 
 def measure(

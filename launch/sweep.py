@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,7 @@ import typer
 
 from launch.command import main, say_next, show
 from launch.progress import progress_bar, watching_training
-from launch.train import exit_code
+from launch.train import stop
 from pipeline.files import write_whole
 
 if TYPE_CHECKING:
@@ -129,10 +128,7 @@ def _train_and_evaluate(children: Sequence[Child], asked: Sweep, specification: 
             else:
                 failed.append(child.label)
     except Interrupted as stopped:
-        if ranks.is_main:
-            typer.echo(f"{stopped}\nthe same command goes on with the sweep", err=True)
-        sys.stdout.flush()
-        sys.exit(exit_code(stopped.reason.exit_code))
+        stop(stopped, "the same command goes on with the sweep")
     return failed
 
 

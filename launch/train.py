@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -19,6 +19,7 @@ from launch.progress import is_first_rank, watching_training
 
 if TYPE_CHECKING:
     from pipeline.config import Experiment
+    from pipeline.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +58,7 @@ def train(
             run_training(experiment, folder, resume=resumed, watch=watch)
     except Interrupted as stopped:
         leave()
-        if is_first_rank():
-            typer.echo(f"{stopped}\ngo on with: fader train --resume {shlex.quote(str(folder))}", err=True)
-        sys.stdout.flush()
-        sys.exit(exit_code(stopped.reason.exit_code))
+        stop(stopped, f"go on with: fader train --resume {shlex.quote(str(folder))}")
     except FloatingPointError as error:
         raise ValueError(str(error)) from None
     leave()
@@ -95,17 +93,20 @@ def _leave_word(code: int | None) -> None:
         Path(place).write_text(f"{code}\n")
 
 
-def exit_code(code: int) -> int:
-    """Return the code to exit with, after word of it is left.
+def stop(stopped: Interrupted, advice: str) -> NoReturn:
+    """Say that a run was asked to end and how to go on, and end this process with the code of the reason.
 
     A launcher takes any code but 0 for a crash, which it would mend by starting the workers again: a run that wants to
     go on in another job ends its workers with 0, and FADER_EXIT_FILE alone says so.
     """
     from pipeline.training.interruption import EXIT_AGAIN, launched
 
+    code = stopped.reason.exit_code
     if is_first_rank():
+        typer.echo(f"{stopped}\n{advice}", err=True)
         _leave_word(code)
-    return 0 if code == EXIT_AGAIN and launched() else code
+    sys.stdout.flush()
+    sys.exit(0 if code == EXIT_AGAIN and launched() else code)
 
 
 def _announcement(experiment: Any, folder: Path, resumed: bool) -> str:
