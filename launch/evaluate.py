@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from pipeline.engine import Ranks
     from pipeline.evaluation import Report, Specification
     from pipeline.models import Model
-
-log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -128,9 +125,7 @@ def find_judges(models: list[Model], shards: ShardSet, specification: Specificat
         stop(stopped, "the same command goes on with it")
 
 
-def measure(
-    model: Model, judges: Sequence[Model], shards: ShardSet, specification: Specification, ranks: Ranks
-) -> Report:
+def measure(model: Model, judges: Sequence[Model], shards: ShardSet, specification: Specification, ranks: Ranks) -> Report:
     """Return one model's report; the main rank says what it does and how far it is."""
     from pipeline import evaluation
 
