@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -39,9 +38,6 @@ def data(
     seconds: Annotated[float, typer.Option(min=0.01, help="How long a turn is.")] = 2.0,
     device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
     count: Annotated[int, typer.Option(min=10, help="Faces to draw where no set is given.")] = 2_000,
-    memory: Annotated[
-        str, typer.Option(help="Also the peak memory of streaming sets of so many records.", metavar="10000,200000")
-    ] = "",
     to: Annotated[Path | None, typer.Option("--json", help="Write the figures there, too.", metavar="FILE")] = None,
 ) -> None:
     """Images a second of our loaders, of webdataset and a torch DataLoader with Pillow, and of DALI alone, the limit;
@@ -52,7 +48,6 @@ def data(
     from pipeline.loading import throughput
 
     wanted = _numbers(sizes, "--sizes")
-    records = _numbers(memory, "--memory") if memory else []
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     measure = throughput.Measure(batch_size, threads, rounds, seconds, place)
     with tempfile.TemporaryDirectory(prefix="fader-bench-") as folder:
@@ -79,10 +74,6 @@ def data(
             rates = throughput.loading_rates(split, preprocessing, work, measure, _show)
             figures["images_per_second"][str(size)] = rates
             typer.echo(_line(size, rates))
-        figures["memory"] = [_memory(split, work, n) for n in records]
-        for entry in figures["memory"]:
-            size = f"{entry['bytes'] / 1e6:,.0f} MB of anonymous memory"
-            typer.echo(f"streaming {entry['records']:,} records takes at most {size}")
     if to:
         to.write_text(json.dumps(figures, indent=1) + "\n")
         typer.echo(f"wrote {to}")
@@ -145,29 +136,6 @@ def _line(size: int, rates: Rates) -> str:
     shown = " ".join(f"{statistics.median(rates[name]):>11,.0f}" for name in COLUMNS)
     ratios = (f"{median_ratio(rates, *name.split('/')):>{len(name)}.2f}" for name in RATIOS)
     return " ".join([f"{size:>10}", shown, *ratios])
-
-
-def _memory(split: Any, work: Path, records: int) -> dict[str, int]:
-    """Measure peak memory in a process of its own, over a set in which the split's pictures repeat."""
-    from pipeline.loading import throughput
-
-    out = throughput.write_repeated(split, work / f"repeated{records}", records)
-    line = [sys.executable, "-m", "launch.bench", "one-memory", str(out)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"measuring memory over {records:,} records failed: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@app.command(hidden=True)
-def one_memory(path: Path) -> None:
-    """The peak memory of this process while it streams a set, as JSON."""
-    from pipeline.data.shards import ShardSet
-    from pipeline.loading import throughput
-
-    split = ShardSet.open(path).split("train")
-    figures = throughput.streaming_memory(split, _preprocessing(split, 64), throughput.Measure())
-    typer.echo(json.dumps(figures))
 
 
 if __name__ == "__main__":

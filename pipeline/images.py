@@ -319,11 +319,11 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
 def to_float(images: Tensor) -> Tensor:
     """uint8 [N, S, S, C] (as decoders give it) or [N, C, S, S] to float32 [N, C, S, S] in [-1, 1]: x / 127.5 - 1; stored
     in the order that it came in."""
-    if images.ndim != 4:
-        raise ValueError(f"pictures are {tuple(images.shape)}; [N, S, S, C] or [N, C, S, S] is needed")
+    if images.ndim != 4 or images.is_floating_point():
+        raise ValueError(f"pictures are {images.dtype} {tuple(images.shape)}; uint8 [N, S, S, C] or [N, C, S, S] is needed")
     if images.shape[1] == images.shape[2] and images.shape[3] in (1, 3):
         images = images.permute(0, 3, 1, 2)
-    return images.float().div(127.5).sub(1)
+    return images.float().div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -333,7 +333,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
     """images [N, C, S, S], mirrored left to right where mask [N] bool is true."""
-    return images.flip(-1).where(mask.view(-1, 1, 1, 1), images)
+    mirrored = images.flip(-1)
+    if images.device.type != "cpu":
+        return mirrored.where(mask.view(-1, 1, 1, 1), images)
+    for n in mask.logical_not().nonzero()[:, 0].tolist():  # a tenth of the time of `where`
+        mirrored[n] = images[n]
+    return mirrored
 
 
 def grid(images: Tensor, gap: int = 2) -> np.ndarray:

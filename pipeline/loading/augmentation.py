@@ -7,10 +7,8 @@ run repeats them, on any number of ranks.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,8 +32,6 @@ def augmented(images: Tensor, draws: Draws, settings: AugmentConfig) -> Tensor:
     Returns:
         [N, C, S, S] in [-1, 1], on the same device.
     """
-    if settings and _one_by_one(images):  # plane by plane both parts take half the time, the copy included
-        images = torch.from_numpy(np.ascontiguousarray(images.numpy()))
     if settings.rotation_degrees or settings.translation:
         angle = _around_zero(draws, "rotation") * math.radians(settings.rotation_degrees)
         shift = _around_zero(draws, "translation", (2,)) * settings.translation
@@ -64,12 +60,6 @@ def _half_or_none(draws: Draws, name: str) -> Tensor:
     return _around_zero(draws, name).clamp(min=0)
 
 
-def _one_by_one(images: Tensor) -> bool:
-    """Whether pictures are moved one by one: on the CPU, where a picture stays in the core's cache, and in the calling
-    thread alone, because torch's threads would wait for the cores that decoding has."""
-    return images.device.type == "cpu"
-
-
 def moved(images: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
     """Pictures turned about their centre, then shifted; sampled bilinearly, mirrored at the border.
 
@@ -78,24 +68,11 @@ def moved(images: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
         angle: [N] radians, counter-clockwise as a person sees it.
         shift: [N, 2] right and down, as a share of the side.
     """
-    cosine, sine = angle.cos(), angle.sin()
     size = images.shape[-1]
-    if _one_by_one(images):
-        place = (np.arange(size, dtype=np.float32) * 2 + 1) / np.float32(size) - 1
-        out, grid = torch.empty_like(images), np.empty((1, size, size, 2), np.float32)
-        for n, (c, s, (right, down)) in enumerate(zip(cosine.tolist(), sine.tolist(), shift.tolist())):
-            x, y = place[None, :] - np.float32(2 * right), place[:, None] - np.float32(2 * down)
-            np.add(np.float32(c) * x, np.float32(-s) * y, out=grid[0, ..., 0])
-            np.add(np.float32(s) * x, np.float32(c) * y, out=grid[0, ..., 1])
-            out[n : n + 1] = _sampled(images[n : n + 1], torch.from_numpy(grid))
-        return out
     place = (torch.arange(size, device=images.device, dtype=torch.float32) * 2 + 1) / size - 1
     x, y = place[None, None, :] - 2 * shift[:, 0, None, None], place[None, :, None] - 2 * shift[:, 1, None, None]
-    c, s = cosine[:, None, None], sine[:, None, None]
-    return _sampled(images, torch.stack([c * x - s * y, s * x + c * y], -1))
-
-
-def _sampled(images: Tensor, grid: Tensor) -> Tensor:
+    c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    grid = torch.stack([c * x - s * y, s * x + c * y], -1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
@@ -108,11 +85,7 @@ def softened(images: Tensor, sigma: Tensor, shrunk: Tensor) -> Tensor:
 
 def grained(images: Tensor, draws: Draws, sigma: Tensor) -> Tensor:
     """Pictures with Gaussian noise of sigma [N] on each value, cut to [-1, 1]."""
-    if not _one_by_one(images):
-        return (images + sigma[:, None, None, None] * draws.normal("grain", images.shape[1:])).clamp(-1, 1)
-    rows = sigma.nonzero()[:, 0]  # drawing numbers costs more than all the rest
-    noise = dataclasses.replace(draws, index=draws.index[rows]).normal("grain", images.shape[1:])
-    return images.index_put((rows,), (images[rows] + sigma[rows, None, None, None] * noise).clamp(-1, 1))
+    return (images + sigma[:, None, None, None] * draws.normal("grain", images.shape[1:])).clamp(-1, 1)
 
 
 def coloured(images: Tensor, *, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
@@ -134,20 +107,6 @@ def coloured(images: Tensor, *, brightness: Tensor, contrast: Tensor, saturation
     else:
         matrix = gain[:, None, None] * _colours(saturation, hue)
     grey = torch.tensor(_GREY if channels == 3 else (1.0,), device=images.device)
-    if _one_by_one(images):
-        out = np.empty(images.shape, np.float32)
-        for image, source, m, g, b, c in zip(
-            out, images.numpy(), matrix.numpy(), gain.tolist(), brightness.tolist(), contrast.tolist()
-        ):
-            means = source.mean((1, 2)) @ grey.numpy()
-            offset = np.float32(g - 1 + (1 - c) * b * (float(means) + 1))
-            for channel, row in zip(image, m):
-                np.multiply(source[0], row[0], out=channel)
-                for other, factor in zip(source[1:], row[1:]):
-                    channel += other * factor
-                channel += offset
-            np.clip(image, -1, 1, out=image)
-        return torch.from_numpy(out)
     mean = (images.mean((2, 3)) * grey).sum(1)
     offset = gain - 1 + (1 - contrast) * brightness * (mean + 1)
     planes = [

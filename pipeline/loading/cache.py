@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,13 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.loading.batch import Pixels
-
 Cache = Literal["auto", "device", "host", "none"]
 
 DEVICE_SHARE, HOST_SHARE = 0.5, 0.7
 """Of the free memory, what "auto" may take: training itself comes later and needs the rest."""
-_STAGES = 4  # pinned buffers between host and device; each waits for its own last copy
 
 
 OnNode = Callable[[Any], list[Any]]
@@ -116,11 +112,17 @@ def _group_limits(own: Path, root: Path) -> Iterator[float]:
 # --- the memory ------------------------------------------------------------------------------------------------------
 
 
-class Kept(ABC):
-    """uint8 pictures [n, S, S, C], of which some are there. Not safe from several threads."""
+class Kept:
+    """uint8 pictures [n, S, S, C], of which some are there. Not safe from several threads.
 
-    def __init__(self, there: np.ndarray) -> None:
-        self._there = there
+    Args:
+        pixels: the memory: an array of this process, or one that it shares; or a tensor on the device.
+        there: [n] uint8, 1 for each picture that is whole.
+        device: where pictures are used.
+    """
+
+    def __init__(self, pixels: np.ndarray | Tensor, there: np.ndarray, device: torch.device) -> None:
+        self._pixels, self._there, self._device = pixels, there, device
         self._fence = threading.Lock()
 
     def absent(self, rows: np.ndarray) -> np.ndarray:
@@ -136,7 +138,10 @@ class Kept(ABC):
 
     def put(self, rows: np.ndarray, pixels: Tensor) -> None:
         """Keep pixels [N, S, S, C] on the device as those of `rows`. Other processes see a record when it is whole."""
-        self._write(rows, pixels)
+        if isinstance(self._pixels, Tensor):
+            self._pixels.index_copy_(0, self._sent(rows), pixels)
+        else:
+            self._pixels[rows] = pixels.cpu().numpy()
         with self._fence:  # a lock taken and given back is a barrier also on processors that reorder writes
             pass
         with self._fence:
@@ -147,93 +152,18 @@ class Kept(ABC):
         """Records that are there."""
         return int(np.count_nonzero(self._there))
 
-    def take(self, rows: np.ndarray) -> Pixels:
-        """Pixels on the device of `rows` [N], all of which must be there."""
+    def take(self, rows: np.ndarray) -> Tensor:
+        """Pixels [N, S, S, C] on the device of `rows` [N], all of which must be there."""
         with self._fence:
             assert self._there[rows].all()
-        return self._read(rows)
+        if isinstance(self._pixels, Tensor):
+            return self._pixels.index_select(0, self._sent(rows))
+        return self._sent(self._pixels[rows])
 
-    @abstractmethod
-    def _write(self, rows: np.ndarray, pixels: Tensor) -> None: ...
-
-    @abstractmethod
-    def _read(self, rows: np.ndarray) -> Pixels: ...
-
-
-class _InProcess(Kept):
-    """An array of this process, or one it shares, for the CPU. It is numpy's, which uses the calling thread alone, because
-    torch's threads would wait for cores that a decoder has."""
-
-    def __init__(self, pixels: np.ndarray, there: np.ndarray) -> None:
-        super().__init__(there)
-        self._pixels = pixels
-
-    def _write(self, rows: np.ndarray, pixels: Tensor) -> None:
-        for row, picture in zip(rows.tolist(), pixels.numpy()):
-            self._pixels[row] = picture
-
-    def _read(self, rows: np.ndarray) -> list[np.ndarray]:
-        return [self._pixels[row] for row in rows.tolist()]
-
-
-class _OnDevice(Kept):
-    """Memory of a CUDA device. It is written and read on the current stream, so the device keeps the order of the calls."""
-
-    def __init__(self, size: int, shape: tuple[int, ...], device: torch.device) -> None:
-        super().__init__(np.zeros(size, np.uint8))
-        self._pixels = torch.empty((size, *shape), dtype=torch.uint8, device=device)
-
-    def _write(self, rows: np.ndarray, pixels: Tensor) -> None:
-        self._pixels.index_copy_(0, self._sent(rows), pixels)
-
-    def _read(self, rows: np.ndarray) -> Tensor:
-        return self._pixels.index_select(0, self._sent(rows))
-
-    def _sent(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows).pin_memory().to(self._pixels.device, non_blocking=True)
-
-
-class _HostForDevice(Kept):
-    """The machine's memory, for a CUDA device. Pictures are gathered into pinned memory and copied from there, while the
-    device computes."""
-
-    def __init__(self, pixels: np.ndarray, there: np.ndarray, device: torch.device) -> None:
-        super().__init__(there)
-        self._pixels, self._device = pixels, device
-        self._stream = torch.cuda.Stream(device)
-        self._stages: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._turn = 0
-
-    def _write(self, rows: np.ndarray, pixels: Tensor) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # whoever made them may not be done
-        with torch.cuda.stream(self._stream):
-            here = pixels.cpu()  # waits for this stream alone
-        for row, picture in zip(rows.tolist(), here.numpy()):
-            self._pixels[row] = picture
-
-    def _read(self, rows: np.ndarray) -> Tensor:
-        stage, copied = self._stage(len(rows))
-        copied.synchronize()  # the device may still be reading what this stage held last
-        part = stage[: len(rows)]
-        np.take(self._pixels, rows, 0, out=part.numpy(), mode="clip")  # any other mode would go by a second buffer
-        with torch.cuda.stream(self._stream):
-            there = part.to(self._device, non_blocking=True)
-            copied.record()
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(copied)
-        there.record_stream(current)
-        return there
-
-    def _stage(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
-        """A pinned buffer for `size` pictures or more, and the event of the last copy out of it."""
-        if not self._stages or len(self._stages[0][0]) < size:
-            self._stream.synchronize()
-            shape = (size, *self._pixels.shape[1:])
-            self._stages = [
-                (torch.empty(shape, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(_STAGES)
-            ]
-        self._turn = (self._turn + 1) % _STAGES
-        return self._stages[self._turn]
+    def _sent(self, array: np.ndarray) -> Tensor:
+        """An array on the device; the copy to a CUDA device is not waited for."""
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def open_kept(
@@ -245,12 +175,12 @@ def open_kept(
     Raises:
         ValueError: this rank cannot open what the first one made.
     """
-    if cache == "device" and device.type == "cuda":
-        return _OnDevice(size, shape, device)
-    if cache == "device":
-        return _InProcess(np.empty((size, *shape), np.uint8), np.zeros(size, np.uint8))
-    there, pixels = _shared(size, shape, on_node)
-    return _InProcess(pixels, there) if device.type == "cpu" else _HostForDevice(pixels, there, device)
+    if cache == "host":
+        there, pixels = _shared(size, shape, on_node)
+        return Kept(pixels, there, device)
+    on_cpu = device.type == "cpu"
+    memory = np.empty((size, *shape), np.uint8) if on_cpu else torch.empty((size, *shape), dtype=torch.uint8, device=device)
+    return Kept(memory, np.zeros(size, np.uint8), device)
 
 
 def _shared(size: int, shape: tuple[int, ...], on_node: OnNode) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from fader.method import Batch
 from pipeline.data.remote import Ahead
 from pipeline.data.shards.manifest import untaught
 from pipeline.images import Preprocessing
-from pipeline.loading.batch import Buffers, Pixels, finish
+from pipeline.loading.batch import finish
 from pipeline.loading.plan import Request, share
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ class SplitLoader:
         self.split, self.attributes, self.preprocessing = split, attributes, preprocessing
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.device, self.threads, self.prefetch = torch.device(device), threads, prefetch
-        self.buffers = Buffers()
         self.quarantine = quarantine
         self.boxes = preprocessing.boxes(split.width, split.height)
         labels = np.ascontiguousarray(split.columns(attributes))
@@ -101,12 +100,9 @@ class SplitLoader:
         rows = torch.from_numpy(self.readable(request.rows) if request.images else request.rows)
         return rows if self.device.type == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
 
-    def finish(self, request: Request, rows: Tensor, pixels: Pixels | None) -> Batch:
+    def finish(self, request: Request, rows: Tensor, pixels: Tensor | None) -> Batch:
         """See `finish`; rows [B] and pixels [N, S, S, C] are on the device."""
-        return finish(
-            request, pixels, self.labels, rows, seed=self.seed, rank=self.rank, world_size=self.world_size,
-            buffers=self.buffers,
-        )
+        return finish(request, pixels, self.labels, rows, seed=self.seed, rank=self.rank, world_size=self.world_size)
 
     def ahead(
         self, requests: Iterable[Request], needed: Callable[[np.ndarray], np.ndarray] = lambda rows: rows

@@ -6,10 +6,9 @@ run asks for draw k and gets what the unbroken run got, on any number of ranks. 
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -110,8 +109,8 @@ class Plan:
             if not (np.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).any()):
                 raise ValueError("weights are finite, none below 0 and some above; these are not")
         self._weights, self._groups = weights, groups
-        self._epochs: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()  # loaders may ask from a thread of their own
+        kind = np.int32 if self.size < 2**31 else np.int64
+        self._epoch = lru_cache(_EPOCHS_KEPT)(lambda stream, epoch: self._order(stream, epoch).astype(kind))
 
     def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
         """[batch_size] int64: the global batch of this draw, in order.
@@ -119,8 +118,7 @@ class Plan:
         Raises:
             ValueError: batch_size below 1 or draw below 0.
         """
-        if batch_size < 1 or draw < 0:
-            raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
+        _check(draw, batch_size)
         start, stop = draw * batch_size, (draw + 1) * batch_size
         out = np.empty(batch_size, np.int64)
         for epoch in range(start // self.size, (stop - 1) // self.size + 1):
@@ -129,19 +127,8 @@ class Plan:
             out[low - start : high - start] = self._epoch(stream, epoch)[low - first : high - first]
         return out
 
-    def _epoch(self, stream: str, epoch: int) -> np.ndarray:
-        """[size] integers: the rows at positions epoch·size … (epoch+1)·size - 1 of the stream."""
-        with self._lock:
-            key = (stream, epoch)
-            if key not in self._epochs:
-                order = self._order(stream, epoch)
-                self._epochs[key] = order.astype(np.int32) if self.size < 2**31 else order
-                while len(self._epochs) > _EPOCHS_KEPT:
-                    self._epochs.popitem(last=False)
-            self._epochs.move_to_end(key)
-            return self._epochs[key]
-
     def _order(self, stream: str, epoch: int) -> np.ndarray:
+        """[size] int64: the rows at positions epoch·size … (epoch+1)·size - 1 of the stream."""
         words = _words(self.seed, self.salt, stream, epoch)
         if self.replacement:
             return self._independent(words)
@@ -200,7 +187,7 @@ class TarPlan:
             raise ValueError(f"rows must stand tar after tar, for 1 rank or more; got {world_size} ranks")
         self.size, self.seed, self.salt, self.world_size = len(shard_of), seed, salt, world_size
         _, self._first, self._counts = np.unique(shard_of, return_index=True, return_counts=True)
-        self._orders: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._order = lru_cache(_EPOCHS_KEPT)(self._order_of_tars)
 
     def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
         """[batch_size] int64: the global batch of this draw, in order; what `share` gives a rank is what it reads next.
@@ -208,8 +195,7 @@ class TarPlan:
         Raises:
             ValueError: batch_size below 1 or draw below 0.
         """
-        if batch_size < 1 or draw < 0:
-            raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
+        _check(draw, batch_size)
         edges = batch_size * np.arange(self.world_size + 1) // self.world_size
         shares, start = np.diff(edges), draw * batch_size
         places = np.arange(batch_size)
@@ -238,14 +224,13 @@ class TarPlan:
         tar = np.searchsorted(ends, positions, side="right")
         return self._first[order[tar]] + positions - (ends[tar] - self._counts[order[tar]])
 
-    def _order(self, stream: str, epoch: int) -> np.ndarray:
-        """[tars] the order of the tars."""
-        key = (stream, epoch)
-        if key not in self._orders:
-            self._orders[key] = _permutation(_words(self.seed, self.salt, stream, epoch), len(self._counts))
-            while len(self._orders) > _EPOCHS_KEPT:
-                self._orders.popitem(last=False)
-        return self._orders[key]
+    def _order_of_tars(self, stream: str, epoch: int) -> np.ndarray:
+        return _permutation(_words(self.seed, self.salt, stream, epoch), len(self._counts))
+
+
+def _check(draw: int, batch_size: int) -> None:
+    if batch_size < 1 or draw < 0:
+        raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
 
 
 def _words(seed: int, salt: int, stream: str, epoch: int) -> Words:

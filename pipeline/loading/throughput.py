@@ -8,15 +8,13 @@ before the clock started.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import os
 import platform
 import statistics
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -43,8 +41,7 @@ from pipeline.loading.plan import Plan, Request
 Maker = Callable[[], Iterator[Any]]
 Rates = dict[str, list[float]]
 
-DEPTHS = (2, 3, 5)  # batches that DALI alone makes ahead
-_WORKER_PREFETCH = 2
+_PREFETCH = 3  # batches that DALI alone, and each worker process, makes ahead
 
 
 @dataclass(frozen=True)
@@ -81,18 +78,16 @@ def loading_rates(
         progress: is told what is being measured.
 
     Returns:
-        "bare 2", "bare 3", …: DALI alone with so many batches ahead; "bare": the best of them; "floats 2", … "floats":
-        the same to flipped floats, which all that follow give; "streamed", "cached": ours; "webdataset": its stock stream,
-        and "files": a torch DataLoader over picture files, both with Pillow in worker processes.
+        "bare": DALI alone; "floats": the same to flipped floats, which all that follow give; "streamed", "cached": ours;
+        "webdataset": its stock stream, and "files": a torch DataLoader over picture files, both with Pillow in worker
+        processes.
     """
     files = write_files(split, folder / "files")
     options = {"batch_size": measure.batch_size, "threads": measure.threads, "device": measure.device}
+    alone = partial(dali_alone, split, preprocessing, folder, **options, prefetch=_PREFETCH)
     makers: dict[str, Maker] = {
-        f"{name} {depth}": partial(dali_alone, split, preprocessing, folder, **options, prefetch=depth, floats=name == "floats")
-        for name in ("bare", "floats")
-        for depth in DEPTHS
-    }
-    makers |= {
+        "bare": alone,
+        "floats": partial(alone, floats=True),
         "streamed": partial(_ours, _loader(split, preprocessing, measure, "none"), len(split), measure),
         "cached": partial(_ours, _loader(split, preprocessing, measure, "device"), len(split), measure),
         "webdataset": partial(_over_and_over, partial(_webdataset, split, preprocessing, measure), measure.device),
@@ -102,15 +97,11 @@ def loading_rates(
     for turn in range(measure.rounds):
         for name, maker in makers.items():
             progress(f"{preprocessing.image_size} pixels: {name}")
-            ahead = 2 * max(*DEPTHS, _WORKER_PREFETCH * measure.threads)
+            ahead = 2 * _PREFETCH * measure.threads
             if name == "cached" and not turn:
                 ahead = -(-len(split) // measure.batch_size) + 1  # it fills
             rates[name].append(_rate(maker(), measure, ahead))
-
-    def best(name: str) -> list[float]:
-        return max((rates[f"{name} {depth}"] for depth in DEPTHS), key=statistics.median)
-
-    return {"bare": best("bare"), "floats": best("floats"), **rates}
+    return rates
 
 
 def _rate(batches: Iterator[Any], measure: Measure, ahead: int) -> float:
@@ -189,7 +180,7 @@ def _files(paths: list[Path], preprocessing: Preprocessing, measure: Measure) ->
         measure.batch_size,
         shuffle=True,
         num_workers=measure.threads,
-        prefetch_factor=_WORKER_PREFETCH,
+        prefetch_factor=_PREFETCH,
         drop_last=True,
     )
 
@@ -214,7 +205,7 @@ def prepare_seconds(paths: list[Path], folder: Path, rounds: int) -> dict[str, l
     and sync, which tar does not. Python is running already, and has loaded what prepare needs.
     """
     table = folder / "list.csv"
-    _write_table(table, ["path", "odd"], ([str(path), number % 2] for number, path in enumerate(paths)))
+    table.write_text("\n".join(["path,odd", *(f"{path},{number % 2}" for number, path in enumerate(paths))]))
     seconds: dict[str, list[float]] = {"prepare": [], "prepare header": [], "tar": []}
     for turn in range(rounds):
         for name, check in (("prepare", "full"), ("prepare header", "header")):
@@ -226,52 +217,6 @@ def prepare_seconds(paths: list[Path], folder: Path, rounds: int) -> dict[str, l
         subprocess.run(tar, check=True)
         seconds["tar"].append(time.monotonic() - began)
     return seconds
-
-
-def _write_table(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-# --- memory --------------------------------------------------------------------------------------------------------
-
-
-def streaming_memory(split: Split, preprocessing: Preprocessing, measure: Measure) -> dict[str, int]:
-    """Records of a split, and the most anonymous memory in bytes that this process had while it streamed all of it.
-
-    What the files of the set take in the page cache is not counted: the system takes that back when it needs it.
-    """
-    most = [_anonymous()]
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.02):
-            most[0] = max(most[0], _anonymous())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    batches = _ours(_loader(split, preprocessing, measure, "none"), len(split), measure)
-    for _ in range(-(-len(split) // measure.batch_size)):
-        next(batches)
-    batches.close()
-    ended.set()
-    watcher.join()
-    return {"records": len(split), "bytes": max(most[0], _anonymous())}
-
-
-def write_repeated(split: Split, folder: Path, records: int) -> Path:
-    """A shard set of so many training records, and one of each other split, in which the pictures come again and again."""
-    files = write_files(split, folder / "files")
-    splits = itertools.chain(itertools.repeat("train", records), ("valid", "test"))
-    rows = ([files[n % len(files)].name, f"{n:07d}", n % 2, split] for n, split in enumerate(splits))
-    _write_table(folder / "list.csv", ["path", "key", "odd", "split"], rows)
-    options = {"images": str(folder / "files"), "key": "key", "split": "split", "attributes": ("odd",)}
-    return prepare(DATASETS["table"](folder / "list.csv", **options), folder / "set").path
-
-
-def _anonymous() -> int:
-    """RssAnon of this process in bytes."""
-    return int((_field("/proc/self/status", "RssAnon") or "0").split()[0]) * 1024
 
 
 def machine() -> dict[str, Any]:

@@ -14,21 +14,17 @@ from tests.commands import launch
 
 def test_one_run_measures_all_and_writes_it(tmp_path):
     out = tmp_path / "bench.json"
-    words = "--count 60 --sizes 32 --rounds 1 --seconds 0.02 --batch-size 8 --device cpu --memory 30,90".split()
+    words = "--count 60 --sizes 32 --rounds 1 --seconds 0.02 --batch-size 8 --device cpu".split()
     done = launch("launch.bench", "data", *words, "--json", out)
     found = json.loads(out.read_text())
     rates = found["images_per_second"]["32"]
-    names = {f"{kind}{depth}" for kind in ("bare", "floats") for depth in ("", " 2", " 3", " 5")} | {"streamed", "cached", "webdataset", "files"}
+    names = {"bare", "floats", "streamed", "cached", "webdataset", "files"}
     assert set(rates) == names and all(len(rates[name]) == 1 and min(rates[name]) > 0 for name in names)
     medians = {name: statistics.median(rates[name]) for name in names}
-    for kind in ("bare", "floats"):
-        assert medians[kind] == max(medians[f"{kind} {depth}"] for depth in (2, 3, 5))
     assert medians["cached"] > medians["files"], "gathering from memory is faster than decoding in any weather"
-    assert [entry["records"] for entry in found["memory"]] == [30, 90]
-    assert all(1e7 < entry["bytes"] < 1e10 for entry in found["memory"])
     assert set(found["prepare_seconds"]) == {"prepare", "prepare header", "tar"} and found["set"]["records"] == 48
     assert {"cpu", "cores", "torch", "nvidia-dali-cuda130", "load"} <= set(found["machine"])
-    for shown in ("of tar's speed", "streamed/bare", f"{medians['cached']:,.0f}", "streaming 90 records", str(out)):
+    for shown in ("of tar's speed", "streamed/bare", f"{medians['cached']:,.0f}", str(out)):
         assert shown in done.stdout
 
 

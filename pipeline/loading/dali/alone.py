@@ -11,12 +11,10 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pipeline.images import Preprocessing
-from pipeline.loading.dali.graph import index_of, resized
+from pipeline.loading.dali.graph import index_of, resized, write_index
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Split
-
-_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png"}  # by the first two bytes; else webp
 
 
 def dali_alone(
@@ -37,12 +35,13 @@ def dali_alone(
         folder: where the index files that DALI reads beside the tars are written.
 
     Raises:
-        ValueError: pictures differ in size or format, where this pipeline would need more than the reader gives.
+        ValueError: pictures differ in size, where this pipeline would need more than the reader gives.
     """
     boxes = preprocessing.boxes(split.width, split.height)
-    extensions = _write_indices(split, folder)
-    if (boxes != boxes[0]).any() or len(extensions) > 1:
-        raise ValueError("DALI alone is measured on pictures of one size and format; give the bench such a set")
+    if (boxes != boxes[0]).any():
+        raise ValueError("DALI alone is measured on pictures of one size; give the bench such a set")
+    tars = [np.flatnonzero(split.shard == number) for number in range(len(split.shards))]
+    indices = [write_index(folder / f"{shard.name}.idx", split, rows) for shard, rows in zip(split.shards, tars)]
     left, top, right, bottom = boxes[0].tolist()
     on_gpu, size, channels = device.type == "cuda", preprocessing.image_size, preprocessing.channels
 
@@ -55,8 +54,8 @@ def dali_alone(
     def reading():
         data = fn.readers.webdataset(
             paths=[str(shard) for shard in split.shards],
-            index_paths=[str(folder / f"{shard.name}.idx") for shard in split.shards],
-            ext=sorted(extensions),
+            index_paths=indices,
+            ext=["picture"],
             missing_component_behavior="error",
         )
         window = {"start": (top, left), "shape": (bottom - top, right - left), "axes": [0, 1]}
@@ -78,13 +77,3 @@ def dali_alone(
     while True:
         pipeline.run()
         yield
-
-
-def _write_indices(split: Split, folder: Path) -> set[str]:
-    """Write, of each tar, what `wds2idx` writes; return the extensions of the pictures."""
-    extensions = [_EXTENSIONS.get(split.bytes(row)[:2].tobytes(), "webp") for row in range(len(split))]
-    for number, shard in enumerate(split.shards):
-        rows = np.flatnonzero(split.shard == number).tolist()
-        lines = [f"{extensions[row]} {split.offset[row]} {split.size[row]}" for row in rows]
-        (folder / f"{shard.name}.idx").write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
-    return set(extensions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -162,3 +163,10 @@ def resized(images: DataNode, size: DataNode | tuple[int, int]) -> DataNode:
 
 def index_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def write_index(path: Path, split: Split, rows: np.ndarray) -> str:
+    """Write where the pictures of these rows of one tar lie in it, as DALI's webdataset reader reads it; return the path."""
+    lines = [f"picture {split.offset[row]} {split.size[row]}" for row in rows.tolist()]
+    path.write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
+    return str(path)

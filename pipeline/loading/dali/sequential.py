@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fader.method import Batch
 from pipeline.loading.dali.decoder import DaliDecoder
+from pipeline.loading.dali.graph import write_index
 from pipeline.loading.plan import Request, share
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class SequentialLoader(DaliDecoder):
             def read():
                 return fn.readers.webdataset(
                     paths=[str(path) for path in paths],
-                    index_paths=[str(index) for index in indices],
+                    index_paths=indices,
                     ext=["picture"],
                     missing_component_behavior="error",
                     dont_use_mmap=True,  # maps are slow on network file systems and end the process on I/O errors
@@ -184,11 +185,10 @@ class SequentialLoader(DaliDecoder):
             self.replace_refused(in_hand, pixels)  # else another stream has met it meanwhile
         return None
 
-    def _write_index(self, path: Path, rows: np.ndarray) -> Path:
+    def _write_index(self, path: Path, rows: np.ndarray) -> str:
         """Where these rows of one file lie in it, as DALI reads it."""
         alone = self.rewritten.get(int(rows[0]))
-        lines = [f"picture {self.split.offset[row]} {self.split.size[row]}" for row in rows.tolist()]
-        if alone:
-            lines = [f"picture 0 {alone.stat().st_size}"]
-        path.write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
-        return path
+        if alone is None:
+            return write_index(path, self.split, rows)
+        path.write_text(f"v1.1 1\npicture 0 {alone.stat().st_size}\n")
+        return str(path)

@@ -21,7 +21,7 @@ from pipeline.evaluation import Specification, distribution, evaluate, measure, 
 from pipeline.evaluation.records import OneProcess
 from pipeline.evaluation.report import IMAGES
 from pipeline.images import Preprocessing
-from pipeline.loading.batch import Buffers, finish
+from pipeline.loading.batch import finish
 
 SIZE = 16
 SMILE, HAT = Attribute("Smiling"), Attribute("Wearing_Hat")
@@ -174,7 +174,7 @@ class MemoryLoader:
         for request in requests:
             rows = torch.from_numpy(request.rows)
             pixels, rows = self.split.pixels[rows].to(self.device), rows.to(self.device)
-            yield finish(request, pixels, self.labels, rows, seed=0, rank=0, world_size=1, buffers=Buffers())
+            yield finish(request, pixels, self.labels, rows, seed=0, rank=0, world_size=1)
 
 
 def run(model, judge=None, split=None, train=None, ranks=OneProcess(), **asked):

@@ -11,9 +11,8 @@ from fader.draws import Draws
 from pipeline import config
 from pipeline.config import AugmentConfig
 from pipeline.images import to_float, to_uint8
-from pipeline.loading import augmentation
 from pipeline.loading.augmentation import augmented, coloured, moved
-from pipeline.loading.batch import Buffers, finish
+from pipeline.loading.batch import finish
 from pipeline.loading.plan import Request
 
 ALL = AugmentConfig(
@@ -123,12 +122,12 @@ def test_a_record_is_augmented_alike_on_any_rank(world_size):
 
     def made(rank: int, ranks: int):
         part = pixels[rows[len(rows) * rank // ranks : len(rows) * (rank + 1) // ranks]]
-        return finish(request, part, labels, rows, seed=7, rank=rank, world_size=ranks, buffers=Buffers()).images
+        return finish(request, part, labels, rows, seed=7, rank=rank, world_size=ranks).images
 
     whole = made(0, 1)
     assert torch.equal(torch.cat([made(rank, world_size) for rank in range(world_size)]), whole)
     assert torch.equal(whole[1], whole[3]), "the same record twice in a batch is one record"
-    alone = {"seed": 7, "rank": 0, "world_size": 1, "buffers": Buffers()}
+    alone = {"seed": 7, "rank": 0, "world_size": 1}
     plain = finish(Request("a", 4, request.rows, flip=True), pixels[rows], labels, rows, **alone)
     assert all(float((a - b).abs().mean()) > 0.01 for a, b in zip(whole, plain.images))
     later = Request("a", 5, request.rows, flip=True, augment=ALL)
@@ -151,18 +150,6 @@ def test_deviations_are_even_up_to_their_bound():
         assert stats.kstest(shift, stats.uniform(-0.1, 0.2).cdf).pvalue > 1e-4
     for a, b in ((right, down), (right, factors)):
         assert stats.spearmanr(a, b).pvalue > 1e-4
-
-
-def test_picture_by_picture_is_all_at_once(monkeypatch):
-    """What runs on a GPU, run here."""
-    images, draws = floats(pictures()), Draws.of(3, "a", 0, torch.arange(6))
-    one_by_one = augmented(images, draws, ALL)
-    monkeypatch.setattr(augmentation, "_one_by_one", lambda images: False)
-    assert torch.allclose(augmented(images, draws, ALL), one_by_one, atol=1e-5)
-    grey = floats(pictures(channels=1))
-    at_once = augmented(grey, draws, ALL)
-    monkeypatch.undo()
-    assert torch.allclose(at_once, augmented(grey, draws, ALL), atol=1e-5)
 
 
 def test_on_another_device_as_on_the_cpu(other_device):
@@ -200,11 +187,3 @@ def test_what_takes_faint_things_away_leaves_half_of_the_pictures_alone(name):
     if name != "noise":
         assert left.median() < 0.6
     assert (changed[..., 40:].mean((1, 2, 3)) - 0.5).abs().max() < 0.02
-
-
-def test_noise_is_the_same_whether_drawn_for_some_or_for_all():
-    images, draws = floats(pictures()), Draws.of(1, "a", 0, torch.arange(6))
-    sigma = torch.tensor([0.0, 0.1, 0.0, 0.05, 0.2, 0.0])
-    some = augmentation.grained(images, draws, sigma)
-    everyone = (images + sigma[:, None, None, None] * draws.normal("grain", (3, 32, 32))).clamp(-1, 1)
-    assert torch.equal(some, everyone)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from itertools import permutations
 
 import numpy as np
@@ -11,8 +10,7 @@ import torch
 from scipy import stats
 
 from fader.draws import Draws
-from pipeline.images import flip, to_float
-from pipeline.loading.batch import Buffers, finish, normalised
+from pipeline.loading.batch import finish
 from pipeline.loading.plan import Plan, Request, sequential, share
 
 SHARDS = np.repeat(np.arange(10), [5, 5, 5, 5, 5, 5, 5, 5, 5, 3])
@@ -194,7 +192,7 @@ def test_sequential_reads_each_row_once_and_in_order():
 def made(request: Request, pixels: torch.Tensor, labels: torch.Tensor, rank: int = 0, world_size: int = 1):
     rows = torch.from_numpy(request.rows)
     part = pixels.index_select(0, share(rows, rank, world_size))
-    return finish(request, part, labels, rows, seed=7, rank=rank, world_size=world_size, buffers=Buffers())
+    return finish(request, part, labels, rows, seed=7, rank=rank, world_size=world_size)
 
 
 @pytest.fixture
@@ -212,40 +210,6 @@ def test_a_batch_belongs_to_its_records(pixels):
     assert torch.equal(batch.attributes, LABELS[[3, 3, 19, 0]])
     assert batch.known.tolist() == [4, 1]
     assert torch.equal(batch.images, pixels[[3, 3, 19, 0]].permute(0, 3, 1, 2).float() / 127.5 - 1)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("size", [16, 5, 130])
-def test_normalising_is_to_float_and_flip_to_the_bit(size, threads):
-    """At 130 pixels and two threads a picture is mirrored in parts."""
-    pixels = torch.arange(10 * size * size * 3).remainder(251).to(torch.uint8).view(10, size, size, 3)
-    mirrored = torch.arange(10) % 3 == 0
-    planes, buffers, before = pixels.permute(0, 3, 1, 2), Buffers(), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(normalised(pixels, None, buffers), to_float(planes))
-        images = normalised(pixels, mirrored, buffers)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(images, to_float(flip(planes, mirrored)))
-    assert torch.equal(normalised(list(pixels.numpy()), mirrored, buffers), images)
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    assert normalised(pixels[:0], mirrored[:0], buffers).shape == (0, 3, size, size)
-    grey = pixels[..., :1]
-    assert torch.equal(normalised(grey, mirrored, buffers), to_float(flip(grey.permute(0, 3, 1, 2), mirrored)))
-
-
-def test_memory_is_lent_again_when_the_last_view_of_it_is_gone():
-    buffers = Buffers()
-    first = torch.from_numpy(buffers.floats(4, 5))
-    view, address = first.view(20)[3:], first.data_ptr()
-    del first
-    gc.collect()
-    other = torch.from_numpy(buffers.floats(4, 5))
-    assert other.data_ptr() != address, "somebody still holds a part of it"
-    del view
-    assert torch.from_numpy(buffers.floats(19)).data_ptr() == address
-    assert len(buffers.floats(7)) == 7 and buffers.floats(0, 3).shape == (0, 3)
 
 
 def test_half_of_the_records_are_mirrored_by_their_own_draw(pixels):
@@ -281,5 +245,5 @@ def test_ranks_together_make_the_one_process_batch(pixels, world_size):
 def test_a_request_without_images_gives_none(pixels):
     request = Request("a", 0, np.array([1, 2]), images=False)
     rows = torch.from_numpy(request.rows)
-    batch = finish(request, None, LABELS, rows, seed=7, rank=0, world_size=1, buffers=Buffers())
+    batch = finish(request, None, LABELS, rows, seed=7, rank=0, world_size=1)
     assert batch.images is None and torch.equal(batch.attributes, LABELS[[1, 2]])
