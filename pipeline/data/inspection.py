@@ -63,7 +63,7 @@ def inspect(whole: ShardSet, *, seed: int = 0) -> Inspection:
     width, height = (np.concatenate([getattr(s, side) for s in splits]) for side in ("width", "height"))
     size = np.concatenate([split.size for split in splits])
     quality, num_read = _qualities(splits, seed)
-    duplicates, torn = _duplicates(whole)
+    duplicates, torn, about_duplicates = _duplicates(whole)
     text = "\n".join(
         [
             _head(whole, splits, int(size.sum())),
@@ -73,7 +73,7 @@ def inspect(whole: ShardSet, *, seed: int = 0) -> Inspection:
             _spread("file size", size, "bytes"),
             _formats(whole),
             _spread(f"JPEG quality, read off the tables of {num_read:,}", quality, "of 100"),
-            _about_duplicates(duplicates, torn),
+            about_duplicates,
         ]
     )
     pictures = {"contact": _contact(splits, values, np.random.default_rng(seed))}
@@ -82,7 +82,7 @@ def inspect(whole: ShardSet, *, seed: int = 0) -> Inspection:
         pictures["cooccurrence"] = _cooccurrence(together)
     pictures["sizes"] = _sizes(width, height, size, quality)
     metrics = {f"{s.name}/records": float(len(s)) for s in splits}
-    metrics |= {"duplicates/records": float(sum(map(len, duplicates))), "duplicates/across_splits": float(torn)}
+    metrics |= {"duplicates/records": float(duplicates), "duplicates/across_splits": float(torn)}
     return Inspection(text, dict(sorted(pictures.items())), metrics)
 
 
@@ -154,21 +154,17 @@ def _formats(whole: ShardSet) -> str:
     return "formats: " + ", ".join(f"{extension} {count:,}" for extension, count in counts.most_common())
 
 
-def _duplicates(whole: ShardSet) -> tuple[list[list[int]], int]:
-    """Groups of rows whose pictures are equal byte for byte, and how many groups stand in several splits."""
-    groups: dict[str, list[int]] = {}
-    for row, digest in enumerate(whole.manifest["digest"].to_pylist()):
-        groups.setdefault(digest, []).append(row)
-    split = whole.manifest["split"].to_pylist()
-    equal = [rows for rows in groups.values() if len(rows) > 1]
-    return equal, sum(len({split[row] for row in rows}) > 1 for rows in equal)
-
-
-def _about_duplicates(duplicates: list[list[int]], torn: int) -> str:
-    if not duplicates:
-        return "duplicates: no two pictures are equal"
+def _duplicates(whole: ShardSet) -> tuple[int, int, str]:
+    """How many pictures are equal byte for byte to another, how many groups of them stand in several splits, and words."""
+    groups: dict[str, list[str]] = {}
+    for digest, split in zip(whole.manifest["digest"].to_pylist(), whole.manifest["split"].to_pylist()):
+        groups.setdefault(digest, []).append(split)
+    equal = [splits for splits in groups.values() if len(splits) > 1]
+    count, torn = sum(map(len, equal)), sum(len(set(splits)) > 1 for splits in equal)
+    if not equal:
+        return 0, 0, "duplicates: no two pictures are equal"
     leak = f"; {torn:,} of them stand in several splits, so a test would meet what was trained on" if torn else ""
-    return f"duplicates: {sum(map(len, duplicates)):,} pictures in {len(duplicates):,} groups of equal bytes{leak}"
+    return count, torn, f"duplicates: {count:,} pictures in {len(equal):,} groups of equal bytes{leak}"
 
 
 def jpeg_quality(table: Sequence[int]) -> int:

@@ -25,16 +25,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fader.attributes import Attributes
 from fader.method import Batch
 from pipeline.data.datasets import DATASETS
 from pipeline.data.shards import Split, prepare
-from pipeline.images import Preprocessing, preprocess, to_float
+from pipeline.images import Preprocessing, flip, preprocess, to_float
 from pipeline.loading.cache import Cache
 from pipeline.loading.dali import dali_alone, open_loader
-from pipeline.loading.loader import Loader
 from pipeline.loading.pillow import stock_stream
 from pipeline.loading.plan import Plan, Request
 
@@ -82,16 +81,29 @@ def loading_rates(
         "webdataset": its stock stream, and "files": a torch DataLoader over picture files, both with Pillow in worker
         processes.
     """
-    files = write_files(split, folder / "files")
+    stock = {"batch_size": measure.batch_size, "drop_last": True, "prefetch_factor": _PREFETCH}
+    webdataset = DataLoader(
+        stock_stream(split, Attributes([]), preprocessing),
+        num_workers=min(measure.threads, len(split.shards)),
+        collate_fn=_stock_floats,
+        **stock,
+    )
+    files = DataLoader(
+        write_files(split, folder / "files"),
+        num_workers=measure.threads,
+        collate_fn=partial(_file_floats, preprocessing),
+        shuffle=True,
+        **stock,
+    )
     options = {"batch_size": measure.batch_size, "threads": measure.threads, "device": measure.device}
     alone = partial(dali_alone, split, preprocessing, folder, **options, prefetch=_PREFETCH)
     makers: dict[str, Maker] = {
         "bare": alone,
         "floats": partial(alone, floats=True),
-        "streamed": partial(_ours, _loader(split, preprocessing, measure, "none"), len(split), measure),
-        "cached": partial(_ours, _loader(split, preprocessing, measure, "device"), len(split), measure),
-        "webdataset": partial(_over_and_over, partial(_webdataset, split, preprocessing, measure), measure.device),
-        "files": partial(_over_and_over, partial(_files, files, preprocessing, measure), measure.device),
+        "streamed": _ours(split, preprocessing, measure, "none"),
+        "cached": _ours(split, preprocessing, measure, "device"),
+        "webdataset": partial(_over_and_over, webdataset, measure.device),
+        "files": partial(_over_and_over, files, measure.device),
     }
     rates: Rates = {name: [] for name in makers}
     for turn in range(measure.rounds):
@@ -126,63 +138,37 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _loader(split: Split, preprocessing: Preprocessing, measure: Measure, cache: Cache) -> Loader:
-    return open_loader(
+def _ours(split: Split, preprocessing: Preprocessing, measure: Measure, cache: Cache) -> Maker:
+    loader = open_loader(
         "dali", cache, split, split.attributes, preprocessing, seed=0, device=measure.device, threads=measure.threads
     )
+    plan = Plan(len(split), seed=0)
+
+    def make() -> Iterator[Batch]:
+        rows = (plan.rows("bench", draw, measure.batch_size) for draw in itertools.count())
+        yield from loader.batches(Request("bench", draw, part, flip=True) for draw, part in enumerate(rows))
+
+    return make
 
 
-def _ours(loader: Loader, size: int, measure: Measure) -> Iterator[Batch]:
-    plan = Plan(size, seed=0)
-    rows = (plan.rows("bench", draw, measure.batch_size) for draw in itertools.count())
-    yield from loader.batches(Request("bench", draw, part, flip=True) for draw, part in enumerate(rows))
-
-
-def _over_and_over(make: Maker, device: torch.device) -> Iterator[Tensor]:
+def _over_and_over(batches: DataLoader, device: torch.device) -> Iterator[Tensor]:
     while True:
-        for images, _ in make():
+        for images in batches:
             yield images.to(device)
 
 
-def _flipped_floats(picture: Any) -> Tensor:
-    """[C, S, S] in [-1, 1] of a uint8 picture [S, S, C], half of them mirrored, by chance that repeats nothing."""
-    images = to_float(torch.from_numpy(np.array(picture))[None])[0]
-    return images.flip(-1) if torch.rand(()) < 0.5 else images
+def _flipped_floats(pictures: list[np.ndarray]) -> Tensor:
+    """[N, C, S, S] in [-1, 1] of uint8 pictures [S, S, C], half of them mirrored, by chance that repeats nothing."""
+    images = to_float(torch.from_numpy(np.stack(pictures)))
+    return flip(images, torch.rand(len(images)) < 0.5)
 
 
-def _webdataset(split: Split, preprocessing: Preprocessing, measure: Measure) -> DataLoader:
-    stream = stock_stream(split, Attributes([]), preprocessing).map(_stock_pair)
-    return DataLoader(stream, measure.batch_size, num_workers=min(measure.threads, len(split.shards)), drop_last=True)
+def _stock_floats(samples: list[tuple]) -> Tensor:
+    return _flipped_floats([picture for _, picture, _ in samples])
 
 
-def _stock_pair(sample: tuple) -> tuple[Tensor, str]:
-    key, picture, _ = sample
-    return _flipped_floats(picture), key
-
-
-class _PictureFiles(Dataset):
-    """A torch data set over picture files, as most people begin."""
-
-    def __init__(self, paths: list[Path], preprocessing: Preprocessing) -> None:
-        self.paths, self.preprocessing = paths, preprocessing
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        with Image.open(self.paths[number]) as picture:
-            return _flipped_floats(preprocess(picture.convert("RGB"), self.preprocessing)), number
-
-
-def _files(paths: list[Path], preprocessing: Preprocessing, measure: Measure) -> DataLoader:
-    return DataLoader(
-        _PictureFiles(paths, preprocessing),
-        measure.batch_size,
-        shuffle=True,
-        num_workers=measure.threads,
-        prefetch_factor=_PREFETCH,
-        drop_last=True,
-    )
+def _file_floats(preprocessing: Preprocessing, paths: list[Path]) -> Tensor:
+    return _flipped_floats([preprocess(Image.open(path).convert("RGB"), preprocessing) for path in paths])
 
 
 def write_files(split: Split, folder: Path) -> list[Path]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
 from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset, LeftOut, key_fault
-from pipeline.data.datasets.source import Place, Reader
+from pipeline.data.datasets.source import Place, read_in
 
 MASK_HQ = "CelebAMask-HQ-attribute-anno.txt"
 ANNOTATION = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt", "list_attr_celeba.csv", MASK_HQ)
@@ -65,7 +66,7 @@ def read_celeba(
     files = [annotation, partition] if partition else [annotation]
     origin = origin or {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     attribute_list = [{"name": name, "kind": "binary", "categories": []} for name in names]
-    dataset = index.dataset(name, origin, attribute_list, labels, Reader(images))
+    dataset = index.dataset(name, origin, attribute_list, labels, partial(read_in, images))
     if dataset.source["split"] == "as given":
         del dataset.source["split"]
     return dataset

@@ -14,10 +14,11 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset, key_from_name
-from pipeline.data.datasets.source import PICTURES, Place, Reader, is_litter, tell_not_taken
+from pipeline.data.datasets.source import PICTURES, Place, is_litter, read_in, tell_not_taken
 from pipeline.data.datasets.splits import NAMES, Shares
 
 _DOMAIN = re.compile(r"([a-z]+)([AB])")
@@ -69,7 +70,7 @@ def read_folders(
     entry = {"name": attribute or "class", "kind": "k-way", "categories": words}
     if len(words) == 2:
         entry = {"name": attribute or words[1], "kind": "binary", "categories": []}
-    return index.dataset(name, {"format": "folders", "classes": words}, [entry], labels, Reader(source), shares)
+    return index.dataset(name, {"format": "folders", "classes": words}, [entry], labels, partial(read_in, source), shares)
 
 
 def _pictures_of_classes(source: Place, files: list[str], index: Index) -> dict[str, tuple[str, str | None, str]]:

@@ -34,7 +34,7 @@ class Place:
     """A file or folder, here or at an address, with what readers of sets ask of one. It pickles.
 
     Remote reading is tried again a few times, with longer and longer pauses, unless the answer is that there is no such
-    file or that it may not be read.
+    file or that it may not be read. Whatever cannot be read, listed or written raises an OSError.
     """
 
     address: str
@@ -77,43 +77,23 @@ class Place:
         return self._ask(lambda system, path: system.isdir(path))
 
     def read_bytes(self) -> bytes:
-        """The whole file: for pictures and annotations.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """The whole file: for pictures and annotations."""
         return self._ask(lambda system, path: system.cat_file(path))
 
     def open(self) -> BinaryIO:
-        """The file, to be read part by part.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+        """The file, to be read part by part."""
         return self._ask(lambda system, path: system.open(path, "rb"))
 
     def read_part(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on; fewer where the file ends before.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """`size` bytes from `offset` on; fewer where the file ends before."""
         return self._ask(lambda system, path: system.cat_file(path, start=offset, end=offset + size))
 
     def size(self) -> int | None:
-        """Bytes of the file that lies here; None where there is none.
-
-        Raises:
-            OSError: the address does not answer.
-        """
+        """Bytes of the file that lies here; None where there is none."""
         return self._ask(lambda system, path: system.size(path) if system.isfile(path) else None)
 
     def write_file(self, path: str | os.PathLike[str]) -> None:
-        """Copy a local file to this address.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Copy a local file to this address."""
 
         def put(system: AbstractFileSystem, there: str) -> None:
             system.makedirs(system._parent(there), exist_ok=True)
@@ -123,11 +103,7 @@ class Place:
         self._ask(put)
 
     def folders(self) -> list[str]:
-        """Names of the folders in this one, sorted, without hidden ones and those that operating systems leave.
-
-        Raises:
-            OSError: it cannot be listed.
-        """
+        """Names of the folders in this one, sorted, without hidden ones and those that operating systems leave."""
         entries = self._ask(lambda system, path: system.ls(path, detail=True))
         names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
         return sorted(name for name in names if not is_litter(name))
@@ -136,9 +112,6 @@ class Place:
         """Names of all files in this folder and those below it, relative to it, sorted.
 
         A folder that is a link is entered, too, but for one that leads to a folder above it.
-
-        Raises:
-            OSError: it cannot be listed.
         """
         return sorted(self._ask(_remote_files) if self.remote else _local_files(self.address))
 
@@ -223,17 +196,12 @@ def tell_not_taken(source: Place, names: Iterable[str]) -> None:
         logger.warning("%s: files that are not taken: %s", source, counts)
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Reads a file of one folder by its name, an absolute path or an address."""
-
-    folder: Place
-
-    def __call__(self, name: str) -> bytes:
-        if self.folder.remote or is_remote(name) or name.startswith("~"):
-            return (self.folder / name).read_bytes()
-        with open(os.path.join(self.folder.address, name), "rb", buffering=0) as file:
-            return file.read()
+def read_in(folder: Place, name: str) -> bytes:
+    """Read a file of a folder by its name, an absolute path or an address."""
+    if folder.remote or is_remote(name) or name.startswith("~"):
+        return (folder / name).read_bytes()
+    with open(os.path.join(folder.address, name), "rb", buffering=0) as file:
+        return file.read()
 
 
 def describe_missing(place: Place, what: str) -> ValueError:

@@ -8,12 +8,13 @@ import io
 import os
 import re
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline.data.datasets.columns import choose, finished, text_of
 from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset, key_from_name
-from pipeline.data.datasets.source import Place, Reader, describe_missing
+from pipeline.data.datasets.source import Place, describe_missing, read_in
 from pipeline.data.datasets.splits import Shares
 
 INDEX_NAMES = ("Unnamed: 0", "__index_level_0__")
@@ -82,7 +83,7 @@ def read_table(
         if index.add(name_of, location, place, given, text_of(cells[at[group]]) if group else ""):
             for column in columns:
                 column.add(cells[at[column.name]])
-    read = Reader(Place(images) if images else source.parent)
+    read = partial(read_in, Place(images) if images else source.parent)
     entries, labels, bad = finished(columns, len(index.keys))
     return index.dataset(name, {source.name: _sha256(source)}, entries, labels, read, shares, bad)
 
