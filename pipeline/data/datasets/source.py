@@ -200,8 +200,11 @@ def read_in(folder: Place, name: str) -> bytes:
     """Read a file of a folder by its name, an absolute path or an address."""
     if folder.remote or is_remote(name) or name.startswith("~"):
         return (folder / name).read_bytes()
-    with open(os.path.join(folder.address, name), "rb", buffering=0) as file:
-        return file.read()
+    handle = os.open(os.path.join(folder.address, name), os.O_RDONLY)  # `open` takes twice as long for a small file
+    try:
+        return os.read(handle, os.fstat(handle).st_size)
+    finally:
+        os.close(handle)
 
 
 def describe_missing(place: Place, what: str) -> ValueError:

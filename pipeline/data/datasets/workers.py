@@ -19,7 +19,10 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _shared = threading.local()
-"""What a worker shares with the process that started it: `count`, of records, and `stop`, which is not 0 when it is to stop."""
+"""What a worker shares with the process that started it: `count`, of records, and `stop`, which is not 0 when it is to stop.
+`waiting` are records that are not in the count yet."""
+
+_TOGETHER = 32  # records that are counted at once
 
 
 def silent(done: int, total: int) -> None:
@@ -28,14 +31,18 @@ def silent(done: int, total: int) -> None:
 
 def tick(records: int = 1) -> None:
     """Count records, and stop when asked to. A function that runs under `spread` calls it for each record."""
+    _shared.waiting += records
+    if _shared.waiting < _TOGETHER:
+        return
     with _shared.count.get_lock():
-        _shared.count.value += records
+        _shared.count.value += _shared.waiting
+    _shared.waiting = 0
     if _shared.stop.value:
         raise InterruptedError("stopped: another part failed or was interrupted")
 
 
 def _join(count: Any, stop: Any) -> None:
-    _shared.count, _shared.stop = count, stop
+    _shared.count, _shared.stop, _shared.waiting = count, stop, 0
     if parent := multiprocessing.parent_process():  # a process that dies with its parent
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -95,6 +102,7 @@ def spread(
             for future in done:
                 future.result()
             progress(count.value, total)
+        progress(total, total)
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise OSError("a worker process was killed (out of memory?); run again, with fewer workers") from error
