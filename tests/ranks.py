@@ -40,6 +40,7 @@ STEPS = 30
 FEW_STEPS = 10  # where nothing depends on how many there are
 CLIP_NORM = 0.1  # binds on these small methods, as 5 does on large ones
 METHOD_NAMES = ("fader", "judge", *(sham.name for sham in SHAMS))
+SIBLINGS = ("cgan", "cvae", "icgan", "vacgan", "vaegan")
 WITHOUT_BATCH_NORM = ("sham_sampler", "sham_penalised")
 BACKENDS = {
     "ddp": EngineConfig(backend="ddp"),
@@ -83,7 +84,8 @@ def references() -> dict[str, Case]:
     """What one process runs, in float64 but for what is named otherwise."""
     cases = {name: Case(name) for name in METHOD_NAMES}
     cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH, steps=FEW_STEPS) for name in METHOD_NAMES}
-    cases |= {f"{name} few": Case(name, steps=FEW_STEPS) for name in ("fader", *WITHOUT_BATCH_NORM)}
+    cases |= {f"{name} few": Case(name, steps=FEW_STEPS) for name in ("fader", *WITHOUT_BATCH_NORM, *SIBLINGS)}
+    cases |= {f"{name} uneven": Case(name, batch_size=UNEVEN_BATCH, steps=FEW_STEPS) for name in SIBLINGS}
     cases["fader critic"] = Case("fader", batch_size=UNEVEN_BATCH, critic=True, steps=FEW_STEPS)
     cases["fader critic unheard"] = cases["fader critic"].with_(heard=False)
     cases["poisoned"] = Case("sham_quantised", steps=5, left_out=POISONED)
@@ -106,7 +108,9 @@ def cases_of_ranks() -> dict[str, Case]:
         cases[f"{backend}/fader bf16"] = Case("fader", settings, False, precision="bf16", steps=5)
         compressed = Case("fader", settings, False, steps=FEW_STEPS).with_(gradient_compression="bf16")
         cases[f"{backend}/fader compressed"] = compressed
-    for name in METHOD_NAMES:
+    for name in SIBLINGS:
+        cases[f"zero1/{name} few"] = Case(name, BACKENDS["zero1"], False, steps=FEW_STEPS)
+    for name in (*METHOD_NAMES, *SIBLINGS):
         cases[f"ddp/{name} uneven"] = Case(name, BACKENDS["ddp"], batch_size=UNEVEN_BATCH, steps=FEW_STEPS)
     cases["zero1/fader uneven"] = Case("fader", BACKENDS["zero1"], False, UNEVEN_BATCH, steps=FEW_STEPS)
     cases["ddp/fader critic"] = references()["fader critic"].with_(backend="ddp")
@@ -133,6 +137,7 @@ def build(case: Case) -> Method:
             discriminator_others="train" if case.critic else "eval",
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
+        **{name: lambda: sibling(kind.Settings, {**small, "hidden_channels": 8, "dropout": 0.0}) for name in SIBLINGS},
     }.get(case.method, lambda: ShamSettings(images))()  # fmt: skip
     torch.manual_seed(5)
     method = kind(settings, ATTRIBUTES, IMAGE_SIZE)
@@ -144,6 +149,11 @@ def build(case: Case) -> Method:
     for network in method.networks.values():
         network.to(torch.float64 if case.wide else torch.float32)
     return method
+
+
+def sibling(settings: type, sizes: dict[str, object]) -> object:
+    """Settings with those of the sizes that they know."""
+    return settings(**{name: size for name, size in sizes.items() if name in settings.__dataclass_fields__})
 
 
 def one_share(case: Case, stream: str, draw: int, rank: int, world_size: int) -> Batch:

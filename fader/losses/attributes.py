@@ -69,6 +69,37 @@ def attribute_loss(attributes: Attributes, logits: Tensor, labels: Tensor, known
     return attribute_losses(attributes, logits, labels, known, head).sum()
 
 
+def condition_loss(attributes: Attributes, found: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+    """Squared error of what an encoder says the attributes are, as a generator reads them (`Condition`).
+
+    The reduction is the sum over columns of the mean over records whose label is known.
+
+    Args:
+        found: [N, width], 1 where a value is present and -1 where it is absent; one column a binary or continuous attribute.
+        labels: [N, A]; -1 = unknown, left out.
+        known: [A] divisors, see `Batch.known`.
+
+    Source: Perarnau et al. 2016, arXiv:1611.06355, equation 3.
+    """
+    code, errors, start = attributes.code(labels), [], 0
+    for j, (attribute, columns) in enumerate(zip(attributes, attributes.code_slices())):
+        width = attribute.k if attribute.kind == "k-way" else 1
+        wanted = 2 * code[:, columns.stop - width : columns.stop] - 1
+        each = (found[:, start : start + width] - wanted).square().sum(1)
+        errors.append(torch.where(labels[:, j] >= 0, each, 0.0).sum() / known[j].clamp(min=1e-6))
+        start += width
+    return torch.stack(errors).sum()
+
+
+def smoothed(attributes: Attributes, labels: Tensor, share: float) -> Tensor:
+    """Labels [N, A] in which a binary attribute that is present is 1 - share instead of 1; for the sigmoid head.
+
+    Source: Salimans et al. 2016, arXiv:1606.03498, section 3.4, one-sided label smoothing.
+    """
+    columns = [labels[:, j] * (1 - share if a.kind == "binary" else 1) for j, a in enumerate(attributes)]
+    return torch.stack(columns, 1)
+
+
 def fool_loss(
     attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, draws: Draws, head: Head
 ) -> Tensor:

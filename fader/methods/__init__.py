@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from fader.method import METHODS
 from fader.methods.aligner import Aligner, AlignerSettings
+from fader.methods.cgan import CGan, CGanSettings
+from fader.methods.cvae import Cvae, CvaeSettings
 from fader.methods.fader import Fader, FaderSettings
+from fader.methods.icgan import IcGan, IcGanSettings
 from fader.methods.judge import Judge, JudgeSettings
+from fader.methods.vacgan import VacGan, VacGanSettings
+from fader.methods.vaegan import VaeGan, VaeGanSettings
 
-__all__ = ["METHODS", "Aligner", "AlignerSettings", "Fader", "FaderSettings", "Judge", "JudgeSettings"]
+__all__ = [
+    "METHODS", "Aligner", "AlignerSettings", "CGan", "CGanSettings", "Cvae", "CvaeSettings", "Fader", "FaderSettings",
+    "IcGan", "IcGanSettings", "Judge", "JudgeSettings", "VacGan", "VacGanSettings", "VaeGan", "VaeGanSettings",
+]  # fmt: skip

@@ -92,8 +92,8 @@ def weights(method: Method) -> dict[str, Tensor]:
 
 
 def changed(before: dict[str, Tensor], method: Method) -> set[str]:
-    """Networks of which a weight or a buffer differs."""
-    return {key.split("/")[0] for key, value in weights(method).items() if not torch.equal(value, before[key])}
+    """Networks of which a weight or a buffer that is in `before` differs."""
+    return {key.split("/")[0] for key, value in weights(method).items() if key in before and not torch.equal(value, before[key])}
 
 
 def two_groups(many: int, share: float, apart: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,8 @@ def tiny(name: str, **settings) -> Method:
     if name == "fader":
         more = {"num_layers": 2, "patch": {"weight": 0.1}, "classifier": {"weight": 0.1}, "latent": {"weight": 0.1}}
         return kind(small(kind.Settings(), **{"images": 64, **more, **settings}), ATTRIBUTES, SIZE)
-    return kind(kind.Settings(**{"images": 64, **SMALL, **settings}), ATTRIBUTES, SIZE)
+    sizes = {key: value for key, value in SMALL.items() if key in kind.Settings.__dataclass_fields__}
+    return kind(kind.Settings(**{"images": 64, **sizes, **settings}), ATTRIBUTES, SIZE)
 
 
 def batch(seed: int = 0, records: int = 8) -> Batch:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests import ranks
 from tests.commands import launch
 from tests.faults_of_ranks import DEEPSPEED_FAULTS, FAULTS
-from tests.ranks import BACKENDS, GOES_ON, KINDS, METHOD_NAMES, SAVED_AT, WITHOUT_BATCH_NORM
+from tests.ranks import BACKENDS, GOES_ON, KINDS, METHOD_NAMES, SAVED_AT, SIBLINGS, WITHOUT_BATCH_NORM
 from tests.shams import registered
 
 TOLERANCE = {"ddp": 1e-9, "zero0": 5e-6, "zero1": 5e-6, "zero2": 5e-6}  # measured: 2e-16 in float64, 4e-7 in float32
@@ -87,7 +87,13 @@ def test_a_batch_in_two_parts_is_the_batch(states, backend, name):
     assert distance(of(states["one"], f"{name} few"), of(states["first"], f"{backend}/{name} in parts")) < TOLERANCE[backend]
 
 
-@pytest.mark.parametrize("name", [*(f"ddp/{name}" for name in METHOD_NAMES), "zero1/fader"])
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_deepspeed_on_two_ranks_ends_with_the_siblings_weights_of_one_process(states, name):
+    few = f"{name} few"
+    assert distance(of(states["one"], few), of(states["first"], f"zero1/{few}")) < TOLERANCE["zero1"]
+
+
+@pytest.mark.parametrize("name", [*(f"ddp/{name}" for name in (*METHOD_NAMES, *SIBLINGS)), "zero1/fader"])
 def test_uneven_shares_end_with_the_weights_of_one_process(states, name):
     backend, name = name.split("/")
     ours = of(states["first"], f"{backend}/{name} uneven")

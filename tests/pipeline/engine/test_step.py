@@ -47,6 +47,11 @@ FADER = {
 }  # fmt: skip
 OTHERS = {
     "aligner": {"by default": {}},
+    "cgan": {"by default": {}, "spectral norm": {"spectral_norm": True, "game": "relativistic", "deconv": "upsampling"}},
+    "cvae": {"by default": {}},
+    "icgan": {"by default": {}, "E_z reads E_y": {"variant": "ind_cond"}, "one encoder": {"variant": "sng"}},
+    "vacgan": {"by default": {}, "batch norm of others": {"others": "train", "spectral_norm": False, "norm": "local"}},
+    "vaegan": {"by default": {}},
     "judge": {"by default": {}, "sigmoid and dropout": {"head": "sigmoid", "dropout": 0.3}, "local norm": {"norm": "local"}},
 }
 CASES = [("fader", case) for case in FADER] + [(name, case) for name, cases in OTHERS.items() for case in cases]

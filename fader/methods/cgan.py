@@ -1,0 +1,86 @@
+"""The conditional GAN: the discriminator reads image and attributes together, and learns which of them belong together.
+
+    discriminator   min over D of E [d(D(x, y), D(G(z, y), y)) + d(D(x, y), D(x, y'))] / 2
+
+x are images, y their labels, y' labels that are wrong in one attribute, z is noise, and d is the discriminator's side of the
+game. With the logarithms of the non-saturating game these are the weights 1, 1/2 and 1/2 of the authors' code.
+
+Source: Mirza, Osindero 2014, arXiv:1411.1784; networks and wrong labels as in Perarnau et al. 2016, arXiv:1611.06355
+(Guim3/IcGAN, there with labels of another record).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fader.attributes import Attributes, one_changed
+from fader.losses.adversarial import Game
+from fader.method import Batch, Context, Loss, Networks, register
+from fader.methods.gan import Gan, GanSettings
+from fader.networks.generator import ConditionalDiscriminator, Generator, begin_as_dcgan
+from fader.networks.spectral import with_spectral_norm
+from fader.settings import setting
+
+
+@dataclass(frozen=True)
+class CGanSettings(GanSettings):
+    wrong_labels: float = setting(0.5, "share of real images with wrong labels in what counts as not real", least=0, most=1)
+
+
+@register
+class CGan(Gan):
+    """Networks: generator, discriminator."""
+
+    name = "cgan"
+    Settings = CGanSettings
+    settings: CGanSettings
+
+    def __init__(self, settings: CGanSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
+        super().__init__(settings, attributes, image_size, channels)
+        s = settings
+        if not attributes:
+            raise ValueError(f"{self.name} needs at least one attribute to condition on; name some")
+        sizes = (image_size, channels, s.init_channels, s.max_channels)
+        discriminator = ConditionalDiscriminator(attributes, *sizes, None if s.spectral_norm else s.norm)
+        begin_as_dcgan(discriminator)
+        self.networks = {
+            "generator": begin_as_dcgan(Generator(attributes, s.noise_width, *sizes, s.deconv, s.norm, s.dropout)),
+            "discriminator": with_spectral_norm(discriminator) if s.spectral_norm else discriminator,
+        }
+
+    def verdict(self, networks: Networks, images: Tensor, labels: Tensor) -> Tensor:
+        return networks["discriminator"](images, self.attributes.code(labels))
+
+    def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        made, share = [self.made_to_judge(networks, batch)], self.settings.wrong_labels
+        return matching_loss(networks["discriminator"], self.game, self.attributes, batch, made, share)
+
+
+def matching_loss(
+    discriminator: nn.Module, game: Game, attributes: Attributes, batch: Batch, made: Sequence[Tensor], wrong_labels: float
+) -> Loss:
+    """What a conditional discriminator minimises: real images with their labels are real, all else is not.
+
+    A record whose wrong labels are not known to be wrong is compared with made images only.
+
+    Args:
+        made: images [N, C, S, S] that are not real, each with the batch's labels.
+        wrong_labels: share of the comparisons with real images whose labels are wrong, the rest is with made ones.
+    """
+    code = attributes.code(batch.attributes)
+    fakes = [discriminator(images, code) for images in made]
+    real = discriminator(batch.images, code)
+    losses = sum(game.discriminator(real, fake) for fake in fakes) / len(fakes)
+    report = {"real": batch.mean(real), "made": sum(batch.mean(fake) for fake in fakes) / len(fakes)}
+    if wrong_labels:
+        labels = one_changed(attributes, batch.attributes, torch.ones_like(batch.attributes), batch.draws)
+        wrong = discriminator(batch.images, attributes.code(labels))
+        share = wrong_labels * (labels != batch.attributes).any(1)
+        losses = torch.lerp(losses, game.discriminator(real, wrong), share.to(losses.dtype))
+        report["wrong"] = batch.mean(wrong)
+    loss = batch.mean(losses)
+    return Loss(loss, {f"discriminator/{name}": value.detach() for name, value in {"loss": loss, **report}.items()})

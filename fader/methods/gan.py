@@ -1,0 +1,107 @@
+"""What all GANs here share: a generator that makes images of noise and attributes, and a discriminator that it must please."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fader.losses.adversarial import GAMES, Game
+from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage
+from fader.networks.layers import Deconv, wide
+from fader.settings import Settings, setting
+
+
+@dataclass(frozen=True)
+class GanSettings(Settings):
+    images: int = setting(4_500_000, "length of training", least=1)
+    noise_width: int = setting(100, "numbers of noise, each from N(0, 1)", least=1)
+    game: Literal["non_saturating", "hinge", "relativistic"] = setting("non_saturating", "what real or made is worth")
+    discriminator_steps: int = setting(1, "updates of the discriminator in each step", least=1)
+    init_channels: int = setting(64, "of the maps nearest to the image; they double layer by layer", least=1)
+    max_channels: int = setting(512, "up to so many", least=1)
+    deconv: Deconv = setting("convtranspose", "how the generator doubles the sides")
+    dropout: float = setting(0.0, "in the generator", least=0, most=1)
+    norm: Literal["global", "local"] = setting("global", "of whose statistics: the global batch's, or this rank's share's")
+    spectral_norm: bool = setting(False, "of the discriminator's convolutions, which then have no batch norm")
+    others: Literal["eval", "train"] = setting("train", "mode of the networks that a phase does not train")
+    learning_rate: float = setting(2e-4, "of the generator", least=0)
+    discriminator_learning_rate: float | None = setting(None, "none = the generator's; another makes two time scales", least=0)
+    betas: tuple[float, float] = setting((0.5, 0.999), "of Adam")
+    clip_norm: float = setting(0.0, "largest L2 norm of all gradients of one trained group; 0 = no clipping", least=0)
+    ema_half_life: int = setting(0, "of the moving average of the generator, in images; 0 = none", least=0)
+
+
+class Gan(Method):
+    """Base of the GANs. Subclasses build `generator` and `discriminator`, and say how the discriminator judges and learns.
+
+        generator   min over G of E m(D(x, y), D(G(z, y), y))
+
+    m is the maker's side of the game (`fader/losses/adversarial.py`), x are images, y their labels, z is noise.
+    """
+
+    for_use = ("generator",)
+    settings: GanSettings
+
+    @property
+    def noise_width(self) -> int:
+        return self.settings.noise_width
+
+    @property
+    def game(self) -> Game:
+        return GAMES[self.settings.game]
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def verdict(self, networks: Networks, images: Tensor, labels: Tensor) -> Tensor:
+        """The discriminator's logits [N] of images beside labels [N, A]."""
+        raise NotImplementedError
+
+    def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        raise NotImplementedError
+
+    def noise(self, batch: Batch) -> Tensor:
+        return batch.draws.normal("noise", (self.noise_width,))
+
+    def made(self, networks: Networks, batch: Batch) -> Tensor:
+        """Images of the batch's noise with its labels."""
+        return networks["generator"](self.noise(batch), self.attributes.code(batch.attributes))
+
+    def made_to_judge(self, networks: Networks, batch: Batch) -> Tensor:
+        """The same for the discriminator to learn from; no gradient goes back to the generator."""
+        with torch.no_grad():
+            return self.made(networks, batch)
+
+    def generator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        """The generator learns to make images that the discriminator takes for real ones."""
+        taken = self.taken(networks, self.made(networks, batch), batch)
+        return Loss(taken, {"generator/taken": taken.detach()})
+
+    def taken(self, networks: Networks, images: Tensor, batch: Batch) -> Tensor:
+        """What images cost that should be taken for real ones."""
+        fake = self.verdict(networks, images, batch.attributes)
+        real = self.verdict(networks, batch.images, batch.attributes) if self.game.compares else fake
+        return batch.mean(self.game.maker(real, fake))
+
+    def stages(self) -> tuple[Stage, ...]:
+        s = self.settings
+        discriminator = Phase(("discriminator",), self.discriminator_loss, others=s.others, repeat=s.discriminator_steps)
+        source = "images" if self.game.compares else "labels"
+        generator = Phase(("generator",), self.generator_loss, source, others=s.others)
+        return (Stage("gan", (discriminator, generator), s.images),)
+
+    def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
+        generator = Optimizer.of(self.settings)
+        return {("discriminator",): self._judging_optimizer(), ("generator",): generator}
+
+    def _judging_optimizer(self) -> Optimizer:
+        s, rate = self.settings, self.settings.discriminator_learning_rate
+        return Optimizer(learning_rate=s.learning_rate if rate is None else rate, betas=s.betas, clip_norm=s.clip_norm)
+
+    # --- use --------------------------------------------------------------------------------------------------------
+
+    def sample(self, noise: Tensor, code: Tensor) -> Tensor:
+        """Noise [N, noise_width] and a code [N, attributes.code_width] to images [N, C, S, S] in [-1, 1]."""
+        return wide(self.networks["generator"](noise, code))

@@ -1,0 +1,112 @@
+"""VAC+GAN: a classifier stands beside the discriminator, and the generator must please both.
+
+    discriminator   min over D of E d(D(x), D(G(z, y)))
+    classifier      min over C of E CE(C(x), y)
+    generator       min over G of E [m(D(x), D(G(z, y))) + λ CE(C(G(z, y)), y)]
+
+x are images, y their labels, z is noise, d and m are the sides of the game, CE is cross-entropy. The discriminator sees no
+labels. The classifier learns from real images only, with targets of 1 - s for attributes that are present.
+
+Source: Bazrafkan, Corcoran 2018, arXiv:1806.07751; networks and settings as in the document "Generate Faces with Specific
+Attributes" (Said, Colagrande), which takes the two terms of the generator in two steps of Adam, one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fader.attributes import Attributes
+from fader.losses.attributes import accuracies, attribute_loss, smoothed
+from fader.method import Batch, Context, Loss, Networks, Optimizer, Phase, Stage, register
+from fader.methods.gan import Gan, GanSettings
+from fader.networks.generator import widths_of
+from fader.networks.layers import Deconv
+from fader.networks.pooled import DenseGenerator, PooledClassifier
+from fader.networks.spectral import with_spectral_norm
+from fader.settings import setting
+
+
+@dataclass(frozen=True)
+class VacGanSettings(GanSettings):
+    images: int = setting(2_500_000, "length of training; published: 25 epochs of 101,200", least=1)
+    game: Literal["non_saturating", "hinge", "relativistic"] = setting("hinge", "what real or made is worth")
+    discriminator_steps: int = setting(2, "updates of discriminator and classifier in each step", least=1)
+    init_channels: int = setting(32, "of the discriminator's first layer; generator and classifier have twice as many", least=1)
+    max_channels: int = setting(256, "they double up to so many; the classifier's up to twice as many", least=1)
+    hidden_channels: int = setting(2048, "of the generator's first dense layer", least=1)
+    deconv: Deconv = setting("upsampling", "how the generator doubles the sides")
+    dropout: float = setting(0.2, "after the generator's dense layers", least=0, most=1)
+    spectral_norm: bool = setting(True, "of the convolutions of all three networks")
+    others: Literal["eval", "train"] = setting("eval", "mode of the networks that a phase does not train")
+    learning_rate: float = setting(5e-5, "of the generator", least=0)
+    discriminator_learning_rate: float | None = setting(2e-4, "of discriminator and classifier; none = the generator's", least=0)
+    betas: tuple[float, float] = setting((0.0, 0.999), "of Adam")
+    classifier_weight: float = setting(1.0, "λ, of the mean over attributes of the generator's cross-entropy", least=0)
+    label_smoothing: float = setting(0.1, "s: the target of a present attribute is 1 - s", least=0, most=1)
+
+
+@register
+class VacGan(Gan):
+    """Networks: generator, discriminator, classifier."""
+
+    name = "vacgan"
+    Settings = VacGanSettings
+    settings: VacGanSettings
+
+    def __init__(self, settings: VacGanSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
+        super().__init__(settings, attributes, image_size, channels)
+        s = settings
+        if not attributes:
+            raise ValueError("vacgan needs at least one attribute to condition on; name some")
+        widths = widths_of(image_size, s.init_channels, s.max_channels)
+        up = widths_of(image_size, 2 * s.init_channels, max(2 * s.init_channels, s.max_channels))[-2::-1]
+        generator = (attributes, s.noise_width, up, channels, s.hidden_channels, s.deconv, s.norm, s.dropout)
+        logits = attributes.logits_width("sigmoid")
+        self.networks = {
+            "generator": DenseGenerator(*generator),
+            "discriminator": PooledClassifier(channels, widths, 5, None, 1),
+            "classifier": PooledClassifier(channels, [2 * width for width in widths], 2, s.norm, logits),
+        }
+        if s.spectral_norm:
+            self.networks = {name: with_spectral_norm(network) for name, network in self.networks.items()}
+
+    def verdict(self, networks: Networks, images: Tensor, labels: Tensor) -> Tensor:
+        return networks["discriminator"](images)[:, 0]
+
+    def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        """The discriminator learns to tell real images from made ones."""
+        both = torch.cat([batch.images, self.made_to_judge(networks, batch).to(batch.images.dtype)])
+        real, fake = networks["discriminator"](both)[:, 0].chunk(2)
+        loss = batch.mean(self.game.discriminator(real, fake))
+        report = {"loss": loss, "real": batch.mean(real), "made": batch.mean(fake)}
+        return Loss(loss, {f"discriminator/{name}": value.detach() for name, value in report.items()})
+
+    def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        """The classifier learns to read the attributes off real images; unknown labels are left out."""
+        logits = networks["classifier"](batch.images)
+        labels = smoothed(self.attributes, batch.attributes, self.settings.label_smoothing)
+        loss = attribute_loss(self.attributes, logits, labels, batch.known, "sigmoid") / len(self.attributes)
+        right = accuracies(self.attributes, logits, batch.attributes, batch.known, "sigmoid")
+        report = {f"classifier/accuracy.{name}": part for name, part in zip(self.attributes.names, right)}
+        return Loss(loss, {"classifier/loss": loss.detach(), **report})
+
+    def generator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+        """The generator's images should be taken for real, and show the attributes that were asked for."""
+        images = self.made(networks, batch)
+        taken, logits = self.taken(networks, images, batch), networks["classifier"](images)
+        reading = attribute_loss(self.attributes, logits, batch.attributes, batch.known, "sigmoid") / len(self.attributes)
+        report = {"generator/taken": taken.detach(), "generator/reading": reading.detach()}
+        return Loss(taken + self.settings.classifier_weight * reading, report)
+
+    def stages(self) -> tuple[Stage, ...]:
+        s, (gan,) = self.settings, super().stages()
+        discriminator, generator = gan.phases
+        classifier = Phase(("classifier",), self.classifier_loss, others=s.others, repeat=s.discriminator_steps)
+        return (Stage("vacgan", (discriminator, classifier, generator), s.images),)
+
+    def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
+        return {("classifier",): self._judging_optimizer(), **super().optimizers()}
