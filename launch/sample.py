@@ -24,10 +24,15 @@ def sample(
         list[str] | None,
         typer.Option("--set", help="-1 absent, 1 present, beyond exaggerated; Beard=full", metavar="NAME=X..."),
     ] = None,
+    only: Annotated[bool, typer.Option("--only", help="attributes that are not set are absent")] = False,
+    grid_only: Annotated[bool, typer.Option("--grid", help="one picture of them all, and no others")] = False,
     checkpoint: Annotated[str, typer.Option(help="of a run: latest, best or images-N")] = "latest",
     raw: Annotated[bool, typer.Option("--raw", help="a run's weights as trained, not their moving averages")] = False,
 ) -> None:
-    """Make new pictures. Attributes that are not set are drawn by the seed."""
+    """Make new pictures.
+
+    Attributes that are not set are drawn by the seed, together, as they occur in the training data beside those that are.
+    """
     values.check_folder(out)
     import torch
 
@@ -37,11 +42,13 @@ def sample(
 
     loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
     sampling = loaded.sampling
-    images = sampling.sample(torch.arange(seed, seed + count), sliders=values.sliders(sampling, set_))
+    images = sampling.sample(torch.arange(seed, seed + count), sliders=values.sliders(sampling, set_), only=only)
+    if sampling.occurring is None and not only:
+        typer.echo(f"{model} keeps no labels of its training data: what is not set is drawn evenly")
     written = Pictures()
     blank = images.new_ones(-count % min(_ACROSS, count), *images.shape[1:])
     written.add("grid", grid(torch.cat([images, blank]).unflatten(0, (-1, min(_ACROSS, count)))))
-    for number, image in enumerate(images, seed):
+    for number, image in enumerate(() if grid_only else images, seed):
         written.add(f"seed-{number}", pixels_of(image))
     for path in written.write(out):
         typer.echo(f"wrote {path}")

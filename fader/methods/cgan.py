@@ -56,8 +56,11 @@ class CGan(Gan):
         return networks["discriminator"](images, self.attributes.code(labels))
 
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        made, share = [self.made_to_judge(networks, batch)], self.settings.wrong_labels
-        return matching_loss(networks["discriminator"], self.game, self.attributes, batch, made, share)
+        images, cost = self.made(networks, batch, judging=True)
+        loss = matching_loss(
+            networks["discriminator"], self.game, self.attributes, batch, [images], self.settings.wrong_labels
+        )
+        return Loss(loss.value + cost, loss.report)
 
 
 def matching_loss(

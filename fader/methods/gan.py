@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fader.losses.adversarial import GAMES, Game
+from fader.losses.latents import natural_steps
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage
 from fader.networks.layers import Deconv, wide
 from fader.settings import Settings, setting
@@ -32,6 +33,10 @@ class GanSettings(Settings):
     betas: tuple[float, float] = setting((0.5, 0.999), "of Adam")
     clip_norm: float = setting(0.0, "largest L2 norm of all gradients of one trained group; 0 = no clipping", least=0)
     ema_half_life: int = setting(0, "of the moving average of the generator, in images; 0 = none", least=0)
+    latent_step: float = setting(0.0, "α of latent optimisation, see `natural_steps`; 0 = none", least=0)
+    latent_damping: float = setting(0.1, "β of it", least=1e-6)
+    latent_share: float = setting(0.8, "share of the noise that takes the step", least=0, most=1)
+    latent_weight: float = setting(0.1, "of the steps' squared lengths in the losses of both sides", least=0)
 
 
 class Gan(Method):
@@ -39,7 +44,9 @@ class Gan(Method):
 
         generator   min over G of E m(D(x, y), D(G(z, y), y))
 
-    m is the maker's side of the game (`fader/losses/adversarial.py`), x are images, y their labels, z is noise.
+    m is the maker's side of the game (`fader/losses/adversarial.py`), x are images, y their labels, z is noise. With latent
+    optimisation z first takes a step along which the discriminator finds the image more real, and both losses are taken of
+    the image that it then gives, the step's own derivatives included.
     """
 
     for_use = ("generator",)
@@ -53,6 +60,11 @@ class Gan(Method):
     def game(self) -> Game:
         return GAMES[self.settings.game]
 
+    @property
+    def compares(self) -> bool:
+        """The generator's losses depend on real images, too."""
+        return self.settings.game in GAMES and self.game.compares
+
     # --- training ---------------------------------------------------------------------------------------------------
 
     def verdict(self, networks: Networks, images: Tensor, labels: Tensor) -> Tensor:
@@ -65,19 +77,32 @@ class Gan(Method):
     def noise(self, batch: Batch) -> Tensor:
         return batch.draws.normal("noise", (self.noise_width,))
 
-    def made(self, networks: Networks, batch: Batch) -> Tensor:
-        """Images of the batch's noise with its labels."""
-        return networks["generator"](self.noise(batch), self.attributes.code(batch.attributes))
+    def realness(self, verdicts: Tensor) -> Tensor:
+        """[N]: how real verdicts say that images are."""
+        return verdicts
 
-    def made_to_judge(self, networks: Networks, batch: Batch) -> Tensor:
-        """The same for the discriminator to learn from; no gradient goes back to the generator."""
-        with torch.no_grad():
-            return self.made(networks, batch)
+    def made(self, networks: Networks, batch: Batch, judging: bool = False) -> tuple[Tensor, Tensor]:
+        """Images of the batch's noise with its labels; and what the steps of latent optimisation cost.
+
+        judging: the discriminator will learn from them, so that no gradient goes back to the generator.
+        """
+        s, noise, code = self.settings, self.noise(batch), self.attributes.code(batch.attributes)
+        if not s.latent_step:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not judging):
+                return networks["generator"](noise, code), noise.new_zeros(())
+        noise = noise.to(next(networks["generator"].parameters()).dtype).requires_grad_()
+        verdicts = self.verdict(networks, networks["generator"](noise, code), batch.attributes)
+        (gradient,) = torch.autograd.grad(wide(self.realness(verdicts)).sum(), noise, create_graph=True)
+        chosen = batch.draws.uniform("optimised", (1,)) < s.latent_share
+        steps = torch.where(chosen, natural_steps(gradient, s.latent_step, s.latent_damping), 0.0)
+        cost = s.latent_weight * batch.mean(steps.square().sum(1))
+        return networks["generator"](noise + steps, code), cost
 
     def generator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The generator learns to make images that the discriminator takes for real ones."""
-        taken = self.taken(networks, self.made(networks, batch), batch)
-        return Loss(taken, {"generator/taken": taken.detach()})
+        images, cost = self.made(networks, batch)
+        taken = self.taken(networks, images, batch)
+        return Loss(taken + cost, {"generator/taken": taken.detach()})
 
     def taken(self, networks: Networks, images: Tensor, batch: Batch) -> Tensor:
         """What images cost that should be taken for real ones."""
@@ -88,7 +113,7 @@ class Gan(Method):
     def stages(self) -> tuple[Stage, ...]:
         s = self.settings
         discriminator = Phase(("discriminator",), self.discriminator_loss, others=s.others, repeat=s.discriminator_steps)
-        source = "images" if self.game.compares else "labels"
+        source = "images" if self.compares else "labels"
         generator = Phase(("generator",), self.generator_loss, source, others=s.others)
         return (Stage("gan", (discriminator, generator), s.images),)
 

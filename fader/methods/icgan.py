@@ -88,12 +88,17 @@ class IcGan(CGan):
 
     def refreshed(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The generator's running statistics follow its last weights."""
-        brightness = batch.mean(wide(self.made(networks, batch)).flatten(1).mean(1))
+        brightness = batch.mean(wide(self.drawn(networks, batch)).flatten(1).mean(1))
         return Loss(brightness, {"generator/brightness": brightness})
+
+    def drawn(self, networks: Networks, batch: Batch) -> Tensor:
+        """Images of the batch's noise as it is, with the batch's labels."""
+        return networks["generator"](self.noise(batch), self.attributes.code(batch.attributes))
 
     def encoder_z_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """E_z learns of which noise an image was made; the mean over the noise's numbers."""
-        images = self.made_to_judge(networks, batch)
+        with torch.no_grad():
+            images = self.drawn(networks, batch)
         error = batch.mean((self._noise_of(networks, images) - self.noise(batch)).square().mean(1))
         return Loss(error, {"encoder_z/error": error.detach()})
 

@@ -13,6 +13,7 @@ Attributes" (Said, Colagrande), which takes the two terms of the generator in tw
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fader.attributes import Attributes
 from fader.losses.attributes import accuracies, attribute_loss, smoothed
+from fader.losses.hinges import multi_hinges
 from fader.method import Batch, Context, Loss, Networks, Optimizer, Phase, Stage, register
 from fader.methods.gan import Gan, GanSettings
 from fader.networks.generator import widths_of
@@ -29,11 +31,15 @@ from fader.networks.pooled import DenseGenerator, PooledClassifier
 from fader.networks.spectral import with_spectral_norm
 from fader.settings import setting
 
+MOST_CLASSES = 4_096
+
 
 @dataclass(frozen=True)
 class VacGanSettings(GanSettings):
     images: int = setting(2_500_000, "length of training; published: 25 epochs of 101,200", least=1)
-    game: Literal["non_saturating", "hinge", "relativistic"] = setting("hinge", "what real or made is worth")
+    game: Literal["non_saturating", "hinge", "relativistic", "multi_hinge"] = setting(
+        "hinge", "what real or made is worth; multi_hinge: the discriminator says which attributes a real image has"
+    )
     discriminator_steps: int = setting(2, "updates of discriminator and classifier in each step", least=1)
     init_channels: int = setting(32, "of the discriminator's first layer; generator and classifier have twice as many", least=1)
     max_channels: int = setting(256, "they double up to so many; the classifier's up to twice as many", least=1)
@@ -62,28 +68,59 @@ class VacGan(Gan):
         s = settings
         if not attributes:
             raise ValueError("vacgan needs at least one attribute to condition on; name some")
+        if self.counts_classes and self.classes > MOST_CLASSES:
+            raise ValueError(
+                f"game multi_hinge takes each combination of values as a class, and {len(attributes)} attributes have "
+                f"{self.classes:,}; name fewer (at most {MOST_CLASSES:,} classes)"
+            )
         widths = widths_of(image_size, s.init_channels, s.max_channels)
         up = widths_of(image_size, 2 * s.init_channels, max(2 * s.init_channels, s.max_channels))[-2::-1]
         generator = (attributes, s.noise_width, up, channels, s.hidden_channels, s.deconv, s.norm, s.dropout)
         logits = attributes.logits_width("sigmoid")
         self.networks = {
             "generator": DenseGenerator(*generator),
-            "discriminator": PooledClassifier(channels, widths, 5, None, 1),
+            "discriminator": PooledClassifier(channels, widths, 5, None, 1 + (self.classes if self.counts_classes else 0)),
             "classifier": PooledClassifier(channels, [2 * width for width in widths], 2, s.norm, logits),
         }
         if s.spectral_norm:
             self.networks = {name: with_spectral_norm(network) for name, network in self.networks.items()}
 
+    @property
+    def counts_classes(self) -> bool:
+        return self.settings.game == "multi_hinge"
+
+    @property
+    def classes(self) -> int:
+        """K: combinations of the attributes' values."""
+        return math.prod(attribute.k for attribute in self.attributes)
+
     def verdict(self, networks: Networks, images: Tensor, labels: Tensor) -> Tensor:
-        return networks["discriminator"](images)[:, 0]
+        """The discriminator's logits of images: [N], or of each class and of none, [N, K + 1]."""
+        logits = networks["discriminator"](images)
+        return logits if self.counts_classes else logits[:, 0]
+
+    def realness(self, verdicts: Tensor) -> Tensor:
+        return -verdicts[:, -1] if self.counts_classes else verdicts
+
+    def taken(self, networks: Networks, images: Tensor, batch: Batch) -> Tensor:
+        if not self.counts_classes:
+            return super().taken(networks, images, batch)
+        verdicts = self.verdict(networks, images, batch.attributes)
+        return batch.mean(multi_hinges(verdicts, self.attributes.joint(batch.attributes)))
 
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The discriminator learns to tell real images from made ones."""
-        both = torch.cat([batch.images, self.made_to_judge(networks, batch).to(batch.images.dtype)])
-        real, fake = networks["discriminator"](both)[:, 0].chunk(2)
-        loss = batch.mean(self.game.discriminator(real, fake))
-        report = {"loss": loss, "real": batch.mean(real), "made": batch.mean(fake)}
-        return Loss(loss, {f"discriminator/{name}": value.detach() for name, value in report.items()})
+        images, cost = self.made(networks, batch, judging=True)
+        both = torch.cat([batch.images, images.to(batch.images.dtype)])
+        real, fake = self.verdict(networks, both, batch.attributes).chunk(2)
+        if self.counts_classes:
+            none = torch.full_like(batch.index, self.classes)
+            losses = multi_hinges(real, self.attributes.joint(batch.attributes)) + multi_hinges(fake, none)
+        else:
+            losses = self.game.discriminator(real, fake)
+        loss = batch.mean(losses)
+        report = {"loss": loss, "real": batch.mean(self.realness(real)), "made": batch.mean(self.realness(fake))}
+        return Loss(loss + cost, {f"discriminator/{name}": value.detach() for name, value in report.items()})
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The classifier learns to read the attributes off real images; unknown labels are left out."""
@@ -96,11 +133,11 @@ class VacGan(Gan):
 
     def generator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The generator's images should be taken for real, and show the attributes that were asked for."""
-        images = self.made(networks, batch)
+        images, cost = self.made(networks, batch)
         taken, logits = self.taken(networks, images, batch), networks["classifier"](images)
         reading = attribute_loss(self.attributes, logits, batch.attributes, batch.known, "sigmoid") / len(self.attributes)
         report = {"generator/taken": taken.detach(), "generator/reading": reading.detach()}
-        return Loss(taken + self.settings.classifier_weight * reading, report)
+        return Loss(taken + self.settings.classifier_weight * reading + cost, report)
 
     def stages(self) -> tuple[Stage, ...]:
         s, (gan,) = self.settings, super().stages()

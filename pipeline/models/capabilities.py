@@ -256,16 +256,22 @@ class Editing(Capability):
 
 
 class Sampling(Capability):
-    """Make pictures that nobody photographed, each of a seed of its own; a service takes seeds [N] int64."""
+    """Make pictures that nobody photographed, each of a seed of its own; a service takes seeds [N] int64.
+
+    Args:
+        occurring: labels of some training records, a line each.
+    """
 
     needs, lacks = Samples, "does not sample pictures"
     use = "research on editing attributes: pictures shown as made by a model"
     dtype = "int64"
     sliders = True
 
-    def __init__(self, method: Method, source: str) -> None:
+    def __init__(self, method: Method, source: str, occurring: Sequence[str] = ()) -> None:
         super().__init__(method, source)
         self.takes = ()
+        rows = [[float(label) for label in row.split()] for row in occurring]
+        self.occurring = torch.tensor(rows) if rows else None
 
     def summary(self) -> str:
         return f"attributes of what it samples: {', '.join(self.attributes.names)}"
@@ -274,21 +280,44 @@ class Sampling(Capability):
         return ["sample", address, "--set", "=".join(map(str, self.example_slider())), "--out", "DIR"]
 
     @torch.inference_mode()
-    def sample(self, seeds: Tensor, given: Mapping[str, float] | None = None, sliders: Sequence[Slider] = ()) -> Tensor:
+    def sample(
+        self, seeds: Tensor, given: Mapping[str, float] | None = None, sliders: Sequence[Slider] = (), only: bool = False
+    ) -> Tensor:
         """Return one picture for each seed, the same whatever the other seeds are: [N, C, S, S] in [-1, 1].
 
         Args:
             seeds: [N] int64.
-            given: labels that all the pictures get; the others are drawn by the seed, every value equally likely.
+            given: labels that all the pictures get.
             sliders: are moved afterwards.
+            only: labels that are neither given nor moved are 0, absent. By default they are drawn by the seed: together,
+                from training records that come nearest to what is asked for; or every value equally likely, where the
+                model knows of no records.
         """
-        draws = Draws.of(0, "sample", 0, seeds)
-        labels = self.attributes.resampled(draws)
-        for name, value in (given or {}).items():
-            labels[:, self.attributes.index(name)] = value
+        draws, asked = Draws.of(0, "sample", 0, seeds), {**(given or {}), **self._labels_of(sliders)}
+        columns = [self.attributes.index(name) for name in asked]
+        values = torch.tensor(list(asked.values()))
+        if only:
+            labels = torch.zeros(len(seeds), len(self.attributes))
+        elif self.occurring is None:
+            labels = self.attributes.resampled(draws)
+        else:
+            right = ((self.occurring[:, columns] - values).abs() < 0.5).sum(1)
+            near = self.occurring[right == right.max()]
+            labels = near[draws.integers("record", len(near))]
+        labels[:, columns] = values
         code = moved(self.attributes, self.attributes.code(labels), sliders)
         noise = draws.normal("noise", (self.method.noise_width,))
         return self.method.sample(noise, code).float().clamp(-1, 1)
+
+    def _labels_of(self, sliders: Sequence[Slider]) -> dict[str, float]:
+        """Return the label that each slider stands for; one that only takes a category away stands for none."""
+        labels = {}
+        for slider in sliders:
+            if slider.category is None:
+                labels[slider.attribute] = float(slider.value > 0)
+            elif slider.value > 0:
+                labels[slider.attribute] = float(slider.category)
+        return labels
 
     def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
         return self.sample(batch, *self._asked(params))

@@ -120,6 +120,8 @@ def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
             check_judge(judges[-1], method.attributes, preprocessing, source, partly=True)
         else:
             logger.warning("%s names the judge %s, which is not here: it goes without one", run, address)
+    if "labels" in about:
+        card["labels"] = about["labels"]
     model = Model(method, card, method.attributes, preprocessing, tuple(judges), source, run, variant)
     card["intended_use"] = [capability.use for capability in model.capabilities]
     return model

@@ -65,7 +65,7 @@ class Model:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.method, self.source)
+        return Sampling(self.method, self.source, self.card.get("labels") or ())
 
     @property
     def judging(self) -> Judging:

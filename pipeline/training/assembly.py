@@ -16,6 +16,7 @@ from pipeline.config import Experiment, build_method
 from pipeline.data.shards import ShardSet
 from pipeline.engine import Engine
 from pipeline.files import write_whole
+from pipeline.models import sampler
 from pipeline.ownership import Owner, owned
 from pipeline.tracking import open_tracker
 from pipeline.training import watchdog
@@ -27,6 +28,8 @@ from pipeline.training.validation import BestSoFar, Validation, named_judges
 from pipeline.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+LABELS_KEPT = 1_000
 
 
 class Run:
@@ -180,7 +183,8 @@ def _open_folder(run: Run, shards: ShardSet) -> None:
     }
     run.listener.look_for(run.folder / STOP_FILE)
     write_whole(run.folder / "config.yaml", experiment.dump())
-    write_whole(run.folder / "run.json", json.dumps(card, indent=1))
+    joint = {"labels": _some_labels(run, shards)} if sampler(engine.method) else {}
+    write_whole(run.folder / "run.json", json.dumps(card | joint, indent=1))
     watchdog.clear(run.folder)
     tracker.start(run.images)
     tracker.params(experiment.to_dict())
@@ -188,6 +192,12 @@ def _open_folder(run: Run, shards: ShardSet) -> None:
     if experiment.tracking.parent:
         tracker.tags({"mlflow.parentRunId": experiment.tracking.parent})
     tracker.artifact(run.folder / "config.yaml")
+
+
+def _some_labels(run: Run, shards: ShardSet) -> list[str]:
+    """Return the labels of some training records, from which a sampler draws combinations that occur."""
+    labels = shards.split("train").columns(run.engine.method.attributes)  # a split's order is a fixed shuffle
+    return [" ".join(f"{value:g}" for value in row) for row in labels[:LABELS_KEPT]]
 
 
 def commit() -> str:

@@ -12,6 +12,8 @@ from torch import nn
 from fader.attributes import Attribute, Attributes
 from fader.losses.attributes import condition_loss, smoothed
 from fader.losses.divergence import gaussian_divergences
+from fader.losses.hinges import multi_hinges
+from fader.losses.latents import natural_steps
 from fader.methods import CGan, CGanSettings, IcGan, IcGanSettings, VacGan, VacGanSettings
 from fader.networks.encoders import Posterior
 from fader.networks.generator import Condition
@@ -152,7 +154,7 @@ def test_the_cgans_losses_are_their_formulas():
     method = tiny("cgan")
     stand(method, phases(method)["discriminator"])
     discriminator, code = method.networks["discriminator"], MIXED.code(labels)
-    fake = discriminator(method.made(method.networks, batch).detach(), code)
+    fake = discriminator(method.made(method.networks, batch)[0].detach(), code)
     real = discriminator(batch.images, code)
     wrong_labels = labels.clone()
     chosen = batch.draws.uniform("changed", (3,)).argmin(1)
@@ -176,7 +178,7 @@ def test_vacgans_losses_are_their_formulas():
     method = tiny("vacgan", classifier_weight=0.5)
     stand(method, phases(method)["discriminator"])
     discriminator = method.networks["discriminator"]
-    fake, real = (discriminator(images)[:, 0] for images in (method.made(method.networks, batch).detach(), batch.images))
+    fake, real = (discriminator(images)[:, 0] for images in (method.made(method.networks, batch)[0].detach(), batch.images))
     want = (F.relu(1 - real) + F.relu(1 + fake)).mean()
     assert losses["discriminator"].value.item() == pytest.approx(want.item(), rel=1e-5)
     method = tiny("vacgan", classifier_weight=0.5)
@@ -200,6 +202,82 @@ def test_smoothing_and_conditions_leave_unknown_and_other_kinds_alone():
     assert condition_loss(MIXED, found, labels, known).item() == pytest.approx(1 + 3 + 1)
     found[0] = torch.tensor([1.0, -1, -1, 1, 9])
     assert condition_loss(MIXED, found, labels, known).item() == pytest.approx(0.5 + 0 + 1)
+
+
+def test_multi_hinges_are_crammers_and_singers():
+    """Numbers by hand: two classes and "none". A class that is unknown is any but none."""
+    logits = torch.tensor([[2.0, 0.5, -1.0], [0.0, 0.2, 0.1], [0.0, 3.0, 0.4], [1.0, 0.9, 1.5], [1.0, 0.9, -0.5]])
+    classes = torch.tensor([0, 1, 2, -1, -1])
+    assert multi_hinges(logits, classes).tolist() == pytest.approx([0.0, 0.9, 3.6, 1.5, 0.0])
+
+
+def test_the_multi_hinge_discriminator_has_one_logit_a_combination_and_one_for_made_images():
+    method, batch = tiny("vacgan", game="multi_hinge"), planted()
+    assert method.networks["discriminator"].head.out_features == 2 * 3 * 2 + 1
+    loss = loss_of(method, "discriminator", batch)
+    method = tiny("vacgan", game="multi_hinge")
+    stand(method, phases(method)["discriminator"])
+    both = torch.cat([batch.images, method.made(method.networks, batch, judging=True)[0]])
+    real, fake = method.networks["discriminator"](both).chunk(2)
+    want = multi_hinges(real, MIXED.joint(batch.attributes)) + multi_hinges(fake, torch.full((12,), 12))
+    assert loss.value.item() == pytest.approx(want.mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="40 attributes have 1,099,511,627,776; name fewer"):
+        tiny("vacgan", FORTY, game="multi_hinge")
+
+
+def test_natural_steps_solve_their_equation():
+    """(g gᵀ + β I) Δz = α g."""
+    torch.manual_seed(0)
+    gradient = torch.randn(5, 3, dtype=torch.float64)
+    steps = natural_steps(gradient, 0.9, 0.1)
+    fisher = gradient[:, :, None] * gradient[:, None, :] + 0.1 * torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close((fisher @ steps[:, :, None])[:, :, 0], 0.9 * gradient)
+
+
+def test_latent_optimisation_makes_the_discriminator_find_images_more_real():
+    """A small step raises the logits of those that take it, and the discriminator learns through the step."""
+    method, batch = tiny("cgan", latent_step=1e-3, latent_damping=1.0, latent_share=1.0), planted()
+    for network in method.networks.values():
+        network.eval().double()
+        for parameter in network.parameters():
+            parameter.data.mul_(10)  # as they begin, the logits hardly depend on the noise
+    code = MIXED.code(batch.attributes)
+    images, cost = method.made(method.networks, batch)
+    plain = method.networks["generator"](method.noise(batch), code)
+    before, after = (method.networks["discriminator"](each, code) for each in (plain, images))
+    assert (after > before).all() and cost.item() > 0
+    method = tiny("cgan", latent_step=0.9, latent_share=0.0)
+    stand(method, phases(method)["generator"])
+    images, cost = method.made(method.networks, batch)
+    other = tiny("cgan")
+    stand(other, phases(other)["generator"])
+    torch.testing.assert_close(images, other.made(other.networks, batch)[0])
+    assert cost.item() == 0
+
+
+@pytest.mark.parametrize("phase", ["discriminator", "generator"])
+def test_the_gradient_goes_through_the_latents_step(phase):
+    """Finite differences of the loss agree with its gradient, in which second derivatives stand."""
+    method, batch = tiny("cgan", latent_step=0.9), planted(count=6)
+    for network in method.networks.values():
+        network.double()
+    batch, phase = dataclasses.replace(batch, images=batch.images.double()), phases(method)[phase]
+    stand(method, phase)
+    parameters = [p for n in phase.trains for p in method.networks[n].parameters()]
+
+    def value() -> torch.Tensor:
+        return phase.loss(method.networks, batch, context(method)).value
+
+    gradients = torch.autograd.grad(value(), parameters)
+    generator = torch.Generator().manual_seed(0)
+    directions = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    values = []
+    for step in (1e-7, -2e-7):
+        with torch.no_grad():
+            torch._foreach_add_(parameters, directions, alpha=step)
+        values.append(value().item())
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions)).item()
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-4)
 
 
 def test_the_divergence_is_torchs_and_a_latent_is_drawn_from_its_distribution():

@@ -21,6 +21,7 @@ IMAGE = {"weight": 1.0, "changed": 2.0, "others": "uniform"}  # another's labels
 CASES.append(("fader", {"latent": {"steps": 0}, "image": IMAGE}))
 CASES.append(("fader", {"image": IMAGE | {"game": "relativistic"}, "num_skips": 1, "skip": "selective", "head": "sigmoid"}))
 CASES += [("icgan", {"variant": variant}) for variant in ("ind_cond", "sng")]
+CASES += [("cgan", {"latent_step": 0.9}), ("vacgan", {"game": "multi_hinge"})]
 CASES.append(("vacgan", {"game": "relativistic", "spectral_norm": False, "others": "train", "deconv": "convtranspose"}))
 
 
@@ -133,7 +134,12 @@ def test_bf16_autocast_gives_a_float32_loss_near_the_float32_one(name, changes, 
             assert parameter.grad.isfinite().all() and parameter.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name, changes, phase", cases())
+def has_no_gradient_in_it(name: str, changes: dict, phase: str) -> bool:
+    """Latent optimisation has one, and the third derivative of torch's batch norm is not exact. See test_gan.py."""
+    return "latent_step" not in changes
+
+
+@pytest.mark.parametrize("name, changes, phase", cases(has_no_gradient_in_it))
 def test_every_phase_is_twice_differentiable(name, changes, phase):
     """A penalty on the gradient has a gradient itself, and finite differences agree with it."""
     if name == "vaegan" and phase == "encoder+decoder":  # a term stops its gradient to the encoder; a difference does not

@@ -172,6 +172,10 @@ def test_samples_are_made_of_seeds_and_sliders_and_the_next_command_works(tmp_pa
         line = said.splitlines()[-1].removeprefix("next: fader sample ")
         code, said, _ = call(sample.app, *shlex.split(line))
         assert code == 0 and "seed-10.png" in said
+        assert "keeps no labels of its training data: what is not set is drawn evenly" in said
+        code, said, _ = call(sample.app, run, "--set", "Smiling=1", "--grid", "--only", "--out", tmp_path / "grid")
+        assert code == 0 and "drawn evenly" not in said
+        assert [path.name for path in (tmp_path / "grid").iterdir()] == ["grid.png"]
         code, _, said = call(sample.app, run, "--set", "Smilling=1", "--out", tmp_path / "no")
         assert code == 2 and "did you mean 'Smiling'" in said
     judge = make_run(tmp_path / "judge", JUDGE)

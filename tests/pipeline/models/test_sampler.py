@@ -36,6 +36,31 @@ def test_a_seed_means_one_picture_whatever_else_is_asked(run):
     assert not torch.equal(smiling, sampling.sample(seeds, {"Smiling": 0.0}))
 
 
+def test_what_is_not_set_is_drawn_from_records_that_occur(run, tmp_path):
+    """Together, from those nearest to what is asked for; an export keeps them; only= makes the rest absent."""
+    about = json.loads((run / "run.json").read_text())
+    occurring = {"0 0 0": 3, "1 1 2": 1, "1 0 1": 1}
+    about["labels"] = [row for row, times in occurring.items() for _ in range(times)]
+    (run / "run.json").write_text(json.dumps(about))
+    names = ("Smiling", "Eyeglasses", "Beard")
+    for source in (run, models.export(run, tmp_path / "export")):
+        sampling, seeds = models.load(source).sampling, torch.arange(400)
+
+        def shares(rows: list[str], *, only: bool = False, **asked: float) -> list[float]:
+            """The share of pictures that show each row's labels."""
+            made = sampling.sample(seeds, asked, only=only)
+            given = [sampling.sample(seeds, dict(zip(names, map(float, row.split())))) for row in rows]
+            return [float((made == each).flatten(1).all(1).double().mean()) for each in given]
+
+        assert shares(list(occurring)) == pytest.approx([0.6, 0.2, 0.2], abs=0.08)
+        assert shares(list(occurring), Smiling=1.0) == pytest.approx([0, 0.5, 0.5], abs=0.1)
+        assert shares(["1 1 2"], Smiling=1.0, Eyeglasses=1.0) == [1.0]
+        assert shares(["0 1 0", "0 1 2"], Smiling=0.0, Eyeglasses=1.0)[0] > 0.5, "no record is asked for: the nearest"
+        assert shares(["0 1 0"], only=True, Eyeglasses=1.0) == [1.0]
+        beard = sampling.sample(seeds, sliders=[sampling.slider("Beard", "full")])
+        assert torch.equal(beard, sampling.sample(seeds, {"Smiling": 1.0, "Eyeglasses": 1.0, "Beard": 2.0}))
+
+
 def test_it_is_exported_registered_served_and_loaded(run, tmp_path, monkeypatch):
     """Only the generator goes into the export; the service takes seeds and answers as the run does."""
     import mlflow
