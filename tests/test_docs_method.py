@@ -79,5 +79,5 @@ def test_its_experiment_trains_and_is_evaluated(mini, tmp_path, faces):
     small = ("method.images=64", "data.image_size=16", "judge=null", "tracking.enabled=false")
     experiment = config.load(tmp_path / "mini.yaml", [*small, f"data.path={faces}"])
     run = train(experiment, tmp_path / "run")
-    report = evaluate(models.load(str(run)), None, ShardSet.open(faces), Specification(tables=("fidelity",)))
+    report = evaluate(models.load(str(run)), [], ShardSet.open(faces), Specification(tables=("fidelity",)))
     assert report.metrics()["test/mse"] < 1
