@@ -238,6 +238,10 @@ class Method:
         """The weights that change over the run, by the names that losses read in `Context.weights`."""
         return {}
 
+    def differentiated_twice(self) -> tuple[str, ...]:
+        """Names of networks of which a loss differentiates a gradient again, as R1 does: torch.compile cannot take them."""
+        return ()
+
     def weights(self, images: int, device: torch.device | None = None) -> dict[str, Tensor]:
         """Each schedule's value after so many images of the run, as `Context.weights` holds them."""
         return {name: torch.tensor(schedule.at(images), device=device) for name, schedule in self.schedules().items()}

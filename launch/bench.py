@@ -1,4 +1,4 @@
-"""`fader bench data`: how fast data comes, measured in one run on this machine beside what others offer."""
+"""`fader bench`: how fast data comes and a step is, measured on this machine beside what others offer and bare loops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.command import main
+from launch import bench_train
+from launch.command import main, numbers
 
 if TYPE_CHECKING:
     from pipeline.loading.throughput import Rates
@@ -26,6 +27,9 @@ COLUMNS = ("bare", "floats", "streamed", "cached", "webdataset", "files")
 @app.callback()
 def bench() -> None:
     """Measure this machine."""
+
+
+app.command()(bench_train.train)
 
 
 @app.command()
@@ -47,7 +51,7 @@ def data(
     from pipeline.data.shards import ShardSet
     from pipeline.loading import throughput
 
-    wanted = _numbers(sizes, "--sizes")
+    wanted = numbers(sizes, "--sizes")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     measure = throughput.Measure(batch_size, threads, rounds, seconds, place)
     with tempfile.TemporaryDirectory(prefix="fader-bench-") as folder:
@@ -78,13 +82,6 @@ def data(
         to.write_text(json.dumps(figures, indent=1) + "\n")
         typer.echo(f"wrote {to}")
     typer.echo("docs/performance.md says what these figures should be")
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"{option} is {text!r}; whole numbers parted by commas are needed, as {SIZES}")
-    return [int(part) for part in parts]
 
 
 def _show(what: str) -> None:

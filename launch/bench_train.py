@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch.command import numbers
+
 if TYPE_CHECKING:
     from pipeline.training.throughput import Speed
 
 MATRIX = "celeba_fader celeba_sharp celeba_judge".split()
+FOUR = ("Male", "Smiling", "Eyeglasses", "Mouth_Slightly_Open")
 HEAD = ("", "images/s", "ms a step", "of bare", "kernels", "device busy", "TFLOP/s", "of matrix rate", "of copy rate", "peak GiB")
 
 
 def train(
-    configs: Annotated[
-        list[Path] | None, typer.Argument(help="By default configs/celeba_fader.yaml.", show_default=False)
-    ] = None,
+    configs: Annotated[list[Path] | None, typer.Argument(help="By default configs/celeba_fader.yaml.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the experiment.", metavar="KEY=VALUE")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Parted by commas.")] = "32",
     ways: Annotated[str, typer.Option(help="Parted by commas; by default all that this machine can run.")] = "",
@@ -36,7 +37,6 @@ def train(
     import torch
 
     from fader.attributes import Attribute, Attributes
-    from launch.bench import numbers
     from pipeline import config
     from pipeline.loading.throughput import machine
     from pipeline.training import throughput
@@ -48,15 +48,15 @@ def train(
     found: dict[str, Any] = {"machine": machine(), "command": ["fader", "bench", *sys.argv[1:]], "rows": []}
     for path in configs or names:
         experiment = config.load(path, set_ or [])
-        if experiment.data.attributes == ("*",):
-            raise ValueError(f"{path} takes whatever attributes a set has; name them: --set data.attributes=[Smiling]")
-        attributes = Attributes([Attribute(name) for name in experiment.data.attributes])
+        wild = experiment.data.attributes == ("*",)  # whatever attributes a set has, and there is none here
+        attributes = Attributes([Attribute(name) for name in (FOUR if wild else experiment.data.attributes)])
         rate, bandwidth = throughput.ceilings(experiment.precision)
         for size in sizes:
             speeds = throughput.measure(experiment, attributes, size, wanted, rounds, seconds)
+            side = experiment.data.image_size
             typer.echo(
-                f"\n{path.stem}, {experiment.data.image_size}×{experiment.data.image_size}, {experiment.precision}, "
-                f"batches of {size}; matrix product {rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
+                f"\n{path.stem}, {side}×{side}, {experiment.precision}, {len(attributes)} attributes, batches of {size}; "
+                f"matrix product {rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
             )
             typer.echo("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
             for way, speed in speeds.items():
@@ -66,7 +66,7 @@ def train(
     if to:
         to.write_text(json.dumps(found, indent=1) + "\n")
         typer.echo(f"wrote {to}")
-    typer.echo("next: docs/performance.md says what these figures should be")
+    typer.echo("docs/performance.md says what these figures should be")
 
 
 def _possible(cuda: bool) -> list[str]:

@@ -162,6 +162,12 @@ class EngineConfig(BaseModel):
     )
     reference_batch_size: int = Field(32, ge=1, description="the batch size that the learning rates were chosen for")
     warmup_images: int = Field(0, ge=0, description="images of each stage over which learning rates grow from 0")
+    step: Literal["auto", "eager", "captured"] = Field(
+        "auto", description="captured: a CUDA graph holds each phase's update; auto: that on one GPU, eager elsewhere"
+    )
+    compile: Literal["none", "networks"] = Field(
+        "none", description="networks: torch.compile makes fewer kernels of them, but of those differentiated twice"
+    )
 
     @pydantic.field_validator("zero_stage")
     @classmethod
@@ -230,6 +236,8 @@ class Experiment(BaseModel):
         tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "judge", "run", "tracking")}
         for key in ("path", "threads", "prefetch", "cache"):
             del tree["data"][key]
+        for key in ("step", "compile"):
+            del tree["engine"][key]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

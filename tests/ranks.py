@@ -48,6 +48,7 @@ BACKENDS = {
     "zero0": EngineConfig(backend="deepspeed", zero_stage=0),
     "zero1": EngineConfig(backend="deepspeed", zero_stage=1),
     "zero2": EngineConfig(backend="deepspeed", zero_stage=2),
+    "flat": EngineConfig(backend="ddp", step="captured"),  # on the CPU as it is, but for the capture
 }
 KINDS = ("single", "ddp", "zero1", "zero2")  # whose checkpoints must load each other's
 SAVED_AT = (0, 1, 5, 9)  # steps; the sampler's second stage begins at step 7
@@ -100,7 +101,7 @@ def cases_of_ranks() -> dict[str, Case]:
 
     cases: dict[str, Case] = {}
     for backend, settings in BACKENDS.items():
-        wide = backend == "ddp"
+        wide = backend in ("ddp", "flat")
         for name in METHOD_NAMES:
             cases[f"{backend}/{name}"] = Case(name, settings, wide)
         for name in WITHOUT_BATCH_NORM:

@@ -103,6 +103,8 @@ class Adversary:
         self.settings, self.autoencoder = settings, autoencoder
         self.attributes, self.head = autoencoder.attributes, autoencoder.head
 
+    differentiated_twice: bool = False  # whether a loss differentiates a gradient of its network again
+
     def build(self) -> nn.Module:
         """Make its network."""
         raise NotImplementedError

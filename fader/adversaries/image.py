@@ -66,6 +66,10 @@ class ImageAdversary(Adversary):
         if len(self.emphasis) != len(self.attributes):
             raise ValueError(f"emphasis has {len(self.emphasis)} numbers for {len(self.attributes)} attributes")
 
+    @property
+    def differentiated_twice(self) -> bool:
+        return self.settings.r1 > 0
+
     def build(self) -> ImageDiscriminator:
         s, layout = self.settings, self.autoencoder.layout
         sizes = (layout.channels, s.init_channels, s.max_channels, s.hidden_channels)

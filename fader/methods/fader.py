@@ -140,6 +140,9 @@ class Fader(Method):
         s, decay = self.settings, round(self.settings.decay_share * self.settings.images)
         return dataclasses.replace(Optimizer.of(s), decay_from=s.images - decay, decay_images=decay)
 
+    def differentiated_twice(self) -> tuple[str, ...]:
+        return tuple(adversary.network for adversary in self.adversaries if adversary.differentiated_twice)
+
     def schedules(self) -> dict[str, Schedule]:
         return {adversary.name: adversary.schedule() for adversary in self.adversaries}
 

@@ -13,6 +13,7 @@ in the environment and starts DeepSpeed itself, because Accelerate's own way tak
 
     engine     the engine: which step comes next and what it is given, state and load
     step       one prepared update of a phase, with the guard against updates that are not finite, and summed reports
+    capture    steps held by CUDA graphs, and networks compiled by torch.compile
     groups     a trained group on one process and under DDP: its wrapped loss, optimizer, moving average, loss scale
     zero       a trained group behind a DeepSpeed engine, and DeepSpeed's settings
     ranks      the processes of a launch: sums, means and agreements over them

@@ -127,19 +127,23 @@ def captured_steps(wanted: str, backend: str, device: torch.device, is_main: boo
     return CapturedSteps(CudaGraphs(device))
 
 
-def compile_networks(networks: nn.ModuleDict, twice: Sequence[str], world_size: int, is_main: bool) -> None:
+def compile_networks(networks: nn.ModuleDict, twice: Sequence[str], world_size: int, is_main: bool) -> set[str]:
     """Let torch.compile make fewer kernels of the networks that it can take. It compiles each at its first use.
 
     Networks that are differentiated twice stay as they are, because torch.compile knows first derivatives only; and so do
     those that sum over several ranks, because each sum would break the compiled code in two.
+
+    Returns:
+        The names of the networks that will be compiled.
     """
     left = dict.fromkeys(twice, "it is differentiated twice")
     for name, network in networks.items() if world_size > 1 else ():
         if any(isinstance(module, SumsOverRanks) for module in network.modules()):
             left[name] = "it sums over ranks"
-    for name, network in networks.items():
-        if name not in left and any(True for _ in network.parameters()):
-            network.compile(dynamic=False)
+    taken = {name for name, network in networks.items() if name not in left and any(True for _ in network.parameters())}
+    for network in (networks[name] for name in taken):
+        network.forward = torch.compile(network.forward, dynamic=False)  # Module.compile passes torch's own modules by
     if left and is_main:
         reasons = "; ".join(f"{name} ({why})" for name, why in left.items())
         log.warning("engine.compile: networks leaves these as they are: %s", reasons)
+    return taken

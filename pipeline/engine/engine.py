@@ -16,7 +16,8 @@ from fader.draws import key_of
 from fader.method import Batch, Clock, Context, Method, Phase
 from fader.schedules import ramp
 from pipeline.config import EngineConfig
-from pipeline.engine.groups import Group, GroupLoss, LossScale, Scalar, reduce_in_bf16
+from pipeline.engine.capture import captured_steps, compile_networks
+from pipeline.engine.groups import AutocastLoss, FlatGroup, Group, GroupLoss, LossScale, Scalar, reduce_in_bf16
 from pipeline.engine.launcher import Launcher, environment
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.state import State, load_networks, on_cpu
@@ -70,15 +71,17 @@ class Engine(Ranks):
         self.steps: dict[Hashable, Step] = {}
         self.inputs: dict[Hashable, Batch] = {}
         self.sums: dict[Phase, Sums] = {}
-        cuda = self.device.type == "cuda"
-        self._generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+        generators = torch.cuda.default_generators if self.device.type == "cuda" else [torch.default_generator]
+        self._generator = generators[self.device.index or 0]
         self.networks.requires_grad_(False)
         self._requiring: tuple[str, ...] = ()  # networks whose parameters require gradients
         deepspeed = settings.backend == "deepspeed" or launcher.deepspeed is not None
         self.backend = "deepspeed" if deepspeed else "ddp" if self.world_size > 1 else "single"
-        kind = ZeroGroup if deepspeed else Group
+        self.captured = captured_steps(settings.step, self.backend, self.device, self.is_main)
+        flat = FlatGroup if self.backend == "ddp" and settings.step == "captured" else Group  # no graph takes DDP's hooks
+        kind = ZeroGroup if deepspeed else flat
         self.groups = {t: kind(t, group, self.networks) for t, group in method.optimizers().items()}
-        self._check_phases()
+        _check_phases(method, self.groups)
         for group in self.groups.values():
             group.loss_scale = LossScale(self.device) if precision == "fp16" else None
         if deepspeed:
@@ -93,10 +96,17 @@ class Engine(Ranks):
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
+        self.compiled: set[str] = set()
+        if settings.compile == "networks":
+            self.compiled = compile_networks(self.networks, method.differentiated_twice(), self.world_size, self.is_main)
 
     def _wrap_in_accelerate(self) -> None:
         for group in self.groups.values():
             self._require_gradients(group.trains)
+            if isinstance(group, FlatGroup):
+                group.wrapped = AutocastLoss(self.networks, self.accelerator.autocast)
+                group.compressed = self.settings.gradient_compression == "bf16"
+                continue
             with warnings.catch_warnings():  # torch 2.11 knows only the argument that torch 2.13 calls deprecated
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
                 group.wrapped = self.accelerator.prepare_model(GroupLoss(self.networks))
@@ -140,7 +150,8 @@ class Engine(Ranks):
             ValueError: a rank has fewer records than parts to take them in.
         """
         step = self._prepared(phase, batch)
-        self._stand(phase)
+        if self.captured is None or not self.captured.holds(step):
+            self._stand(phase)
         self._generator.manual_seed(key_of(self.seed, "dropout", batch.draws.host_key, self.rank))
         for name, schedule in self.schedules.items():
             self.weights[name].set(schedule.at(clock.images))
@@ -148,7 +159,7 @@ class Engine(Ranks):
             step.group.set_rates(self._rate_factor(batch.records, clock), clock, batch.records)
         step.fill(batch)
         step.sums.updates += 1
-        return step.run()
+        return step.run() if self.captured is None else self.captured.run(step)
 
     def read_report(self) -> tuple[dict[str, float], dict[str, int]]:
         """Return what updates have reported since the last reading: means over updates and ranks, and numbers of updates.
@@ -213,16 +224,6 @@ class Engine(Ranks):
         for buffer, mean in zip(self._own_statistics, (total / self.world_size).split(sizes)):
             buffer.copy_(mean)
 
-    def _check_phases(self) -> None:
-        trained = [name for trains in self.groups for name in trains]
-        twice = {name for name in trained if trained.count(name) > 1}
-        if twice:
-            raise ValueError(f"{self.method.name}: {', '.join(sorted(twice))} stands in two trained groups")
-        for stage in self.method.stages():
-            for phase in stage.phases:
-                if phase.trains and phase.trains not in self.groups:
-                    raise ValueError(f"{self.method.name}: no optimizer trains {phase.trains} of phase {phase.name}")
-
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """While this lasts, the method's networks are their moving averages, where a group keeps them."""
@@ -255,6 +256,8 @@ class Engine(Ranks):
             ValueError: the state is of other networks.
         """
         self.steps.clear()  # the optimizers' moments get other memory
+        if self.captured is not None:
+            self.captured.forget()
         load_networks(self.networks, state.networks, "checkpoint")
         for group in self.groups.values():
             if group.ema:
@@ -268,6 +271,17 @@ class Engine(Ranks):
             scale = state.optimizers.get(f"{'+'.join(group.trains)}/loss_scale")
             if group.loss_scale is not None and scale is not None:
                 group.loss_scale = LossScale(self.device, float(scale))
+
+
+def _check_phases(method: Method, groups: Mapping[tuple[str, ...], Group]) -> None:
+    trained = [name for trains in groups for name in trains]
+    twice = {name for name in trained if trained.count(name) > 1}
+    if twice:
+        raise ValueError(f"{method.name}: {', '.join(sorted(twice))} stands in two trained groups")
+    for stage in method.stages():
+        for phase in stage.phases:
+            if phase.trains and phase.trains not in groups:
+                raise ValueError(f"{method.name}: no optimizer trains {phase.trains} of phase {phase.name}")
 
 
 def _has_bf16() -> bool:

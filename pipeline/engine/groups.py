@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,18 @@ class GroupLoss(nn.Module):
 
     def forward(self, loss: LossFunction, batch: Batch, context: Context) -> Loss:
         return loss(self.networks, batch, context)
+
+
+class AutocastLoss(GroupLoss):
+    """The same, with autocast around it, for who wraps nothing else around it."""
+
+    def __init__(self, networks: nn.ModuleDict, autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
+        super().__init__(networks)
+        self.autocast = autocast
+
+    def forward(self, loss: LossFunction, batch: Batch, context: Context) -> Any:
+        with self.autocast():
+            return super().forward(loss, batch, context)
 
 
 class LossScale:
@@ -171,6 +183,25 @@ class Group:
         """Fused SGD makes its buffers in its first update, and leaves them as memory was when that one is left out."""
         for parameter in self.parameters if self.settings.momentum else ():
             self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+class FlatGroup(Group):
+    """A group on several ranks whose gradients one all-reduce sums after backward, as a CUDA graph can hold it.
+
+    compressed: they travel as bf16.
+    """
+
+    compressed = False
+
+    def accumulate(self, function: LossFunction, parts: Sequence[Batch], context: Context) -> list[Loss]:
+        losses = super().accumulate(function, parts, context)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients]).div_(dist.get_world_size())
+        travelling = flat.to(torch.bfloat16) if self.compressed else flat
+        dist.all_reduce(travelling)
+        means = travelling.to(flat.dtype).split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [mean.view(g.shape) for mean, g in zip(means, gradients)])
+        return losses
 
 
 def optimizer_of(settings: Optimizer, parameters: list[nn.Parameter], rate: Tensor) -> torch.optim.Optimizer:

@@ -6,29 +6,24 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fader.method import Batch, Context, Loss, LossFunction
 from pipeline.config import WHY_NOT_ZERO_3, EngineConfig
-from pipeline.engine.groups import Group, GroupLoss
+from pipeline.engine.groups import AutocastLoss, Group
 from pipeline.engine.state import on_cpu
 
 
-class UnfoldedLoss(GroupLoss):
+class UnfoldedLoss(AutocastLoss):
     """The module that DeepSpeed wraps, which finds tensors in tuples but not in dataclasses, and turns autocast off."""
 
-    def __init__(self, networks: nn.ModuleDict, autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
-        super().__init__(networks)
-        self.autocast = autocast
-
     def forward(self, loss: LossFunction, batch: Batch, context: Context) -> tuple[Tensor, Mapping[str, Any]]:
-        with self.autocast():
-            value_and_report = loss(self.networks, batch, context)
+        value_and_report = super().forward(loss, batch, context)
         return value_and_report.value, value_and_report.report
 
 

@@ -28,6 +28,8 @@ from pipeline.engine import Engine
 ENGINE = {"eager": ("eager", "none"), "captured": ("captured", "none"), "compiled": ("auto", "networks")}
 BARE = {"bare": "fp32", "bare bf16": "bf16", "bare captured": "bf16"}
 WAYS = (*ENGINE, *BARE)
+Step = Callable[[int], None]  # makes step number k
+
 _BATCHES = 4  # different ones, so that no step sees the batch of the last
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,7 +84,7 @@ class Work:
                 yield phase, self.batches[phase.stream, (number + turn) % _BATCHES]
 
 
-def engine_stepper(work: Work, experiment: Experiment, way: str) -> Callable[[int], None]:
+def engine_stepper(work: Work, experiment: Experiment, way: str) -> Step:
     """Steps of the engine, as a run makes them but for loader, meter and validation."""
     step, compiling = ENGINE[way]
     settings = experiment.engine.model_copy(update={"step": step, "compile": compiling})
@@ -142,7 +144,7 @@ class Bare:
         return torch.autocast(self.work.device.type, _DTYPES[self.precision])
 
 
-def captured(step: Callable[[int], None], work: Work) -> Callable[[int], None]:
+def captured(step: Step, work: Work) -> Step:
     """A bare loop's steps from CUDA graphs, one for each set of phases that a step may have."""
     graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
     stream = torch.cuda.Stream()
@@ -163,9 +165,7 @@ def captured(step: Callable[[int], None], work: Work) -> Callable[[int], None]:
     return make
 
 
-def stepper(
-    way: str, experiment: Experiment, attributes: Attributes, batch_size: int, device: torch.device
-) -> Callable[[int], None]:
+def stepper(way: str, experiment: Experiment, attributes: Attributes, batch_size: int, device: torch.device) -> Step:
     """What makes step number k of one of WAYS."""
     work = Work(experiment, attributes, batch_size, device)
     if way in ENGINE:
@@ -203,7 +203,7 @@ def measure(
             raise ValueError(f"--ways: {way!r} is none of {', '.join(WAYS)}")
         if way in ("captured", "bare captured") and device.type != "cuda":
             raise ValueError(f"--ways: {way!r} needs CUDA, and there is none here")
-    steps: dict[str, Callable[[int], None]] = {}
+    steps: dict[str, Step] = {}
     found = {way: Speed() for way in ways}
     for way in ways:
         before = _begin_memory(device)
@@ -239,7 +239,7 @@ def ceilings(precision: str) -> tuple[float, float]:
     a = torch.randn(size, size, device=device, dtype=_DTYPES[precision])
     data = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     other = torch.empty_like(data)
-    product, copy = (_seconds(work, times, device) for work in (lambda: a @ a, lambda: other.copy_(data)))
+    product, copy = _seconds(lambda: a @ a, times, device), _seconds(lambda: other.copy_(data), times, device)
     return 2 * size**3 / product, 2 * data.numel() / copy
 
 
@@ -253,7 +253,7 @@ def _seconds(work: Callable[[], Any], times: int, device: torch.device) -> float
     return (time.perf_counter() - began) / times
 
 
-def _rate(step: Callable[[int], None], batch_size: int, seconds: float, device: torch.device) -> float:
+def _rate(step: Step, batch_size: int, seconds: float, device: torch.device) -> float:
     number, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         for _ in range(8):
@@ -263,7 +263,7 @@ def _rate(step: Callable[[int], None], batch_size: int, seconds: float, device: 
     return number * batch_size / (time.perf_counter() - began)
 
 
-def _profiled(step: Callable[[int], None]) -> tuple[int, float]:
+def _profiled(step: Step) -> tuple[int, float]:
     """Kernels a step, and seconds a step in which the GPU computes."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -6,6 +6,8 @@ import json
 import statistics
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from launch import bench
 from pipeline.loading.throughput import median_ratio
@@ -38,3 +40,27 @@ def test_a_ratio_is_of_rounds_and_not_of_medians():
 def test_sizes_that_are_no_numbers_are_refused(sizes):
     with pytest.raises(ValueError, match="--sizes is .* whole numbers parted by commas"):
         bench.data(sizes=sizes)
+
+
+SMALL = ["data.image_size=32", "method.init_channels=4", "method.max_channels=8", "method.hidden_channels=8"]
+
+
+def test_a_step_is_measured_beside_a_bare_loop(tmp_path):
+    out = tmp_path / "bench.json"
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    words = [*settings, "--batch-sizes", "4,8", "--rounds", "2", "--seconds", "0.01", "--json", str(out)]
+    done = CliRunner().invoke(bench.app, ["train", "configs/celeba_judge.yaml", *words], catch_exceptions=False)
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["way"], row["batch_size"]) for row in rows} >= {(way, size) for way in ("eager", "bare") for size in (4, 8)}
+    for row in rows:
+        assert len(row["images_per_second"]) == 2 and min(row["images_per_second"]) > 0 and row["kernels"] > 20
+    flops = {row["batch_size"]: row["flops"] for row in rows}
+    assert flops[8] == pytest.approx(2 * flops[4], rel=0.01) and flops[4] > 1e5
+    assert "of bare" in done.stdout and "batches of 8" in done.stdout and str(out) in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+@pytest.mark.parametrize(("way", "said"), [("captured", "needs CUDA"), ("fast", "is none of")])
+def test_a_way_that_cannot_be_measured_is_refused(way, said):
+    with pytest.raises(ValueError, match=said):
+        CliRunner().invoke(bench.app, ["train", "--ways", way], catch_exceptions=False)
