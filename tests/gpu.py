@@ -117,6 +117,40 @@ def train_official_256_bf16() -> dict[str, Any]:
 
 
 @cell(60, timed=True)
+def train_official_256_batch_32_bf16() -> dict[str, Any]:
+    """The official network at 256 pixels in bf16, batches of 32."""
+    return _training_rate("official", 256, 32, "bf16")
+
+
+@cell(60, timed=True)
+def train_official_256_batch_256_bf16() -> dict[str, Any]:
+    """The same, batches of 256."""
+    return _training_rate("official", 256, 256, "bf16")
+
+
+@cell(60, timed=True)
+def train_paper_256_batch_256_bf16() -> dict[str, Any]:
+    """The paper's network at 256 pixels in bf16, batches of 256."""
+    return _training_rate("paper", 256, 256, "bf16")
+
+
+@cell(150, timed=True)
+def bench_train_celeba_fader() -> dict[str, Any]:
+    """`fader bench train` on the shipped config in bf16: eager, captured, compiled, beside a bare captured loop."""
+    return _step_rates("eager,captured,compiled,bare captured", "1", "precision=bf16")
+
+
+def _step_rates(ways: str, seconds: str, *settings: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.json"
+        words = [word for setting in settings for word in ("--set", setting)]
+        words += ["--ways", ways, "--rounds", "2", "--seconds", seconds, "--json", str(out)]
+        command("bench", "train", "configs/celeba_fader.yaml", *words)
+        rows = json.loads(out.read_text())["rows"]
+    return {row["way"]: round(statistics.median(row["images_per_second"])) for row in rows}
+
+
+@cell(60, timed=True)
 def train_official_256_fp32() -> dict[str, Any]:
     """The same in float32."""
     return _training_rate("official", 256, 64, "fp32")

@@ -65,12 +65,16 @@ def test_the_settings_of_the_cells_are_settings_of_the_configs():
         assert config.load(ROOT / f"configs/faces_{name}.yaml", words).tracking.enabled is False
 
 
+TINY = ("data.image_size=32", "method.init_channels=4", "method.max_channels=8", "method.num_layers=2")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the cells themselves run")
 def test_cells_run_on_the_cpu_when_they_are_made_small():
     rates = [
         gpu._training_rate("small", 32, 8, "fp32", seconds=0.2),
         gpu._augmentation_rate(16, 4, times=2),
         gpu._loading_rates(32, 60, 8, ("none", "host"), seconds=0.1),
+        gpu._step_rates("eager,bare", "0.01", *TINY),
     ]
-    for name in ("images/s", "cache none images/s", "cache host images/s"):
+    for name in ("images/s", "cache none images/s", "cache host images/s", "eager", "bare"):
         assert all(row[name] > 0 for row in rates if name in row) and any(name in row for row in rates), (name, rates)
