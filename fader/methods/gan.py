@@ -117,6 +117,10 @@ class Gan(Method):
         generator = Phase(("generator",), self.generator_loss, source, others=s.others)
         return (Stage("gan", (discriminator, generator), s.images),)
 
+    def differentiated_twice(self) -> tuple[str, ...]:
+        """Latent optimisation moves the noise along a gradient through both networks."""
+        return ("generator", "discriminator") if self.settings.latent_step else ()
+
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         generator = Optimizer.of(self.settings)
         return {("discriminator",): self._judging_optimizer(), ("generator",): generator}

@@ -229,7 +229,12 @@ def by_sgd(name: str):
     return method
 
 
-def test_networks_that_are_differentiated_twice_are_not_compiled(caplog):
-    engine = Engine(build("fader", "an image adversary"), settings=EngineConfig(compile="networks"))
-    assert engine.compiled == set(engine.networks) - {"image_discriminator"}
-    assert any("image_discriminator (it is differentiated twice)" in record.message for record in caplog.records)
+TWICE = [("fader", "an image adversary", {"image_discriminator"})]
+TWICE += [(name, case, {"generator", "discriminator"}) for name, case in CASES if case == "latent optimisation"]
+
+
+@pytest.mark.parametrize(("name", "case", "twice"), TWICE)
+def test_networks_that_are_differentiated_twice_are_not_compiled(name, case, twice, caplog):
+    engine = Engine(build(name, case), settings=EngineConfig(compile="networks"))
+    assert engine.compiled == set(engine.networks) - twice
+    assert all(any(f"{one} (it is differentiated twice)" in record.message for record in caplog.records) for one in twice)
