@@ -5,6 +5,7 @@ This comes after every decoder, so that decoders differ in nothing but decoding.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,10 +44,25 @@ def finish(
     known = (attributes >= 0).sum(0).to(torch.float32) / world_size
     images = None
     if pixels is not None:
-        planes = pixels.permute(0, 3, 1, 2)
-        images = to_float(flip(planes, draws.uniform("flip") < 0.5) if request.flip else planes)
+        images = _floats(pixels, draws.uniform("flip") < (0.5 if request.flip else 0.0))
         if request.augment:
             images = augmented(images, draws, request.augment)
     records = len(request.rows)
     size = torch.full((), records / world_size, device=rows.device)
     return Batch(images, share(attributes, rank, world_size), index, draws, size, known, records)
+
+
+def _floats(pixels: Tensor, mirrored: Tensor) -> Tensor:
+    """Return `to_float` of pictures [N, S, S, C], those of the mask `mirrored` [N] mirrored left to right.
+
+    On the CPU the calling thread does it alone and picture by picture, because torch's threads spin while they wait for a
+    core that a decoder has, which cuts streaming to a third.
+    """
+    if pixels.device.type != "cpu":
+        return to_float(flip(pixels.permute(0, 3, 1, 2), mirrored))
+    images = np.empty(pixels.shape, np.float32)
+    for image, picture, mirror in zip(images, pixels.numpy(), mirrored.tolist()):
+        image[...] = picture[:, ::-1] if mirror else picture
+        image /= np.float32(127.5)
+        image -= np.float32(1)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
