@@ -474,7 +474,7 @@ def test_a_server_absent_stopped_and_killed_costs_no_time_and_no_point(server, t
     for state, seconds in costs.items():
         mean, median = statistics.mean(seconds), statistics.median(seconds)
         print(f"{state}: a log costs {1e6 * mean:.0f} us (median {1e6 * median:.0f}, worst {1e6 * max(seconds):.0f})")
-        assert mean < 1e-3, f"{state}: a step costs {1e3 * mean:.2f} ms"
+        assert mean < 5e-3, f"{state}: a step costs {1e3 * mean:.2f} ms"
 
 
 def test_other_nodes_spool_system_metrics_only(tmp_path, monkeypatch):
