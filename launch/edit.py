@@ -1,82 +1,130 @@
-"""`fader edit PHOTO… --model MODEL --set Smiling=1.5 --out DIR`: move the sliders on photos, or sweep one of them."""
+"""`fader edit PHOTO… --model MODEL --set Smiling=1.5 --out DIR`: move the sliders on photos, or sweep, swap and cross them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from launch import values
-from launch.command import main, say_next
+from launch.command import describe, main, say_next
+from launch.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
 
     from fader.attributes import Attribute
+    from pipeline.faces.edits import Album
     from pipeline.faces.photos import Portrait
     from pipeline.models import Model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_TOGETHER = 16  # photos that are in memory at once
 
 
 @app.command(cls=values.SeveralValues)
 def edit(
-    photos: Annotated[list[Path], typer.Argument(help="pictures of faces", metavar="PHOTO...")],
+    photos: Annotated[list[Path], typer.Argument(help="pictures of faces, and folders of them", metavar="PHOTO...")],
     model: Annotated[str, typer.Option(help="models:/NAME@alias, models:/NAME/VERSION, an export or a run")],
-    out: Annotated[Path, typer.Option(help="the folder to write pictures into", metavar="DIR")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="-1 absent, 1 present, beyond exaggerated; Beard=full", metavar="NAME=X..."),
-    ] = None,
-    sweep: Annotated[
-        list[str] | None, typer.Option(help="one slider from, to, steps: Smiling=-2:2:9", metavar="NAME=FROM:TO:STEPS")
-    ] = None,
+    out: values.Pictures,
+    set_: values.Moves = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="one slider: Smiling=-2:2:9", metavar="NAME=FROM:TO:STEPS")] = None,
+    grid: Annotated[list[str] | None, typer.Option(help="two sliders, down and across", metavar="NAME=... NAME=...")] = None,
+    swap: Annotated[Literal["all"] | None, typer.Option(help="all: each attribute in turn at another value")] = None,
+    animate: Annotated[bool, typer.Option("--animate", help="with --sweep: also as a moving WebP")] = False,
     attributes: Annotated[
         list[str] | None,
         typer.Option(help="what the photos show, where you know it: Smiling=1 (or 0)", metavar="NAME=X..."),
     ] = None,
-    checkpoint: Annotated[str, typer.Option(help="of a run: latest, best or images-N")] = "latest",
-    raw: Annotated[bool, typer.Option("--raw", help="a run's weights as trained, not their moving averages")] = False,
-    align: Annotated[
-        Literal["none", "auto"], typer.Option(help="auto: find the face and cut it out as fader align does")
-    ] = "none",
+    checkpoint: values.Checkpoint = "latest",
+    raw: values.Raw = False,
+    align: Annotated[Literal["none", "auto"], typer.Option(help="auto: find the face first, as fader align does")] = "none",
     aligner: Annotated[str | None, typer.Option(help="with --align auto: a model that refines it", metavar="MODEL")] = None,
+    face: Annotated[int, typer.Option(min=1, help="with --align auto: which of a photo's faces, the largest first")] = 1,
     paste: Annotated[bool, typer.Option(help="with --set: also the whole photo with the edited face in it")] = False,
 ) -> None:
-    """Move the sliders on photos: original, reconstruction and edited pictures as PNG."""
-    if not set_ and not sweep:
-        raise ValueError("nothing to do: give --set Smiling=1.5 or --sweep Smiling=-2:2:9")
-    if aligner and align == "none":
-        raise ValueError(f"--aligner {aligner} is for --align auto; give that too")
-    if paste and not set_:
-        raise ValueError("--paste puts the face that --set edits back into its photo; give --set too")
+    """Move the sliders on photos: original, reconstruction and edited pictures as PNG. Only pictures of ours are replaced."""
+    if not (set_ or sweep or grid or swap):
+        raise ValueError("nothing to do: give --set Smiling=1.5, --sweep Smiling=-2:2:9, --grid or --swap all")
+    for wrong, line in (
+        (animate and not sweep, "--animate moves the steps of a sweep; give --sweep too"),
+        (aligner and align == "none", f"--aligner {aligner} is for --align auto; give that too"),
+        (face > 1 and align == "none", f"--face {face} is for --align auto; give that too"),
+        (paste and not set_, "--paste puts the face that --set edits back into its photo; give --set too"),
+    ):
+        if wrong:
+            raise ValueError(line)
     values.check_folder(out)
 
     from pipeline import models
+    from pipeline.faces import edits
     from pipeline.faces import photos as road
     from pipeline.faces.alignment import load_aligner
 
-    pictures = [(str(photo), road.read(photo)) for photo in photos]
+    paths = road.listed(photos)
     loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
-    editing = loaded.editing
-    sliders = values.sliders(editing, set_)
-    sweeps = dict(values.sweep(editing, word) for word in sweep or [])
+    editing, refiner = loaded.editing, load_aligner(aligner)
+    sweeps, crossed = dict(values.sweep(editing, word) for word in sweep or []), values.crossed(editing, grid)
+    wanted = edits.Wanted(values.sliders(editing, set_), sweeps, crossed, swap == "all", animate, paste)
     given = values.labels(editing, attributes)
-    portraits = road.portraits(pictures, loaded.preprocessing, align == "auto", load_aligner(aligner))
-    labels, origins = editing.labels(road.images_of(portraits), given)
+
+    def cut(path: Path) -> Portrait:
+        return _chosen(road.portraits(str(path), road.read(path), loaded.preprocessing, align == "auto", refiner), face)
 
     typer.echo(f"{model}: {loaded.card['method']} at {loaded.card['image_size']} pixels, {loaded.attributes!r}")
-    for line in _about(portraits, loaded, labels, origins):
-        typer.echo(line)
-    for path in road.edited(editing, portraits, labels, sliders, sweeps, paste).write(out):
-        typer.echo(f"wrote {path}")
-    typer.echo("a row is one photo: original, reconstruction, then edited or the steps of a sweep")
+    left_out = _make(edits.Album(loaded, wanted, out), paths, cut, loaded, given)
+    typer.echo("a row is one photo: original, reconstruction, then edited, the steps of a sweep, or the swaps")
     cutting = [*(["--align", "auto"] if align == "auto" else []), *(["--aligner", aligner] if aligner else [])]
-    name, value = editing.example_slider()
-    moved = ["--sweep", f"{name}=-2:2:9"] if loaded.attributes[0].kind != "k-way" else ["--set", f"{name}={value}"]
-    say_next("edit", photos[0], "--model", model, *moved, "--out", out, *cutting)
+    name = ".".join([loaded.attributes[0].name, *loaded.attributes[0].categories[:1]])
+    say_next("edit", photos[0], "--model", model, "--sweep", f"{name}=-2:2:9", "--out", out, *cutting)
+    if left_out:
+        typer.echo(f"error: {left_out} of {len(paths)} photos were left out; the lines above say why", err=True)
+        raise typer.Exit(1)
+
+
+def _make(album: Album, paths: Sequence[Path], cut: Callable[[Path], Portrait], model: Model, given: dict[str, float]) -> int:
+    """Edit the photos some at a time, saying how far it is; return how many were left out, which only many may be."""
+    from pipeline.faces.photos import images_of
+
+    made = 0
+    with progress_bar("photos") as progress:
+        for first in range(0, len(paths), _TOGETHER):
+            portraits = []
+            for path in paths[first : first + _TOGETHER]:
+                try:
+                    portraits.append(cut(path))
+                except (ValueError, OSError) as error:
+                    if len(paths) == 1:
+                        raise
+                    typer.echo(f"left out: {describe(error)}", err=True)
+            if portraits:
+                labels, origins = model.editing.labels(images_of(portraits), given)
+                for line in _about(portraits, model, labels, {} if made else origins):
+                    typer.echo(line)
+                for path in album.add(portraits, labels):
+                    typer.echo(f"wrote {path}")
+            made += len(portraits)
+            progress(min(first + _TOGETHER, len(paths)), len(paths))
+    if not made:
+        raise ValueError(f"none of {len(paths)} photos could be edited; the lines above say why")
+    for path in album.close():
+        typer.echo(f"wrote {path}")
+    return len(paths) - made
+
+
+def _chosen(portraits: Sequence[Portrait], face: int) -> Portrait:
+    """Return one of a photo's portraits, with a note where there are others."""
+    name = portraits[0].name
+    if face > len(portraits):
+        raise ValueError(f"{name} shows {len(portraits)} faces; --face {face} asks for one more")
+    chosen = portraits[face - 1]
+    if len(portraits) == 1:
+        return chosen
+    which = "the largest" if face == 1 else f"number {face}, the largest first,"
+    return dataclasses.replace(chosen, notes=(f"{name} shows {len(portraits)} faces; {which} is taken", *chosen.notes))
 
 
 _ORIGINS = {

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from pipeline.models import Capability, Slider
 
-_SEVERAL = ("--set", "--sweep", "--attributes")
+Checkpoint = Annotated[str, typer.Option(help="of a run: latest, best or images-N")]
+Raw = Annotated[bool, typer.Option("--raw", help="a run's weights as trained, not their moving averages")]
+Pictures = Annotated[Path, typer.Option(help="the folder to write pictures into", metavar="DIR")]
+Moves = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="-1 absent, 1 present, beyond exaggerated; Beard=full", metavar="NAME=X..."),
+]
+
+_SEVERAL = ("--set", "--sweep", "--grid", "--attributes")
 _MAX_STEPS = 101
 
 
@@ -55,6 +64,18 @@ def sweep(capability: Capability, word: str) -> tuple[str, list[Slider]]:
     count = int(parts[2])
     values = [first + (last - first) * i / (count - 1) for i in range(count)]
     return name, [capability.slider(name, value) for value in values]
+
+
+def crossed(capability: Capability, words: Sequence[str] | None) -> dict[str, tuple[list[Slider], list[Slider]]]:
+    """Read `Smiling=-2:2:5 Male=-1:1:3` as the steps of two sliders, by a name of both."""
+    if not words:
+        return {}
+    if len(words) != 2:
+        raise ValueError("--grid takes two sliders, down and across: --grid Smiling=-2:2:5 Male=-2:2:5")
+    (down, rows), (across, columns) = (sweep(capability, word) for word in words)
+    if rows[0].attribute == columns[0].attribute:
+        raise ValueError(f"--grid {' '.join(words)}: take two attributes")
+    return {f"{down}-{across}": (rows, columns)}
 
 
 def check_folder(out: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -160,11 +160,11 @@ def kernel(side: int, image_size: int) -> Literal["lanczos", "triangular", "none
 _PILLOW_KERNELS = {"lanczos": Image.Resampling.LANCZOS, "triangular": Image.Resampling.BILINEAR}
 
 
-def _open(data: bytes | memoryview | np.ndarray) -> Image.Image:
+def _open(data: bytes | memoryview | np.ndarray, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture with only its header read."""
     image = Image.open(io.BytesIO(data), formats=READABLE)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"it declares {image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
+    if image.width * image.height > most_pixels:
+        raise ValueError(f"it declares {image.width}x{image.height} pixels, more than the {most_pixels:,} allowed")
     return image
 
 
@@ -185,18 +185,20 @@ def _orientation(image: Image.Image) -> int:
     return value if type(value) is int and 1 <= value <= 8 else 1
 
 
-def decode(data: bytes | memoryview | np.ndarray, orientation: int | None = None) -> Image.Image:
+def decode(
+    data: bytes | memoryview | np.ndarray, orientation: int | None = None, most_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Decode a picture wholly, turn it upright, and make it RGB.
 
     Args:
         orientation: how it is stored, 1 to 8, where that is known; 1 leaves it as it is stored. None: as it says itself.
+        most_pixels: that it may declare, up to MAX_PIXELS.
 
     Raises:
-        ValueError: the bytes are not a picture of a known format, are damaged or cut short, or declare more pixels than
-            MAX_PIXELS.
+        ValueError: the bytes are not a picture of a known format, are damaged or cut short, or declare too many pixels.
     """
     try:
-        image = _open(data)
+        image = _open(data, most_pixels)
         image.load()
         turn = _TURNS.get(_orientation(image) if orientation is None else orientation)
         upright = image if turn is None else image.transpose(turn)
@@ -350,8 +352,10 @@ def grid(images: Tensor, gap: int = 2) -> np.ndarray:
     return out
 
 
-def png_bytes(array: np.ndarray) -> bytes:
-    """A uint8 picture [H, W, 3] or [H, W] as PNG."""
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, "PNG")
+def png_bytes(array: np.ndarray, said: Mapping[str, str] | None = None) -> bytes:
+    """A uint8 picture [H, W, 3] or [H, W] as PNG, with what is said of it as its text."""
+    out, text = io.BytesIO(), PngImagePlugin.PngInfo()
+    for key, value in (said or {}).items():
+        text.add_text(key, value)
+    Image.fromarray(array).save(out, "PNG", pnginfo=text)
     return out.getvalue()

@@ -94,7 +94,7 @@ class Cutter:
         return Cut(photo, faces, files)
 
     def _file(self, stem: str) -> Path:
-        stem = free_stem(stem, self._taken)
+        stem = free_stem(stem, self._taken.__contains__)
         self._taken.add(stem)
         return self.out / f"{stem}.{self.kind}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fader.similarity import Similarity
 from pipeline.faces.alignment import NO_FACE, Face, crop, find
-from pipeline.files import file_name, write_all
-from pipeline.images import Preprocessing, decode, grid, png_bytes, preprocess, to_float, to_uint8
-from pipeline.models import Editing, Model, Slider
+from pipeline.files import write_all
+from pipeline.images import Preprocessing, decode, png_bytes, preprocess, to_float, to_uint8
+from pipeline.models import Model, Slider
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+OURS = "attribute-sliders"  # as pictures say who made them
 SOFT_EDGE = 0.15  # share of the square's side over which a pasted face fades into the photo
 
 
@@ -49,6 +50,10 @@ def read(path: Path) -> Image.Image:
         raise ValueError(f"{path}: {error}") from None
 
 
+class NoFace(ValueError):
+    """A photo in which no face is found."""
+
+
 @dataclass(frozen=True)
 class Portrait:
     """A face cut out of a photo as a model reads it.
@@ -71,25 +76,23 @@ class Portrait:
 
 
 def portraits(
-    photos: Sequence[tuple[str, Image.Image]], rule: Preprocessing, align: bool, aligner: Model | None = None
+    name: str, photo: Image.Image, rule: Preprocessing, align: bool, aligner: Model | None = None
 ) -> list[Portrait]:
-    """Cut photos, given with their names, to a model's squares: around the largest face of each, or as `portrait`.
+    """Cut a photo to a model's squares: one around each of its faces, the largest first, or the one of `portrait`.
 
     Raises:
-        ValueError: a photo shows no face; its name stands in the message.
+        NoFace: the photo shows none; its name stands in the message.
     """
     if not align:
-        return [portrait(name, photo, rule) for name, photo in photos]
+        return [portrait(name, photo, rule)]
+    faces = find(np.asarray(photo), aligner)
+    if not faces:
+        raise NoFace(f"{name}: {NO_FACE}")
     cut = []
-    for name, photo in photos:
-        faces = find(np.asarray(photo), aligner)
-        if not faces:
-            raise ValueError(f"{name}: {NO_FACE}")
-        notes = [f"{name} shows {len(faces)} faces; the largest is taken"] if len(faces) > 1 else []
-        if not faces[0].sure:
-            notes.append(f"the face in {name} was hardly seen; look whether it was cut rightly")
-        around = portrait(name, photo, rule, faces[0])
-        cut.append(dataclasses.replace(around, notes=(*notes, *around.notes)))
+    for face in faces:
+        around = portrait(name, photo, rule, face)
+        hardly = f"the face in {name} was hardly seen; look whether it was cut rightly"
+        cut.append(dataclasses.replace(around, notes=(*[hardly] * (not face.sure), *around.notes)))
     return cut
 
 
@@ -126,43 +129,16 @@ def images_of(portraits: Sequence[Portrait]) -> Tensor:
     return to_float(torch.from_numpy(np.stack([cut.pixels for cut in portraits])))
 
 
-def edited(
-    editing: Editing,
-    portraits: Sequence[Portrait],
-    labels: Tensor,
-    sliders: Sequence[Slider],
-    sweeps: Mapping[str, Sequence[Slider]],
-    pasted: bool = False,
-) -> Pictures:
-    """Edit portraits: one picture each and a grid of all; a row each and a grid for every sweep.
-
-    Args:
-        labels: [N, A], the portraits' own.
-        sliders: are moved in all the pictures.
-        sweeps: the steps of a slider, each moved beside `sliders`, by the name that the pictures get.
-        pasted: also make the whole photos with the edited faces in them.
-    """
-    made, images = Pictures(), images_of(portraits)
-    stems = [Path(cut.name).stem for cut in portraits]
-    if sliders:
-        rows = _rows(editing, images, labels, [sliders])
-        made.add("grid", grid(rows))
-        for stem, cut, row in zip(stems, portraits, rows):
-            made.add(stem, pixels_of(row[-1]))
-            if pasted:
-                made.add(f"{stem}-pasted", paste(cut, pixels_of(row[-1])))
-    for name, steps in sweeps.items():
-        rows = _rows(editing, images, labels, [[*sliders, step] for step in steps])
-        made.add(f"sweep-{file_name(name)}", grid(rows))
-        for stem, row in zip(stems, rows):
-            made.add(f"{stem}-{file_name(name)}", grid(row[None]))
-    return made
-
-
-def _rows(editing: Editing, images: Tensor, labels: Tensor, settings: Sequence[Sequence[Slider]]) -> Tensor:
-    """Return each picture, its reconstruction, then its edits: [N, 2 + len(settings), 3, S, S]."""
-    edits = editing.edit(images, labels, [[], *settings])
-    return torch.cat([images[:, None], edits], 1).expand(-1, -1, 3, -1, -1)
+def description(model: Model, sliders: Sequence[Slider]) -> dict[str, str]:
+    """Say of which model and which sliders a picture is, as its PNG carries it; `fader edit` takes the sliders so."""
+    registered = model.card.get("registered", {})
+    version = registered.get("version") or f"{model.card['images_seen']:,} images, commit {model.card['commit']}"
+    return {
+        "Software": OURS,
+        "Model": model.source,
+        "Version": str(version),
+        "Sliders": " ".join(f"{slider.name(model.attributes)}={slider.value:g}" for slider in sliders),
+    }
 
 
 def pixels_of(image: Tensor) -> np.ndarray:
@@ -204,17 +180,17 @@ class Pictures:
         self.files: dict[str, bytes] = {}
 
     def add(self, stem: str, picture: np.ndarray | Image.Image) -> None:
-        pixels = np.asarray(picture)
-        self.files[f"{free_stem(stem, {name.removesuffix('.png') for name in self.files})}.png"] = png_bytes(pixels)
+        free = free_stem(stem, lambda name: f"{name}.png" in self.files)
+        self.files[f"{free}.png"] = png_bytes(np.asarray(picture))
 
     def write(self, folder: Path) -> list[Path]:
         """Write all of them or none; return their paths."""
         return write_all(folder, self.files)
 
 
-def free_stem(stem: str, taken: set[str]) -> str:
+def free_stem(stem: str, is_taken: Callable[[str], bool]) -> str:
     """Return the stem, or with the first of -2, -3 … appended with which it is not taken."""
     name, number = stem, 2
-    while name in taken:
+    while is_taken(name):
         name, number = f"{stem}-{number}", number + 1
     return name

@@ -24,6 +24,12 @@ class Slider:
     category: int | None
     value: float
 
+    def name(self, attributes: Attributes) -> str:
+        """Return its name as `parse_slider` reads it: `Smiling`, or `Beard.moustache`."""
+        if self.category is None:
+            return self.attribute
+        return f"{self.attribute}.{attributes[attributes.index(self.attribute)].categories[self.category]}"
+
 
 def parse_slider(attributes: Attributes, name: str, value: str | float) -> Slider:
     """Read `Smiling`, 1.5; `Beard.moustache`, 1; or `Beard`, "moustache", which is the same.

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fader.similarity import Similarity
 from launch import edit, register, sample, sync
 from pipeline import models
+from pipeline.faces import photos
+from pipeline.faces.alignment import Face
 from tests.commands import launch
 from tests.runs import FADER, JUDGE, make_run, make_store, painter, photo
 from tests.shams import Drawing, registered
@@ -115,8 +118,8 @@ def test_photos_of_one_name_do_not_overwrite_each_other(runs, tmp_path, call):
     ("words", "match"),
     [
         (["text.jpg", "--set", "Smiling=1"], "text.jpg: not a readable picture"),
-        (["gone.jpg", "--set", "Smiling=1"], "No such file or directory: gone.jpg"),
-        ([".", "--set", "Smiling=1"], ". is a folder; name pictures in it"),
+        (["gone.jpg", "--set", "Smiling=1"], "gone.jpg: there is no such photo or folder"),
+        (["empty", "--set", "Smiling=1"], "empty holds no picture"),
         (["face.jpg"], "nothing to do: give --set"),
         (["face.jpg", "--set", "Smilling=1"], "unknown attribute 'Smilling'; did you mean 'Smiling'?"),
         (["face.jpg", "--set", "Smiling"], "--set Smiling: write NAME=VALUE"),
@@ -124,6 +127,10 @@ def test_photos_of_one_name_do_not_overwrite_each_other(runs, tmp_path, call):
         (["face.jpg", "--set", "Beard=2"], "Beard is one of none, moustache, full"),
         (["face.jpg", "--sweep", "Smiling=-1:1"], "write NAME=FROM:TO:STEPS"),
         (["face.jpg", "--sweep", "Smiling=-1:1:1"], "2 to 101 steps"),
+        (["face.jpg", "--grid", "Smiling=-1:1:2"], "--grid takes two sliders"),
+        (["face.jpg", "--grid", "Beard.full=-1:1:2", "Beard.none=-1:1:2"], "take two attributes"),
+        (["face.jpg", "--set", "Smiling=1", "--animate"], "give --sweep too"),
+        (["face.jpg", "--set", "Smiling=1", "--face", "2"], "--face 2 is for --align auto"),
         (["face.jpg", "--set", "Smiling=1", "--attributes", "Smiling=-1"], "Smiling is 0 or 1"),
         (["face.jpg", "--set", "Smiling=1", "--model", "gone"], "gone: there is no such folder"),
         (["face.jpg", "--set", "Smiling=1", "--model", "models:/x"], "write models:/NAME@ALIAS"),
@@ -135,12 +142,13 @@ def test_bad_input_gets_one_line_and_leaves_nothing(runs, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     photo(Path("face.jpg"))
     Path("text.jpg").write_text("not a picture")
+    Path("empty").mkdir()
     words = [*words, *([] if "--model" in words else ["--model", runs / "painter"])]
     words += [] if "--out" in words else ["--out", "out"]
     code, _, said = call(edit.app, *words)
     assert code == 2 and match in said, said
     assert len(said.strip().splitlines()) == 1 and said.startswith("error: ")
-    assert sorted(path.name for path in Path().iterdir()) == ["face.jpg", "text.jpg"]
+    assert sorted(path.name for path in Path().iterdir()) == ["empty", "face.jpg", "text.jpg"]
 
 
 def test_a_judge_has_no_sliders(tmp_path, call):
@@ -160,6 +168,64 @@ def test_the_edited_face_is_pasted_into_its_photo_on_wish(runs, tmp_path, call):
     assert not pasted[:20].any() and not pasted[199:].any() and (np.diff(pasted[20:60, 89, 0].astype(int)) >= 0).all()
     code, _, said = call(edit.app, face, *words[:2], "--sweep", "Smiling=0:1:2", "--out", tmp_path / "two", "--paste")
     assert code == 2 and "give --set too" in said
+
+
+def test_a_folder_is_edited_some_photos_at_a_time_and_a_bad_one_is_left_out(runs, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(edit, "_TOGETHER", 2)
+    for i in range(5):
+        photo(tmp_path / "in" / f"{i}.png", colour=RED if i % 2 else BLACK)
+    (tmp_path / "in" / "3x.jpg").write_text("no picture")
+    words = ["--model", runs / "painter", "--set", "Eyeglasses=1", "--swap", "all", "--out", tmp_path / "out"]
+    code, said, errors = call(edit.app, tmp_path / "in", *words)
+    assert code == 1 and "left out: " in errors and "3x.jpg" in errors and "1 of 6 photos were left out" in errors
+    assert said.count("read by the model's judge") == 1 and "4.png: Smiling=0" in said
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted([*(f"{i}{part}.png" for i in range(5) for part in ("", "-swaps")), "grid.png", "swaps.png"])
+    centres = picture(tmp_path / "out" / "swaps.png")[18::34, 18::34]
+    assert centres.shape == (5, 5, 3), "five photos; original, reconstruction, a column an attribute"
+    assert centres[1].tolist() == [[255, 0, 0], [255, 0, 0], [0, 255, 0], [255, 255, 0], [255, 255, 0]]
+    assert picture(tmp_path / "out" / "4.png")[0, 0].tolist() == [0, 255, 0]
+
+
+def test_two_sliders_make_a_grid_and_a_sweep_moves(runs, tmp_path, call):
+    face, out = photo(tmp_path / "face.png", colour=BLACK), tmp_path / "out"
+    words = ["--grid", "Smiling=-1:1:3", "Eyeglasses=0:1:2", "--sweep", "Beard.full=-1:1:3", "--animate", "--set", "Smiling=0"]
+    code, said, _ = call(edit.app, face, "--model", runs / "painter", *words, "--out", out)
+    assert code == 0, said
+    table = picture(out / "face-Smiling-Eyeglasses.png")[18::34, 18::34]
+    assert table[..., 0].tolist() == [[0, 0], [128, 128], [255, 255]] and table[..., 1].tolist() == [[128, 255]] * 3
+    moving = Image.open(out / "face-Beard.full.webp")
+    blue = []
+    for frame in range(moving.n_frames):
+        moving.seek(frame)
+        blue.append(moving.convert("RGB").getpixel((9, 9))[2])
+    assert moving.n_frames == 4 and np.abs(np.array(blue) - [0, 128, 255, 128]).max() < 8, "there and back"
+
+
+def test_a_picture_says_what_made_it_and_nothing_but_ours_is_replaced(runs, tmp_path, call):
+    face = photo(tmp_path / "face.png", colour=BLACK)
+    photo(tmp_path / "grid.png", colour=RED)
+    words = ["--model", runs / "painter", "--set", "Smiling=1", "Beard=full", "--out", tmp_path]
+    for _ in range(2):
+        code, _, _ = call(edit.app, face, *words)
+        assert code == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["face-2.png", "face.png", "grid-2.png", "grid.png"]
+    assert not picture(face).any() and picture(tmp_path / "grid.png")[0, 0].tolist() == [255, 0, 0]
+    text = Image.open(tmp_path / "face-2.png").text
+    assert text["Sliders"] == "Smiling=1 Beard.full=1" and text["Model"] == str(runs / "painter") and "3,200" in text["Version"]
+
+
+def test_one_of_several_faces_is_edited(runs, tmp_path, call, monkeypatch):
+    places = [Face(Similarity(1, 0j)), Face(Similarity(1, 200 + 0j))]
+    monkeypatch.setattr(photos, "find", lambda *given: places)
+    face = photo(tmp_path / "two.png", (378, 218), BLACK)
+    words = [face, "--model", runs / "painter", "--set", "Smiling=1", "--paste", "--align", "auto", "--out", tmp_path / "out"]
+    code, said, _ = call(edit.app, *words, "--face", "2")
+    assert code == 0 and "shows 2 faces; number 2" in said
+    pasted = picture(tmp_path / "out" / "two-pasted.png")
+    assert pasted[110, 290].tolist() == [255, 0, 0] and not pasted[:, :190].any()
+    code, _, said = call(edit.app, *words, "--face", "3")
+    assert code == 2 and "shows 2 faces; --face 3" in said
 
 
 def test_samples_are_made_of_seeds_and_sliders_and_the_next_command_works(tmp_path, call):
