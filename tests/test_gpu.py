@@ -15,7 +15,7 @@ from tests import gpu
 from tests.commands import ROOT, environment
 from tests.without import hide
 
-HIDDEN = ("mlflow", "attribute-sliders", "scipy", "sklearn", "cv2", "gradio", "onnx", "onnxruntime", "pandas")
+HIDDEN = ("mlflow", "attribute-sliders", "scipy", "sklearn", "cv2", "onnx", "onnxruntime", "pandas")
 ALL = """
 import json, runpy, sys
 for sys.argv in json.loads(sys.argv[1]):

@@ -23,7 +23,10 @@ HOMES = {
     "fsspec": {"data"},
     "sklearn": {"data.datasets"},
     "yaml": {"config"},
-    "gradio": {"app"},
+    "fastapi": {"app"},
+    "uvicorn": {"app"},
+    "onnx": {"models.onnx"},
+    "onnxruntime": {"models.onnx"},
     "cv2": {"faces.alignment"},
 }
 FILE, CLASS, FUNCTION, LINE = 400, 250, 60, 130  # lines, lines, lines without the docstring, characters

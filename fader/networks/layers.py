@@ -69,13 +69,13 @@ def halved_to_one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def halved_to_two(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The 4×4 convolution of stride 2 and padding 1 of [N, C, 4, 4], [N, O, 2, 2]."""
     patches = F.unfold(x, 4, padding=1, stride=2).transpose(1, 2).flatten(0, 1)
-    return F.linear(patches, weight.flatten(1), bias).unflatten(0, (len(x), 2, 2)).permute(0, 3, 1, 2)
+    return F.linear(patches, weight.flatten(1), bias).unflatten(0, (x.shape[0], 2, 2)).permute(0, 3, 1, 2)
 
 
 def doubled_to_four(x: Tensor, weight: Tensor) -> Tensor:
     """The 4×4 transposed convolution of stride 2 and padding 1 of [N, C, 2, 2], [N, O, 4, 4]."""
     patches = x.flatten(2).transpose(1, 2).flatten(0, 1) @ weight.flatten(1)
-    return channels_last(F.fold(patches.unflatten(0, (len(x), 4)).transpose(1, 2), 4, 4, padding=1, stride=2))
+    return channels_last(F.fold(patches.unflatten(0, (x.shape[0], 4)).transpose(1, 2), 4, 4, padding=1, stride=2))
 
 
 class Down(nn.Module):

@@ -11,6 +11,7 @@ MLflow pyfunc model "from code": a file of two lines that calls `served_model`, 
     loading       from a run, an export or a registered version
     card          what a model's card says of it
     export        a model written to a folder
+    onnx          its encoder and decoder as ONNX
     versions      a version of a registered model
     aliases       the champion, moved by one promotion at a time
     serving       what MLflow serves

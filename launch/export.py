@@ -1,0 +1,41 @@
+"""`fader export MODEL --out DIR`: a model as a folder of plain tensors and a card, or as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import values
+from launch.command import main
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="models:/NAME@alias, an export or a run", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="the folder to write", metavar="DIR")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="encoder.onnx and decoder.onnx, held against torch")] = False,
+    judge: Annotated[str | None, typer.Option(help="put this judge in, not the model's own; not with --onnx")] = None,
+    checkpoint: values.Checkpoint = "latest",
+    raw: values.Raw = False,
+) -> None:
+    """Write a model for use elsewhere: all of it or nothing."""
+    if onnx and judge:
+        raise ValueError("--judge is for an export of tensors; ONNX holds encoder and decoder alone")
+    values.check_folder(out)
+    from pipeline import models
+
+    if onnx:
+        from pipeline.models.onnx import export_onnx
+
+        for name, off in export_onnx(models.load(model, checkpoint=checkpoint, ema=not raw, own_judge=False), out).items():
+            typer.echo(f"wrote {out / name}.onnx, which is within {off:.1g} of torch")
+        typer.echo(f"next: onnxruntime.InferenceSession('{out}/decoder.onnx'); {out}/card.json says what goes in")
+    else:
+        models.export(model, out, judge, checkpoint=checkpoint, ema=not raw)
+        typer.echo(f"wrote {out}")
+        typer.echo(f"next: {models.load(out).capabilities[0].next_command(str(out))}")
+
+
+if __name__ == "__main__":
+    main(export)
