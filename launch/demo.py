@@ -119,6 +119,7 @@ def next_commands(photo: Path, model: str, out: Path) -> str:
         [
             "next:",
             f"  fader edit {photo} --model {model} --set Smiling=1.5 Beard=beard --out {out / 'edited'}",
+            f"  fader app --model {model}   # the sliders in your browser, at http://127.0.0.1:7860",
             "  mlflow ui --port 5000            # the runs and the registered model, at http://127.0.0.1:5000",
             "  fader prepare celeba FOLDER_WITH_THE_OFFICIAL_FILES data/celeba",
             "  fader train configs/celeba_judge.yaml && fader train configs/celeba_residual_judge.yaml",

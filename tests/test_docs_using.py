@@ -45,6 +45,7 @@ def test_every_command_does_what_the_page_says(folder):
             forked("tests.with_shams", *words[1:], cwd=folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db")
     made = {path.relative_to(folder).as_posix() for path in folder.glob("*/*.png")}
     assert {"edited/photo.png", "edited/grid.png", "whole/photo-pasted.png", "steps/sweep-Smiling.png"} <= made
+    assert {"swaps/swaps.png", "grid/photo-Smiling-Eyeglasses.png"} <= made and (folder / "moving/photo-Smiling.webp").is_file()
     assert Image.open(folder / "whole/photo-pasted.png").size == (700, 600)
     from mlflow import MlflowClient
 

@@ -203,6 +203,13 @@ def test_a_large_photo_is_searched_for_small_faces_before_it_is_given_up(looks):
     assert sum(face.eyes) / 2 == pytest.approx(20 * 3 + 1 + (20 * 3 + 1) * 1j, abs=5)
 
 
+def test_upright_faces_are_found_by_one_look(monkeypatch, looks):
+    (face,) = alignment.upright(np.zeros((500, 60, 3), np.uint8))
+    assert face.sure and looks == [(400, 1.15)], "one turn"
+    monkeypatch.setattr(alignment, "_UPRIGHT_VOTES", 5)
+    assert not alignment.upright(np.zeros((500, 60, 3), np.uint8))
+
+
 @pytest.mark.parametrize("turn", [-30, 0, 20])
 def test_a_turned_picture_gives_its_boxes_in_the_photos_pixels(monkeypatch, turn):
     """A sham cascade that sees a bright square: its box comes back where it was drawn."""
