@@ -72,7 +72,7 @@ def test_the_command_serves_until_it_is_told_to_stop(run, tmp_path, host):
         (["--model", "gone"], "gone: there is no such folder"),
         (["--model", "JUDGE"], "judge neither edits photos nor samples faces"),
         (["--model", "RUN", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
-        (["--model", "RUN", "--host", "192.0.2.1"], "Cannot assign requested address; choose another"),
+        (["--model", "RUN", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 0: Cannot assign requested address"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path, words, match):

@@ -89,7 +89,7 @@ def test_the_command_exports_either_way_and_says_what_it_cannot(tmp_path):
     said = launch("launch.export", "run", "--out", "graphs", "--onnx", cwd=tmp_path).stdout
     assert "decoder.onnx, which is within" in said
     launch("launch.export", "run", "--out", "tensors", cwd=tmp_path)
-    assert models.load(tmp_path / "tensors").judge is not None
+    assert models.load(tmp_path / "tensors").judges
     done = launch("launch.export", "run", "--out", "tensors", "--onnx", cwd=tmp_path, code=2)
     assert "tensors exists and is no export to ONNX" in done.stderr
     done = launch("launch.export", "judge", "--out", "no", "--onnx", cwd=tmp_path, code=2)
