@@ -11,8 +11,11 @@ import typer
 from launch import values
 from launch.command import main
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-def app(
+
+@app.command()
+def page(
     model: Annotated[str, typer.Option(help="models:/NAME@alias, models:/NAME/VERSION, an export or a run")],
     host: Annotated[str, typer.Option(help="the address to listen on; only this machine reaches the default")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free")] = 7860,
