@@ -105,8 +105,8 @@ def faster(editing: Editing) -> str:
     """Let ONNX Runtime decode where it is installed and the faster on this machine; say in words what decodes."""
     try:
         quick = _Quick(editing.method, run_by(_decoder(editing)))
-    except ValueError:
-        return "torch decodes (ONNX Runtime, which may be faster, is not installed)"
+    except (ValueError, torch.onnx.errors.OnnxExporterError) as error:
+        return f"torch decodes, because ONNX cannot: {str(error).splitlines()[0]}"
     images, labels, code = _example(editing, 1)
     latent, took = editing.encode(images, labels), {}
     for name, method in (("torch", editing.method), ("ONNX Runtime", quick)):

@@ -68,6 +68,14 @@ def test_the_faster_decodes_and_gives_the_same_pictures(tmp_path, monkeypatch):
         torch.testing.assert_close(editing.decode(latent, labels, move), slow.decode(latent, labels, move), atol=1e-4, rtol=0)
 
 
+def test_where_onnx_is_missing_or_lacks_an_operator_torch_decodes_and_that_is_said(tmp_path, monkeypatch):
+    editing = models.load(make_run(tmp_path / "run", FADER)).editing
+    for error in (ValueError("No module named 'onnx'"), torch.onnx.errors.UnsupportedOperatorError("aten::x", 18, None)):
+        monkeypatch.setattr(onnx, "_decoder", lambda editing, error=error: (_ for _ in ()).throw(error))
+        assert onnx.faster(editing).startswith("torch decodes, because ONNX cannot: ")
+        assert not isinstance(editing.method, onnx._Quick)
+
+
 def test_a_graph_that_is_off_is_not_written(tmp_path, monkeypatch):
     model = models.load(make_run(tmp_path / "run", FADER))
     monkeypatch.setattr(onnx, "_differences", lambda *given: {"encoder": 0.0, "decoder": 2e-4})
