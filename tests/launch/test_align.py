@@ -144,7 +144,7 @@ def test_edit_cuts_photos_to_the_face_and_names_one_that_shows_none(tmp_path, ca
         _, plain, _ = call(edit.app, tmp_path / "group.png", *words)
         assert "Smiling=0 Eyeglasses=1" in plain and "centred square" in plain
         code, _, wrong = call(edit.app, tmp_path / "group.png", black, *words, "--align", "auto")
-        assert code == 2 and f"{black}: no face found" in wrong
+        assert code == 1 and f"left out: {black}: no face found" in wrong and "1 of 2 photos were left out" in wrong
         code, _, wrong = call(edit.app, black, *words, "--aligner", run)
         assert code == 2 and "--aligner" in wrong and "is for --align auto" in wrong
         code, _, wrong = call(edit.app, black, *words, "--align", "auto", "--aligner", run)
