@@ -46,4 +46,4 @@ def test_an_array_trains_the_children_and_the_table_comes_behind_them(cluster, c
 
 def test_children_in_jobs_of_their_own_need_a_judge(config, tmp_path):
     done = launch("launch.sweep", config, "seed=0,1", "judge=null", "--slurm", "--folder", tmp_path / "s", code=2)
-    assert "need a judge" in done.stderr
+    assert "need judges that are there" in done.stderr
