@@ -16,7 +16,7 @@ from launch.command import numbers
 if TYPE_CHECKING:
     from pipeline.training.throughput import Speed
 
-MATRIX = "celeba_fader celeba_sharp celeba_judge".split()
+MATRIX = [f"celeba_{name}" for name in "fader sharp judge residual_judge cgan icgan vacgan cvae vaegan aligner".split()]
 FOUR = ("Male", "Smiling", "Eyeglasses", "Mouth_Slightly_Open")
 HEAD = ("", "images/s", "ms a step", "of bare", "kernels", "device busy", "TFLOP/s", "of matrix rate", "of copy rate", "peak GiB")
 
@@ -27,7 +27,7 @@ def train(
     batch_sizes: Annotated[str, typer.Option(help="Parted by commas.")] = "32",
     ways: Annotated[str, typer.Option(help="Parted by commas; by default all that this machine can run.")] = "",
     everything: Annotated[
-        bool, typer.Option("--all", help="All methods at batches of 32, 64, 256 and 1024: the whole matrix.")
+        bool, typer.Option("--all", help="Every method's config for CelebA at batches of 32, 64, 256 and 1024: the whole matrix.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that everyone has; the median counts.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.01, help="How long a turn is.")] = 2.0,

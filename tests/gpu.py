@@ -2,7 +2,7 @@
 
     python -m tests.gpu [--out FOLDER] [--only CELL...] [--dry-run]
 
-It takes less than five minutes on 16 cores. With no GPU, or with --dry-run, it says what it would run and exits 0;
+It should take some five minutes on 16 cores, which has not been timed. With no GPU, or with --dry-run, it says what it would run and exits 0;
 otherwise it exits 1 when a cell fails. It needs the folder of the project on the path, and neither the project installed
 nor MLflow.
 """

@@ -98,12 +98,11 @@ class Adversary:
     name: ClassVar[str]
     network: ClassVar[str]
     settings: Any
+    differentiated_twice: bool = False  # whether a loss differentiates a gradient of its network again
 
     def __init__(self, settings: AdversarySettings, autoencoder: Autoencoder) -> None:
         self.settings, self.autoencoder = settings, autoencoder
         self.attributes, self.head = autoencoder.attributes, autoencoder.head
-
-    differentiated_twice: bool = False  # whether a loss differentiates a gradient of its network again
 
     def build(self) -> nn.Module:
         """Make its network."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 
+from fader.method import Clock
 from pipeline.config import EngineConfig
 from pipeline.engine import Engine
 from pipeline.engine.capture import CapturedSteps
@@ -135,9 +136,7 @@ def test_a_batch_that_is_not_finite_is_left_out_of_a_replay():
     held_equal(*engines)
 
 
-def clock(draw: int):
-    from fader.method import Clock
-
+def clock(draw: int) -> Clock:
     return Clock(draw * RECORDS, draw * RECORDS, draw)
 
 
