@@ -8,13 +8,24 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
+from pipeline import models
 from pipeline.app import server
+from tests.runs import make_run, painter
+
+
+@contextlib.contextmanager
+def painted(folder: Path) -> Iterator[models.Model]:
+    """Give a model whose edits are known colours, with its judge, made in a folder."""
+    with painter() as method:
+        make_run(folder / "judge", method)
+        yield models.load(make_run(folder / "painter", method, judge=str(folder / "judge")))
 
 
 @contextlib.contextmanager

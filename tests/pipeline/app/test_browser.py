@@ -14,11 +14,9 @@ import pytest
 from PIL import Image
 
 from fader.similarity import Similarity
-from pipeline import models
 from pipeline.app import server, session
 from pipeline.faces.alignment import Face
-from tests.page import photo, serving
-from tests.runs import make_run, painter
+from tests.page import painted, photo, serving
 
 RED, BLACK = (255, 0, 0), (0, 0, 0)
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -50,10 +48,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    with painter() as method:
-        make_run(folder / "judge", method)
-        model = models.load(make_run(folder / "painter", method, judge=str(folder / "judge")))
+    with painted(tmp_path_factory.mktemp("page")) as model:
         yield server.Service(model, model.editing)
 
 

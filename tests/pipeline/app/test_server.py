@@ -27,8 +27,8 @@ from pipeline.app import server, session
 from pipeline.faces import photos
 from pipeline.faces.alignment import Face
 from pipeline.images import to_uint8
-from tests.page import person, photo, pixels, serving
-from tests.runs import make_run, painter
+from tests.page import painted, person, photo, pixels, serving
+from tests.runs import make_run
 from tests.shams import Drawing, registered
 
 LIMITS = server.Limits(upload_bytes=200_000, pixels=1_000_000, idle_seconds=30)
@@ -36,10 +36,7 @@ LIMITS = server.Limits(upload_bytes=200_000, pixels=1_000_000, idle_seconds=30)
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    with painter() as method:
-        make_run(folder / "judge", method)
-        model = models.load(make_run(folder / "painter", method, judge=str(folder / "judge")))
+    with painted(tmp_path_factory.mktemp("page")) as model:
         yield server.Service(model, model.editing, limits=LIMITS)
 
 
