@@ -61,9 +61,7 @@ class DataConfig(BaseModel):
     image_size: int = Field(64, ge=8, description="pixels a side")
     crop: str = Field("celeba", description="the crop rule of pipeline.images")
     channels: Literal[1, 3] = Field(3, description="3 for colour, 1 for grey")
-    loader: Literal["dali", "pillow", "sequential"] = Field(
-        "dali", description="sequential: tars are read front to back, for sets too big or storage too slow for dali"
-    )
+    loader: Literal["dali", "pillow"] = "dali"
     cache: Literal["auto", "device", "host", "none"] = Field(
         "auto", description="keep decoded records: on each device, once a machine, not at all, or as memory allows"
     )
@@ -80,6 +78,13 @@ class DataConfig(BaseModel):
         {}, description="share of each attribute's present value, or {value: share}, in what training draws"
     )
 
+    @pydantic.field_validator("loader", mode="before")
+    @classmethod
+    def _not_sequential(cls, loader: Any) -> Any:
+        if loader == "sequential":
+            raise ValueError("this loader is no more: leave it out, and set data.window to a few shards, which are read together")
+        return loader
+
     @pydantic.field_validator("attributes")
     @classmethod
     def _some(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -92,15 +97,6 @@ class DataConfig(BaseModel):
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> DataConfig:
         self.preprocessing()  # refuses a crop that it does not know
-        if self.loader == "sequential":
-            cache = self.cache if self.cache in ("device", "host") else ""
-            others = {"window": self.window, "replacement": self.replacement, "balance": self.balance, "cache": cache}
-            set_too = [key for key, value in others.items() if value]
-            if set_too:
-                raise ValueError(
-                    f"loader sequential reads each tar front to back, once an epoch, and keeps nothing, "
-                    f"against {' and '.join(set_too)}: leave that out, or use loader dali"
-                )
         return self
 
     def preprocessing(self) -> Preprocessing:

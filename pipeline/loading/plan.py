@@ -118,7 +118,8 @@ class Plan:
         Raises:
             ValueError: batch_size below 1 or draw below 0.
         """
-        _check(draw, batch_size)
+        if batch_size < 1 or draw < 0:
+            raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
         start, stop = draw * batch_size, (draw + 1) * batch_size
         out = np.empty(batch_size, np.int64)
         for epoch in range(start // self.size, (stop - 1) // self.size + 1):
@@ -161,76 +162,6 @@ class Plan:
         ends = np.cumsum(self._weights[line])
         points = (np.arange(self.size) + _uniform(words, 1)) * (ends[-1] / self.size)
         return np.bincount(line[_at(ends, points)], minlength=self.size)
-
-
-class TarPlan:
-    """Which rows make draw k of a stream when each rank reads tars front to back.
-
-    An epoch is the tars in an order of its own, shuffled as whole ones, end to end. Each rank reads one stretch of it,
-    as long as the rank's shares of the batches that the epoch makes, so a stretch may begin or end inside a tar. As in
-    `Plan`, epoch e is what stands at positions e·size … (e+1)·size - 1 of all batches: it has each record once, batches
-    run on over its end, and draw k is a pure function, here of batch size and rank count, too.
-
-    Args:
-        shard_of: [size] shard number of each row, ascending.
-        seed, salt: of the run; other values give other, independent orders.
-        world_size: ranks that read.
-
-    Raises:
-        ValueError: no rows, rows that do not stand tar after tar, no ranks.
-    """
-
-    def __init__(self, shard_of: np.ndarray, seed: int, salt: int = 0, world_size: int = 1) -> None:
-        if not len(shard_of):
-            raise ValueError("a plan over 0 records is empty; give it a split that has some")
-        if (np.diff(shard_of) < 0).any() or world_size < 1:
-            raise ValueError(f"rows must stand tar after tar, for 1 rank or more; got {world_size} ranks")
-        self.size, self.seed, self.salt, self.world_size = len(shard_of), seed, salt, world_size
-        _, self._first, self._counts = np.unique(shard_of, return_index=True, return_counts=True)
-        self._order = lru_cache(_EPOCHS_KEPT)(self._order_of_tars)
-
-    def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
-        """[batch_size] int64: the global batch of this draw, in order; what `share` gives a rank is what it reads next.
-
-        Raises:
-            ValueError: batch_size below 1 or draw below 0.
-        """
-        _check(draw, batch_size)
-        edges = batch_size * np.arange(self.world_size + 1) // self.world_size
-        shares, start = np.diff(edges), draw * batch_size
-        places = np.arange(batch_size)
-        rank = np.repeat(np.arange(self.world_size), shares)
-        out = np.empty(batch_size, np.int64)
-
-        def read_before(position: int) -> np.ndarray:
-            """[ranks] how many of the positions before this one are each rank's."""
-            return position // batch_size * shares + np.clip(position % batch_size - edges[:-1], 0, shares)
-
-        for epoch in range(start // self.size, (start + batch_size - 1) // self.size + 1):
-            first = epoch * self.size
-            before = read_before(first)
-            stretches = read_before(first + self.size) - before
-            begins = np.cumsum(stretches) - stretches
-            part = slice(max(first - start, 0), max(min(first + self.size - start, batch_size), 0))
-            who = rank[part]
-            read = draw * shares[who] + places[part] - edges[who] - before[who]
-            out[part] = self._at(stream, epoch, begins[who] + read)
-        return out
-
-    def _at(self, stream: str, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """The rows at these positions of an epoch's line of tars."""
-        order = self._order(stream, epoch)
-        ends = np.cumsum(self._counts[order])
-        tar = np.searchsorted(ends, positions, side="right")
-        return self._first[order[tar]] + positions - (ends[tar] - self._counts[order[tar]])
-
-    def _order_of_tars(self, stream: str, epoch: int) -> np.ndarray:
-        return _permutation(_words(self.seed, self.salt, stream, epoch), len(self._counts))
-
-
-def _check(draw: int, batch_size: int) -> None:
-    if batch_size < 1 or draw < 0:
-        raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
 
 
 def _words(seed: int, salt: int, stream: str, epoch: int) -> Words:

@@ -8,7 +8,6 @@ import logging
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,14 +50,12 @@ class Run:
         torch.manual_seed(experiment.seed)
         method = build_method(experiment, shards.attributes)
         self.stages = method.stages()
-        _read_card(folder, resume, shards)
+        _check_card(folder, resume, shards)
         judges = named_judges(experiment)
         self.engine = Engine(method, precision=experiment.precision, seed=experiment.seed, settings=experiment.engine)
         _check_batch_size(experiment, self.engine.world_size)
         owner = _own(folder, self.engine, stack)
-        before = _read_card(folder, resume, shards)  # again, because another process may have been here until now
-        if before and self.engine.is_main:
-            _warn_of_other_ranks(experiment, before["world_size"], self.engine.world_size)
+        _check_card(folder, resume, shards)  # again, because another process may have been here until now
         point = (restore(self.engine, folder) if resume else None) or ResumePoint()
         self.loaders = Loaders(experiment, self.engine, point.quarantine)
         self.batches = Batches(experiment, self.engine, shards.split("train"), self.loaders)
@@ -100,8 +97,8 @@ class Run:
             self.best_so_far.load(point.validation)
 
 
-def _read_card(folder: Path, resume: bool, shards: ShardSet) -> dict[str, Any] | None:
-    """Return what the folder's run.json says of the run to resume, or None for one that begins.
+def _check_card(folder: Path, resume: bool, shards: ShardSet) -> None:
+    """Check that the folder's run.json is of the run to resume, and that there is none for one that begins.
 
     Raises:
         ValueError: it holds a run and none is to be resumed, or the other way round, or a run of other data.
@@ -113,7 +110,7 @@ def _read_card(folder: Path, resume: bool, shards: ShardSet) -> dict[str, Any] |
                 f"{folder} already holds a run; go on with 'fader train --resume {folder}' "
                 "or choose another folder with run.folder=…"
             )
-        return None
+        return
     if not card.exists():
         raise ValueError(f"{folder} holds no run to resume (no run.json in it)")
     before = json.loads(card.read_text())
@@ -122,7 +119,6 @@ def _read_card(folder: Path, resume: bool, shards: ShardSet) -> dict[str, Any] |
             f"{folder} was trained on data {before['data_digest'][:12]}, {shards.path} holds "
             f"{shards.digest[:12]}: resume with the same set, or start a new run"
         )
-    return before
 
 
 def _own(folder: Path, engine: Engine, stack: ExitStack) -> Owner | None:
@@ -155,16 +151,6 @@ def _check_batch_size(experiment: Experiment, ranks: int) -> None:
             f"batch_size {size} leaves a rank of {ranks} with {size // ranks} records, and engine.accumulation: {parts} "
             f"needs at least {parts}: raise batch_size to {parts * ranks}"
         )
-
-
-def _warn_of_other_ranks(experiment: Experiment, before: int, now: int) -> None:
-    """Warn that whole tars are read in another order, because it depends on the number of ranks; a plan's does not."""
-    if experiment.data.loader == "sequential" and before != now:
-        log.warning(
-            "data.loader sequential: the run was on %d ranks and goes on with %d, which read other tars: of "
-            "the epoch under way some records may be read twice and others not; the next epochs are whole",
-            before, now,
-        )  # fmt: skip
 
 
 def _open_folder(run: Run, shards: ShardSet) -> None:

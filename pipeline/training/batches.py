@@ -13,7 +13,7 @@ from pipeline.engine import Engine
 from pipeline.loading.cache import Cache
 from pipeline.loading.dali import open_loader
 from pipeline.loading.loader import Loader
-from pipeline.loading.plan import Plan, Request, TarPlan, salted
+from pipeline.loading.plan import Plan, Request, salted
 from pipeline.loading.quarantine import Quarantine
 from pipeline.training.steps import ResumePoint, Turn, steps
 
@@ -106,10 +106,8 @@ class Batches:
             images = turn.phase.source == "images"
             yield Request(turn.stream, turn.draw, rows, images=images, flip=data.flip, augment=data.augment)
 
-    def _plan(self, salt: int) -> Plan | TarPlan:
+    def _plan(self, salt: int) -> Plan:
         data, seed = self.experiment.data, self.experiment.seed
-        if data.loader == "sequential":
-            return TarPlan(self.split.shard, seed, salt, self.engine.world_size)
         weights, groups = self._weights
         return Plan(
             len(self.split),

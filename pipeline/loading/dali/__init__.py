@@ -1,4 +1,4 @@
-"""DALI's only home: decoding (`decoder`), the loaders made of it (`loader`, `sequential`), and DALI alone (`alone`)."""
+"""DALI's only home: decoding (`decoder`), the loader made of it (`loader`), and DALI alone (`alone`)."""
 
 from pipeline.loading.dali.alone import dali_alone
 from pipeline.loading.dali.loader import DaliLoader, open_loader

@@ -11,7 +11,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pipeline.images import Preprocessing
-from pipeline.loading.dali.graph import index_of, resized, write_index
+from pipeline.loading.dali.graph import index_of, resized
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Split
@@ -41,7 +41,7 @@ def dali_alone(
     if (boxes != boxes[0]).any():
         raise ValueError("DALI alone is measured on pictures of one size; give the bench such a set")
     tars = [np.flatnonzero(split.shard == number) for number in range(len(split.shards))]
-    indices = [write_index(folder / f"{shard.name}.idx", split, rows) for shard, rows in zip(split.shards, tars)]
+    indices = [_write_index(folder / f"{shard.name}.idx", split, rows) for shard, rows in zip(split.shards, tars)]
     left, top, right, bottom = boxes[0].tolist()
     on_gpu, size, channels = device.type == "cuda", preprocessing.image_size, preprocessing.channels
 
@@ -77,3 +77,10 @@ def dali_alone(
     while True:
         pipeline.run()
         yield
+
+
+def _write_index(path: Path, split: Split, rows: np.ndarray) -> str:
+    """Write where the pictures of these rows of one tar lie in it, as DALI's webdataset reader reads it; return the path."""
+    lines = [f"picture {split.offset[row]} {split.size[row]}" for row in rows.tolist()]
+    path.write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
+    return str(path)

@@ -18,7 +18,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
@@ -136,7 +135,7 @@ class DaliDecoder(SplitLoader):
                     continue
                 if pipeline is None or len(job.rows) > feed.largest:
                     pipeline, feed.largest = None, len(job.rows)
-                    pipeline = self.build(feed.source, feed.largest)
+                    pipeline = self._build(feed.source, feed.largest)
                 pipeline.reset()
                 feed.held = job
                 pipeline.schedule_run()
@@ -168,11 +167,7 @@ class DaliDecoder(SplitLoader):
 
     def _encoded(self, row: int) -> np.ndarray:
         path = self.rewritten.get(row)
-        return self.stored(row) if path is None else np.fromfile(path, np.uint8)
-
-    def stored(self, row: int) -> np.ndarray:
-        """The bytes of a picture that is not rewritten, as DALI gets them."""
-        return _without_exif_of_webp(self.split.bytes(row))
+        return _without_exif_of_webp(self.split.bytes(row)) if path is None else np.fromfile(path, np.uint8)
 
     def _empty(self, request: Request) -> Tensor | None:
         """Pixels of a request that needs no decoding: none, or those of a share without records."""
@@ -180,9 +175,8 @@ class DaliDecoder(SplitLoader):
             return None
         return torch.empty((0, *self.shape), dtype=torch.uint8, device=self.device)
 
-    def build(self, source: Callable, batch_size: int, read: Callable[[], DataNode] | None = None) -> Pipeline:
-        """A pipeline from `source`'s inputs to pixels; see `graph.build`."""
-        return build(self.geometry, source, batch_size, self.threads, self.prefetch, self.device, read)
+    def _build(self, source: Callable, batch_size: int) -> Pipeline:
+        return build(self.geometry, source, batch_size, self.threads, self.prefetch, self.device)
 
     def outputs(self, pipeline: Pipeline, count: int) -> Tensor | str:
         """The next pixels [count, S, S, C], on the device; on the CPU they are valid until `release_outputs`. When a record
@@ -239,7 +233,7 @@ class DaliDecoder(SplitLoader):
         """What DALI says of these rows in a pipeline of their own; None when it decodes them."""
         inputs = self._inputs(rows)
         once = iter([inputs])
-        pipeline = self.build(lambda: next(once), len(rows))
+        pipeline = self._build(lambda: next(once), len(rows))
         pipeline.schedule_run()
         pixels = self.outputs(pipeline, len(rows))
         del pipeline  # before what it reads

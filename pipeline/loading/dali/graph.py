@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,13 +97,11 @@ def build(
     threads: int,
     prefetch: int,
     device: torch.device,
-    read: Callable[[], DataNode] | None = None,
 ) -> Pipeline:
     """A pipeline from `source`'s inputs to pixels [N, S, S, C].
 
     Args:
-        source: gives, a batch a call, the encoded bytes and what `Geometry.of` gives; that alone with `read`.
-        read: an operator that gives the encoded bytes.
+        source: gives, a batch a call, the encoded bytes and what `Geometry.of` gives.
     """
     on_gpu, size = device.type == "cuda", geometry.preprocessing.image_size
 
@@ -115,17 +112,17 @@ def build(
         prefetch_queue_depth=prefetch,
     )
     def decoding():
-        kinds = ({} if read else {"data": (types.UINT8, 1)}) | geometry.kinds
+        kinds = {"data": (types.UINT8, 1)} | geometry.kinds
         inputs = fn.external_source(
             source=source,
             num_outputs=len(kinds),
             batch=True,
-            no_copy=read is None,
+            no_copy=True,
             dtype=[kind for kind, _ in kinds.values()],
             ndim=[dimensions for _, dimensions in kinds.values()],
         )
         given = dict(zip(kinds, inputs))
-        data = read() if read else given["data"]
+        data = given["data"]
         options = {"jpeg_fancy_upsampling": True, "adjust_orientation": geometry.by_exif}
         # DALI 2.4's decoders end the whole process (SIGSEGV) on a picture whose header they cannot parse, in batches of
         # some 32 and more; this operator, which comes first since they wait for what it gives, raises as it should
@@ -163,10 +160,3 @@ def resized(images: DataNode, size: DataNode | tuple[int, int]) -> DataNode:
 
 def index_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def write_index(path: Path, split: Split, rows: np.ndarray) -> str:
-    """Write where the pictures of these rows of one tar lie in it, as DALI's webdataset reader reads it; return the path."""
-    lines = [f"picture {split.offset[row]} {split.size[row]}" for row in rows.tolist()]
-    path.write_text("\n".join([f"v1.1 {len(rows)}", *lines]) + "\n")
-    return str(path)

@@ -22,7 +22,6 @@ from fader.method import Batch
 from pipeline.images import Preprocessing
 from pipeline.loading.cache import Cache, Kept, OnNode, alone, choose, open_kept
 from pipeline.loading.dali.decoder import DaliDecoder
-from pipeline.loading.dali.sequential import SequentialLoader
 from pipeline.loading.loader import Loader
 from pipeline.loading.pillow import PillowLoader
 from pipeline.loading.plan import Request, share
@@ -117,7 +116,7 @@ class DaliLoader(DaliDecoder):
 
 
 def open_loader(
-    kind: Literal["dali", "pillow", "sequential"],
+    kind: Literal["dali", "pillow"],
     cache: Cache,
     split: Split,
     attributes: Attributes,
@@ -133,8 +132,8 @@ def open_loader(
     """
     if kind == "dali":
         return DaliLoader(split, attributes, preprocessing, cache=cache, on_node=on_node, **options)
-    if kind not in ("pillow", "sequential"):
-        raise ValueError(f"unknown loader {kind!r}; there are: dali, pillow, sequential")
+    if kind != "pillow":
+        raise ValueError(f"unknown loader {kind!r}; there are: dali, pillow")
     if cache not in ("auto", "none"):
-        raise ValueError(f"data.cache is {cache!r}, and the loader {kind} keeps nothing: set it to none, or use dali")
-    return (PillowLoader if kind == "pillow" else SequentialLoader)(split, attributes, preprocessing, **options)
+        raise ValueError(f"data.cache is {cache!r}, and the loader pillow keeps nothing: set it to none, or use dali")
+    return PillowLoader(split, attributes, preprocessing, **options)

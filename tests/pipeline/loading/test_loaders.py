@@ -22,6 +22,7 @@ from PIL import Image
 
 from fader.attributes import Attribute, Attributes
 from fader.draws import key_of
+from pipeline.config import DataConfig
 from pipeline.data.datasets.celeba import read_celeba
 from pipeline.data.shards import ShardSet, Split, prepare
 from pipeline.images import Preprocessing
@@ -30,7 +31,7 @@ from pipeline.loading.plan import Plan, Request, sequential
 
 COLOURS = Attributes([Attribute("Red"), Attribute("Green"), Attribute("Blue")])
 SMALL = Preprocessing(64)
-KINDS = [("dali", "device"), ("dali", "host"), ("dali", "none"), ("pillow", "none"), ("sequential", "none")]
+KINDS = [("dali", "device"), ("dali", "host"), ("dali", "none"), ("pillow", "none")]
 SPLIT_SIZES = {"train": 40, "valid": 12, "test": 9}
 
 
@@ -347,7 +348,7 @@ def test_an_ended_iterator_leaves_no_thread(train, kind, end):
     assert tasks() <= before and threading.active_count() <= python_threads
 
 
-@pytest.mark.parametrize("kind", ["dali", "pillow", "sequential"])
+@pytest.mark.parametrize("kind", ["dali", "pillow"])
 def test_a_process_ends_with_an_iterator_still_open(shards, kind):
     code = f"""
         import itertools, numpy as np
@@ -434,7 +435,9 @@ def test_what_does_not_fit_the_split_is_refused(train, tmp_path, kind):
 
 
 def test_an_unknown_loader_is_refused(train):
-    with pytest.raises(ValueError, match="unknown loader 'cv2'; there are: dali, pillow, sequential"):
+    with pytest.raises(ValueError, match="this loader is no more: leave it out, and set data.window"):
+        DataConfig(path="set", attributes=("*",), loader="sequential")
+    with pytest.raises(ValueError, match="unknown loader 'cv2'; there are: dali, pillow"):
         made(("cv2", "none"), train)
 
 

@@ -20,7 +20,7 @@ from tests.damaged import BAD, damaged_set, grey, labels
 from tests.warm import forked
 
 SMALL = Preprocessing(32, crop="center")
-KINDS = [("dali", "device"), ("dali", "host"), ("dali", "none"), ("pillow", "none"), ("sequential", "none")]
+KINDS = [("dali", "device"), ("dali", "host"), ("dali", "none"), ("pillow", "none")]
 STANDING = np.arange(40)
 STANDING[list(BAD)] = [13, 13, 31]
 
