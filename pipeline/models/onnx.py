@@ -23,6 +23,7 @@ OPSET = 18
 TOLERANCE = 1e-4  # of pictures in [-1, 1]; of latents, in shares of the largest value
 _CHECKED = (1, 3)  # pictures at once; the graphs are traced with two
 _RUNS = 9
+_THREADS = torch.get_num_threads()
 
 
 class _Encoding(nn.Module):
@@ -73,10 +74,11 @@ def export_onnx(model: Model, out: Path) -> dict[str, float]:
 
 
 def run_by(graph: bytes) -> Callable[..., list[Tensor]]:
-    """Return a function that runs a graph in ONNX Runtime, on as many threads as torch, of tensors by their names."""
+    """Return a function that runs a graph in ONNX Runtime, on as many threads as torch had, of tensors by their names."""
     onnxruntime = _installed("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = _THREADS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a browser may need the same cores
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     wanted = [put.name for put in session.get_inputs()]
@@ -89,22 +91,27 @@ def run_by(graph: bytes) -> Callable[..., list[Tensor]]:
 
 @dataclass
 class _Quick:
-    """A method whose decoder runs in ONNX Runtime."""
+    """A method that runs in ONNX Runtime. form: how the latent's tensors belong together."""
 
-    method: Edits
-    run: Callable[..., list[Tensor]]
+    encoder: Callable[..., list[Tensor]]
+    decoder: Callable[..., list[Tensor]]
+    form: pytree.TreeSpec
 
     def encode(self, images: Tensor, labels: Tensor) -> Any:
-        return self.method.encode(images, labels)
+        return pytree.tree_unflatten(self.encoder(images=images, labels=labels), self.form)
 
     def decode(self, latent: Any, code: Tensor) -> Tensor:
-        return self.run(**_latents(latent), code=code)[0]
+        return self.decoder(**_latents(latent), code=code)[0]
 
 
 def faster(editing: Editing) -> str:
-    """Let ONNX Runtime decode where it is installed and the faster on this machine; say in words what decodes."""
+    """Let ONNX Runtime encode and decode where it is installed and the faster on this machine; say in words what decodes.
+
+    Torch, which has only pictures to round then, gets one thread: several would wait for each other longer than they work.
+    """
     try:
-        quick = _Quick(editing.method, run_by(_decoder(editing)))
+        form = pytree.tree_structure(editing.encode(*_example(editing, 1)[:2]))
+        quick = _Quick(run_by(_encoder(editing)), run_by(_decoder(editing)), form)
     except (ValueError, torch.onnx.errors.OnnxExporterError) as error:
         return f"torch decodes, because ONNX cannot: {str(error).splitlines()[0]}"
     images, labels, code = _example(editing, 1)
@@ -114,6 +121,7 @@ def faster(editing: Editing) -> str:
             took[name] = sorted(_seconds(method, latent, code) for _ in range(_RUNS))[_RUNS // 2]
     if took["ONNX Runtime"] < took["torch"]:
         editing.method = quick
+        torch.set_num_threads(1)
     best, other = sorted(took, key=lambda name: took[name])
     return f"{best} decodes a picture in {1e3 * took[best]:.1f} ms; {other} takes {1e3 * took[other]:.1f} ms"
 
