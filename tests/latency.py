@@ -11,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from playwright.sync_api import sync_playwright
 
 from fader.attributes import Attribute, Attributes
@@ -60,7 +59,7 @@ def main() -> None:
             method, data = {"name": "fader", "preset": preset}, {"image_size": size}
             model = models.load(make_run(Path(folder) / preset, method, attributes=ATTRIBUTES, data=data))
             editing = model.editing
-            print(f"{preset} at {size}, {torch.get_num_threads()} threads: {faster(editing)}")
+            print(f"{preset} at {size}: {faster(editing)}")
             with serving(server.Service(model, editing)) as address:
                 browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
                 page = browser.new_page()
