@@ -209,6 +209,4 @@ def _kernel_probes(learn: Tensor, labels: Tensor, ks: Sequence[int]) -> Iterator
     slices = [slice(start, stop) for start, stop in zip(edges, edges[1:])]
     members = torch.cat([(labels[:, j : j + 1] == torch.arange(k)).float() for j, k in enumerate(ks)], 1)
     for ridge in _RIDGES:
-        reader = KernelReader(learn.shape[1], len(learn), slices, ridge)
-        reader.fit(learn, members, torch.ones(len(learn)))
-        yield reader.logits
+        yield KernelReader(learn, members, slices, ridge).logits
