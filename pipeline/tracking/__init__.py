@@ -25,7 +25,6 @@ same sender. It is no part of the loop's story: it neither supersedes points nor
     delivery   the sender process as others see it: the trainer's child, and `sync`
     process    the sender process itself
     sender     delivers the spool to MLflow, and says what MLflow does not take
-    sampling   the machine's figures
     address    which store is in use; no password is written anywhere
     later      what is found out about a run afterwards, and a run read back from MLflow
 """

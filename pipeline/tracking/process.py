@@ -22,14 +22,14 @@ from typing import Any
 import psutil
 
 from pipeline.tracking.address import WithoutPasswords
-from pipeline.tracking.sampling import sample
 from pipeline.tracking.sender import Deleted, Sender, is_absent, reason
-from pipeline.tracking.spool import State, last_event, read_events
+from pipeline.tracking.spool import Log, State, last_event, read_events, safe
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 BACKOFF_SECONDS = 10.0
+SAMPLE_SECONDS = 10.0
 LOCK_PATIENCE_SECONDS, SYNC_PATIENCE_SECONDS = 20.0, 15.0
 
 
@@ -145,6 +145,38 @@ def deliver_once(spool: Path, again: bool) -> dict[str, Any]:
         return {"problem": f"{problem or 'the spool names no run'}; {left}"}
     state = sender.state
     return {"problem": None, "uri": state.uri, "run_id": state.run_id, "sent": sender.sent, "refused": state.refused}
+
+
+def sample(spool: Path, node: str | None, stop: threading.Event) -> None:
+    """Append the machine's figures to the spool every few seconds, under the names that MLflow's own monitor uses."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except (ImportError, RuntimeError) as error:
+        logger.info("no GPU figures: %s", error)
+    prefix = "system/" if node is None else f"system/{safe(node)}/"
+    log = Log(spool / f"system{'' if node is None else '-' + safe(node)}.jsonl")
+    monitors[0].collect_metrics()  # the first reading of a processor's use counts from nothing
+    monitors[0].clear_metrics()
+    wait = 1.0  # a short run gets a sample, too
+    while not stop.wait(wait):
+        wait, values = SAMPLE_SECONDS, {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            values |= {prefix + name: value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        step = (last_event(spool / "main.jsonl") or {}).get("step", 0)
+        event = {"kind": "metrics", "time": int(time.time() * 1000), "step": step, "metrics": values}
+        try:
+            log.append(json.dumps(event).encode() + b"\n")
+        except OSError as error:
+            logger.warning("system metrics are not written: %s", error)
+    log.close()
 
 
 def main() -> None:

@@ -37,24 +37,33 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None:
         """Keep numbers at so many images seen and updates made."""
+        self._put("metrics", step=images, updates=updates, metrics=dict(metrics))
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Keep the configuration, nested or flat. On a resume only new keys are added; a changed value becomes a tag."""
+        self._put("params", params=dict(values))
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Keep what describes the run."""
+        self._put("tags", tags=dict(values))
 
     def picture(self, name: str, png: bytes, images: int) -> None:
         """Keep a picture at so many images seen."""
+        self._put("picture", step=images, name=name, png=png)
 
     def artifact(self, path: str | Path) -> None:
         """Keep a file, which stays where it is until the run is delivered: best one in the run's folder."""
+        self._put("artifact", path=os.path.abspath(path))
 
     def rewound(self, images: int, why: str) -> None:
         """Say that the run went back to a checkpoint of `images` seen while it was running."""
+        self._put("rewound", step=images, why=why)
 
     def finish(self, status: Status) -> None:
         """Say how the run ended."""
+
+    def _put(self, kind: str, **event: Any) -> None:
+        """Take an event."""
 
 
 class MlflowTracker(Tracker):
@@ -81,24 +90,6 @@ class MlflowTracker(Tracker):
         self._put("start", step=int(images), key=uuid.uuid4().hex, **self._about)
         self._thread.start()
         atexit.register(self._flush, 2.0)
-
-    def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None:
-        self._put("metrics", step=images, updates=updates, metrics=dict(metrics))
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        self._put("params", params=dict(values))
-
-    def tags(self, values: Mapping[str, Any]) -> None:
-        self._put("tags", tags=dict(values))
-
-    def picture(self, name: str, png: bytes, images: int) -> None:
-        self._put("picture", step=images, name=name, png=png)
-
-    def artifact(self, path: str | Path) -> None:
-        self._put("artifact", path=os.path.relpath(Path(path).resolve(), self.spool.parent))
-
-    def rewound(self, images: int, why: str) -> None:
-        self._put("rewound", step=images, why=why)
 
     def finish(self, status: Status, wait_seconds: float = 30.0) -> None:
         """Say how the run ended and wait, a bounded time, until everything is delivered."""
@@ -202,6 +193,8 @@ class MlflowTracker(Tracker):
             event["params"] = dict(flatten(event["params"]))
         elif event["kind"] == "tags":
             event["tags"] = {str(key): str(value) for key, value in event["tags"].items()}
+        elif event["kind"] == "artifact":
+            event["path"] = os.path.relpath(Path(event["path"]).resolve(), self.spool.parent)
         elif event["kind"] == "picture":
             file = keep_picture(self.spool, event["name"], event["step"], event["png"])
             event = {key: value for key, value in event.items() if key != "png"} | {"file": file}
