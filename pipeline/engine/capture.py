@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +21,19 @@ log = logging.getLogger(__name__)
 Report = dict[str, Tensor]
 
 
-class Recorder(Protocol):
-    """What records: a CUDA graph's way, or a stand-in for it."""
-
-    def begin(self) -> None:
-        """Make ready for recordings; those made before are gone."""
-
-    def run(self, step: Callable[[], Report]) -> Report:
-        """Run a step as it is, where a recording may follow."""
-
-    def record(self, step: Callable[[], Report]) -> tuple[Callable[[], Any], Report]:
-        """Return what replays a step, and the report that every replay writes. The step itself is not run.
-
-        Raises:
-            RuntimeError: the step does what a recording cannot hold.
-        """
-
-
 class CudaGraphs:
-    """Records in CUDA graphs that share their memory, because no two of them run at once."""
+    """Records in CUDA graphs that share their memory, because no two of them run at once. Tests have a stand-in for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
     def begin(self) -> None:
+        """Make ready for recordings; those made before are gone."""
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, step: Callable[[], Report]) -> Report:
-        """A recording needs a stream of its own, and so does what prepares it."""
+        """Run a step as it is, where a recording may follow, which needs a stream of its own."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             report = step()
@@ -57,6 +41,11 @@ class CudaGraphs:
         return report
 
     def record(self, step: Callable[[], Report]) -> tuple[Callable[[], Any], Report]:
+        """Return what replays a step, and the report that every replay writes. The step itself is not run.
+
+        Raises:
+            RuntimeError: the step does what a recording cannot hold.
+        """
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local, because the loader's threads allocate memory meanwhile.
@@ -78,7 +67,7 @@ class CapturedSteps:
 
     WARM = 3
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: CudaGraphs) -> None:
         self.recorder = recorder
         self.refused: set[str] = set()  # names of phases
         self.forget()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config, models, tracking
+from pipeline.evaluation import plots
 from pipeline.evaluation.presentation import Table
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -136,13 +136,10 @@ def _number(value: float | None) -> str:
 
 def plot(runs: Sequence[Compared], split: str = "test") -> bytes | None:
     """PNG: reconstruction MSE across, balanced swap accuracy up, a point a run; None when no run has both."""
-    from matplotlib.figure import Figure
-
     placed = [(name, run) for name, run in zip(names(runs), runs) if {_MSE, _SWAP} <= run.metrics.keys()]
     if not placed:
         return None
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plots.figure_of(6.4, 4.4)
     for name, run in placed:
         x, y = run.metrics[_MSE], run.metrics[_SWAP]
         low, high = run.intervals.get(_SWAP, (y, y))
@@ -153,9 +150,4 @@ def plot(runs: Sequence[Compared], split: str = "test") -> bytes | None:
     axes.set(ylim=(0, 1.02), xlabel=f"reconstruction MSE on [-1, 1], {split} split", ylabel="balanced swap accuracy")
     axes.set_title("What a swap costs: up and left is better", fontsize=10)
     axes.margins(x=0.15)
-    axes.grid(color="#e6e9ed")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()
+    return plots.png_of(figure)

@@ -128,11 +128,7 @@ def fitting(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> tup
 
 
 def quantities(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> list[str]:
-    """Name every number that a report with these tables may hold: those of a report on records that nobody measured.
-
-    Raises:
-        ValueError: as `evaluate`.
-    """
+    """Name every number that a report with these tables may hold: those of a report on records that nobody measured."""
     judges, tables = fitting(model, judges, tables)
     attributes = model.attributes
     records = max((attribute.k for attribute in attributes), default=1)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fader.method import Batch, Method, ReduceSum
 from pipeline import metrics
-from pipeline.evaluation.labels import slider_values
-from pipeline.evaluation.report import SLIDER_POSITIONS
+from pipeline.evaluation.report import SLIDER_POSITIONS, slider_values
 from pipeline.models import editor, readers_of, sampler
 
 if TYPE_CHECKING:

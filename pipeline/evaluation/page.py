@@ -5,19 +5,18 @@ from __future__ import annotations
 import base64
 import html
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fader.method import Batch
 from pipeline.evaluation import pictures, plots
-from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.measure import makes_pictures
 from pipeline.evaluation.pictures import JUDGED_RECORDS, MOST_SLIDERS, SWEPT_FACES, Picture
 from pipeline.evaluation.presentation import Table, as_tables
 from pipeline.evaluation.records import OneProcess, Records, pillow_loader
-from pipeline.evaluation.report import Report
+from pipeline.evaluation.report import Report, slider_values
 from pipeline.evaluation.specification import Specification
 from pipeline.files import write_whole
 
@@ -46,9 +45,6 @@ def write(
 
     Returns:
         The page.
-
-    Raises:
-        ValueError: as the loader does.
     """
     [first] = _batches(model, split, SWEPT_FACES, SWEPT_FACES, specification)
     above = list(_overview(report, model, first))
@@ -154,7 +150,9 @@ def _html(report: Report, model: Model, above: Sequence[Section], below: Sequenc
     body += [*pictured[:first], f'<div class="cards">{cards}</div>', *pictured[first:]]
     body.append(f"<section><h2>Tables</h2>{''.join(map(_table, as_tables([report])))}</section>")
     body += map(_block, below)
-    body.append(f"<section><h2>Config</h2><pre>{say(_config(model))}</pre></section>")
+    if model.run is not None:
+        config = (model.run / "config.yaml").read_text(encoding="utf-8")
+        body.append(f"<section><h2>Config</h2><pre>{say(config)}</pre></section>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{say(str(name))}</title>'
     page = "\n".join(body)
     head += f"<style>{_STYLE}</style>"
@@ -197,20 +195,3 @@ def _table(table: Table) -> str:
     note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
     drawn = f'<div class="wide"><table>{line(table.header, "th")}{rows}</table></div>'
     return f"<h3>{html.escape(table.title)}</h3>{drawn}{note}"
-
-
-def _config(model: Model) -> str:
-    """Return the resolved config as the run's file has it, else as lines of `key: value` from the card."""
-    if model.run is not None and (model.run / "config.yaml").is_file():
-        return (model.run / "config.yaml").read_text(encoding="utf-8")
-    return "\n".join(_lines(model.card.get("config") or {}))
-
-
-def _lines(tree: Mapping[str, object], indent: str = "") -> list[str]:
-    lines = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{key}: {value}")
-    return lines

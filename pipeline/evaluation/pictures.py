@@ -15,9 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fader.method import Batch, Method
-from pipeline.evaluation.labels import slider_values
 from pipeline.evaluation.measure import evaluating, makes_pictures, pictures
-from pipeline.evaluation.report import SLIDER_POSITIONS
+from pipeline.evaluation.report import SLIDER_POSITIONS, slider_values
 from pipeline.files import file_name
 from pipeline.images import png_bytes, to_uint8
 from pipeline.models import editor, readers_of

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _COLOURS = {"real": "#9aa5b1", "reconstruction": "#7fb2d6", "sample": "#7fb2d6", "swap": "#1f5f99"}
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def figure_of(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -39,7 +39,7 @@ def _plain(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130, metadata={"Software": None})
     return out.getvalue()
@@ -49,7 +49,7 @@ def accuracy(report: Report) -> bytes:
     """Plot the balanced accuracy of each attribute as bars with intervals, for each kind of picture."""
     names = [*report.attributes(), "*"]
     kinds = [images for images in _COLOURS if any(score.images == images for score in report.scores)]
-    figure, axes = _figure(max(5.0, 1.0 + 0.32 * len(names) * (1 + len(kinds))), 3.2)
+    figure, axes = figure_of(max(5.0, 1.0 + 0.32 * len(names) * (1 + len(kinds))), 3.2)
     for k, images in enumerate(kinds):
         scores = [(i, s) for i, name in enumerate(names) for s in [balanced(report, images, name)] if s is not None]
         places = [i + (k - (len(kinds) - 1) / 2) * 0.26 for i, _ in scores]
@@ -65,7 +65,7 @@ def accuracy(report: Report) -> bytes:
     axes.set_ylabel("balanced accuracy", fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def balanced(report: Report, images: str, attribute: str) -> Score | None:
@@ -77,7 +77,7 @@ def balanced(report: Report, images: str, attribute: str) -> Score | None:
 
 
 def responses(report: Report) -> bytes:
-    figure, axes = _figure(5.5, 3.2)
+    figure, axes = figure_of(5.5, 3.2)
     for slider in report.sliders:
         name = slider.attribute if slider.value == "1" else f"{slider.attribute}.{slider.value}"
         axes.plot(slider.positions, slider.response, marker="o", markersize=3, linewidth=1.4, label=name)
@@ -85,7 +85,7 @@ def responses(report: Report) -> bytes:
     axes.set_xlabel("slider (-1 absent, 1 present)", fontsize=8)
     axes.set_ylabel("judge's mean probability", fontsize=8)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def curves(run: Path | None) -> tuple[bytes | None, str]:
@@ -118,7 +118,7 @@ def curves(run: Path | None) -> tuple[bytes | None, str]:
             axes.legend(fontsize=6.5, frameon=False)
     for axes in list(figure.axes)[len(panels) :]:
         axes.set_visible(False)
-    return _png(figure), f"{len(points)} quantities over images seen; what a resume superseded is left out"
+    return png_of(figure), f"{len(points)} quantities over images seen; what a resume superseded is left out"
 
 
 _PANEL_NAMES = 10
@@ -152,7 +152,7 @@ def histogram(model: Model, split: Split) -> bytes:
         for value in attribute.values:
             name = f"{attribute.name} {attribute.value_name(value)}"
             rows.append((name, int((label == value).sum()), known, j))
-    figure, axes = _figure(8, 0.8 + 0.22 * len(rows))
+    figure, axes = figure_of(8, 0.8 + 0.22 * len(rows))
     shades = ["#3b6ea5" if j % 2 == 0 else "#7fa6cf" for *_, j in rows]
     axes.barh([name for name, *_ in rows], [count for _, count, *_ in rows], color=shades)
     for y, (_, count, known, _) in enumerate(rows):
@@ -162,4 +162,4 @@ def histogram(model: Model, split: Split) -> bytes:
     axes.margins(x=0.15, y=0.01)
     axes.set_xlabel("records", fontsize=8)
     axes.grid(axis="y", visible=False)
-    return _png(figure)
+    return png_of(figure)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fader.attributes import Attribute, Attributes
+
 IMAGES = ("real", "reconstruction", "sample", "swap")
 SLIDER_POSITIONS = tuple(-2 + i / 2 for i in range(9))
+
+
+def slider_values(attributes: Attributes) -> Iterator[tuple[int, Attribute, int, int | None]]:
+    """Every slider in the order of the tables: column, attribute, the value it raises, which is `category`, too, when k-way."""
+    for j, attribute in enumerate(attributes):
+        for value in attribute.values if attribute.kind == "k-way" else (1,):
+            yield j, attribute, value, value if attribute.kind == "k-way" else None
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,7 @@ class Specification:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
 
     def load(self) -> list[Model]:
-        """Load the models onto the device, without their judges where one is named.
-
-        Raises:
-            ValueError: as `pipeline.models.load`.
-        """
+        """Load the models onto the device, without their judges where one is named."""
         keywords = {"checkpoint": self.checkpoint, "ema": self.averaged, "own_judge": not self.judges}
         return [self.place(models.load(source, **keywords)) for source in self.models]
 

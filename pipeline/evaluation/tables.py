@@ -16,8 +16,17 @@ from torch import Tensor
 
 from fader.attributes import Attributes
 from pipeline import metrics
-from pipeline.evaluation.labels import slider_values
-from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Flattery, Measure, Preservation, Report, Score, Slider
+from pipeline.evaluation.report import (
+    IMAGES,
+    SLIDER_POSITIONS,
+    Flattery,
+    Measure,
+    Preservation,
+    Report,
+    Score,
+    Slider,
+    slider_values,
+)
 from pipeline.evaluation.specification import Specification
 
 MARGIN = 0.03  # by which two readers may differ on swaps more than on real pictures
