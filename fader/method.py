@@ -262,22 +262,16 @@ def register(method: type[Method]) -> type[Method]:
 
 
 @runtime_checkable
-class Encodes(Protocol):
-    """encode(images [N,C,H,W], labels [N,A]) -> a code that only the same method's decode reads."""
+class Edits(Protocol):
+    """Encodes and decodes, so that attributes of a picture can be changed.
+
+    encode(images [N,C,H,W], labels [N,A]) -> a code that only the same method's decode reads.
+    decode(what encode gave, code [N, attributes.code_width]) -> images [N,C,H,W] in [-1, 1].
+    """
 
     def encode(self, images: Tensor, labels: Tensor) -> Any: ...
 
-
-@runtime_checkable
-class Decodes(Protocol):
-    """decode(what encode gave, code [N, attributes.code_width]) -> images [N,C,H,W] in [-1, 1]."""
-
     def decode(self, latent: Any, code: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class Edits(Encodes, Decodes, Protocol):
-    """Encodes and decodes, so that attributes of a picture can be changed."""
 
 
 @runtime_checkable

@@ -137,9 +137,6 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks) -> bool
 
     Returns:
         Whether it came to its end; False when its updates were not finite.
-
-    Raises:
-        ValueError: its folder holds a run of other settings or of other data.
     """
     from pipeline.models import checkpoint
     from pipeline.training.run import train

@@ -13,8 +13,8 @@ import io
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -138,13 +138,6 @@ class Preprocessing:
         """Where a resized box of [N, 2] (width, height) begins in the square: [N, 2] (left, top), centred."""
         return (self.image_size - sizes) // 2
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(entries: dict[str, Any]) -> Preprocessing:
-        return Preprocessing(**entries)
-
 
 def kernel(side: int, image_size: int) -> Literal["lanczos", "triangular", "none"]:
     """The one resize kernel for a box whose longer side is `side` pixels and becomes `image_size`.
@@ -227,9 +220,6 @@ def check(data: bytes, depth: Check = "full") -> Checked:
     Args:
         depth: "header" reads of a JPEG or WebP only the header and looks for the end, at a fifth of the time: a picture
             that was cut short is found, one that is damaged inside is not.
-
-    Raises:
-        ValueError: as `decode`.
     """
     plain = _plain_jpeg_size(data) if depth == "header" else None
     if plain and _has_end(data, "JPEG"):

@@ -98,11 +98,7 @@ def _lock(file, what: str, path: Path, shared: bool) -> bool:
 
 
 def _wait_for_another_machine(path: Path, what: str, locks: bool) -> None:
-    """Watch an owner whom the system's lock does not tell of, until it shows that it lives or is taken for gone.
-
-    Raises:
-        ValueError: it lives.
-    """
+    """Watch an owner whom the system's lock does not tell of, until it shows that it lives or is taken for gone."""
     before, touched = path.read_text(), path.stat().st_mtime_ns
     if not before or (locks and _read(before).get("host") == socket.gethostname()):
         if before:

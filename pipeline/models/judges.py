@@ -126,4 +126,4 @@ def _kind(attribute: Attribute) -> str:
 
 
 def _describe(preprocessing: Preprocessing) -> str:
-    return ", ".join(f"{name} {value}" for name, value in preprocessing.to_dict().items())
+    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(preprocessing).items())

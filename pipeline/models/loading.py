@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -72,11 +73,7 @@ def parse_source(source: str | Path) -> tuple[Path, str | None]:
 
 
 def variant_of(run: Path, which: str) -> str:
-    """Return how names of files about one of a run's checkpoints end: "" for the newest, "-images-64000" for another.
-
-    Raises:
-        ValueError: as `pipeline.models.checkpoint.named`.
-    """
+    """Return how names of files about one of a run's checkpoints end: "" for the newest, "-images-64000" for another."""
     chosen = checkpoints.named(run, which)
     newest = which == "latest" or chosen == checkpoints.kept(run)[0]
     return "" if newest else f"-images-{checkpoints.images_of(chosen)}"
@@ -99,7 +96,7 @@ def _from_run(run: Path, which: str, ema: bool, own_judge: bool) -> Model:
     card = {
         "format": FORMAT,
         **about_method(method),
-        "preprocessing": preprocessing.to_dict(),
+        "preprocessing": dataclasses.asdict(preprocessing),
         "images_seen": images,
         "ema": ema and averages,
         "metrics": evaluation.get("metrics", {}),
@@ -156,7 +153,7 @@ def _from_export(folder: Path, ema: bool, own_judge: bool) -> Model:
     _fill(method, checkpoints.by_network(load_file(weights)), str(folder))
     kept = [folder / name for name in judge_folders(card) if own_judge and (folder / name / "card.json").is_file()]
     judges = tuple(_from_export(one, True, False) for one in kept)
-    return Model(method, card, attributes, Preprocessing.from_dict(card["preprocessing"]), judges, str(folder))
+    return Model(method, card, attributes, Preprocessing(**card["preprocessing"]), judges, str(folder))
 
 
 def judge_folders(card: Mapping[str, Any]) -> list[str]:

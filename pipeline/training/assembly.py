@@ -98,11 +98,7 @@ class Run:
 
 
 def _check_card(folder: Path, resume: bool, shards: ShardSet) -> None:
-    """Check that the folder's run.json is of the run to resume, and that there is none for one that begins.
-
-    Raises:
-        ValueError: it holds a run and none is to be resumed, or the other way round, or a run of other data.
-    """
+    """Check that the folder's run.json is of the run to resume, and that there is none for one that begins."""
     card = folder / "run.json"
     if not resume:
         if card.exists():

@@ -11,7 +11,7 @@ import torch
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
 from fader.losses.attributes import attribute_losses
-from fader.method import METHODS, Batch, Decodes, Encodes
+from fader.method import METHODS, Batch, Edits
 from tests.fader.tiny import MIXED, changed, context, loss_of, phases, planted, stand, tiny, tiny_fader, weights
 
 FULL = {"patch": {"weight": 0.1}, "classifier": {"weight": 0.1}}
@@ -111,7 +111,7 @@ def test_float64_stays_float64(name, changes, phase):
     batch = dataclasses.replace(batch, images=batch.images.double())
     loss = loss_of(method, phase, batch, 100)
     assert loss.value.dtype == torch.float64
-    if isinstance(method, Encodes) and isinstance(method, Decodes):
+    if isinstance(method, Edits):
         with torch.no_grad():
             latent = method.encode(batch.images, batch.attributes)
             decoded = method.decode(latent, MIXED.code(batch.attributes))

@@ -82,10 +82,6 @@ def test_impossible_preprocessing_is_refused(options):
         Preprocessing(**options)
 
 
-def test_preprocessing_survives_a_dictionary():
-    assert Preprocessing.from_dict(Preprocessing(64, "center", 1).to_dict()) == Preprocessing(64, "center", 1)
-
-
 def test_floats_run_from_minus_one_to_one_and_every_grey_level_returns():
     levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).T.reshape(1, 16, 16, 3)
     floats = images.to_float(levels)

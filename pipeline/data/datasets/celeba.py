@@ -85,11 +85,7 @@ def _find(source: Place, candidates: tuple[str, ...], what: str, exists: Callabl
 
 
 def _lines(path: Place) -> list[list[str]]:
-    """The cells of each line; trailing empty lines are dropped.
-
-    Raises:
-        ValueError: a byte is not ASCII; names the line.
-    """
+    """The cells of each line; trailing empty lines are dropped."""
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # what some editors put before a text
     if not data.isascii():
         line = next(number for number, part in enumerate(data.split(b"\n"), 1) if not part.isascii())

@@ -76,11 +76,7 @@ def _find(folder: Place, part: str, what: str, dimensions: int) -> Place | None:
 
 @lru_cache(maxsize=8)
 def _numbers(folder: Place, part: str, what: str, dimensions: int) -> tuple[str, np.ndarray]:
-    """The name of an idx file, and its numbers: uint8, of so many dimensions.
-
-    Raises:
-        ValueError: it is not there, no idx file of unsigned bytes, or shorter or longer than it says.
-    """
+    """The name of an idx file, and its numbers: uint8, of so many dimensions."""
     place = _find(folder, part, what, dimensions)
     if place is None:
         raise describe_missing(folder, f"{part}-{what}-idx{dimensions}-ubyte or {part}-{what}-idx{dimensions}-ubyte.gz")

@@ -139,11 +139,7 @@ def _tars(source: Place) -> list[str]:
 
 
 def _splits_of(source: Place, tars: list[str]) -> dict[str, str]:
-    """The split of each tar: its name begins with it, or the name of the innermost folder that says one.
-
-    Raises:
-        ValueError: some say one and others do not.
-    """
+    """The split of each tar: its name begins with it, or the name of the innermost folder that says one."""
     splits = {}
     for tar in tars:
         words = [re.match("[a-z]*", part)[0] for part in reversed(tar.lower().split("/"))]

@@ -164,11 +164,7 @@ def _jobs_of(dataset: Dataset, out: Path, how: Settings) -> list[ShardJob]:
 
 
 def _source_digest(dataset: Dataset, how: Settings) -> str:
-    """The digest of what decides a set's bytes.
-
-    Raises:
-        ValueError: it cannot be written so.
-    """
+    """The digest of what decides a set's bytes."""
     if not len(dataset):
         raise ValueError(f"{dataset.name}: not one record to write; is the source empty?")
     reserved = [e["name"] for e in dataset.attribute_list if e["name"] in (*FIXED_COLUMNS, ORIENTATION)]

@@ -162,11 +162,7 @@ class ShardSet:
 
 
 def _open_remote(place: Place) -> ShardSet:
-    """The set at an address. Its description is always fetched, its manifest when the cache has another or none.
-
-    Raises:
-        ValueError, OSError: as `ShardSet.open`.
-    """
+    """The set at an address. Its description is always fetched, its manifest when the cache has another or none."""
     try:
         description = (place / DESCRIPTION).read_bytes()
     except FileNotFoundError as error:

@@ -40,9 +40,6 @@ class DaliLoader(DaliDecoder):
             the other streams of a run have decoded is there, too; with "host" also what the machine's other ranks have.
             Two that want a record at the same moment may both decode it.
         on_node: see `OnNode`; the ranks of a machine open their loaders together.
-
-    Raises:
-        ValueError: what `choose` and `open_kept` raise.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ import torch
 from pipeline import models
 from pipeline.images import Preprocessing
 from pipeline.models import onnx
-from tests.commands import launch
 from tests.runs import FADER, JUDGE, make_run
+from tests.warm import forked
 
 
 def settings(**changes):
@@ -37,7 +37,7 @@ def test_the_command_writes_graphs_that_give_what_torch_gives(tmp_path, layout, 
     off = onnx.export_onnx(model, tmp_path / "out")
     assert set(off) == {"encoder", "decoder"} and max(off.values()) <= onnx.TOLERANCE
     card = json.loads((tmp_path / "out" / "card.json").read_text())
-    assert card["onnx"]["off"] == off and Preprocessing.from_dict(card["preprocessing"]).image_size == 32
+    assert card["onnx"]["off"] == off and Preprocessing(**card["preprocessing"]).image_size == 32
     encoder, decoder = (onnxruntime.InferenceSession(tmp_path / "out" / f"{name}.onnx") for name in ("encoder", "decoder"))
     editing = model.editing
     for count in (1, 5):
@@ -94,11 +94,11 @@ def test_differences_are_seen(tmp_path):
 def test_the_command_exports_either_way_and_says_what_it_cannot(tmp_path):
     make_run(tmp_path / "judge", JUDGE)
     make_run(tmp_path / "run", FADER, judge=str(tmp_path / "judge"))
-    said = launch("launch.export", "run", "--out", "graphs", "--onnx", cwd=tmp_path).stdout
+    said = forked("launch.export", "run", "--out", "graphs", "--onnx", cwd=tmp_path).stdout
     assert "decoder.onnx, which is within" in said
-    launch("launch.export", "run", "--out", "tensors", cwd=tmp_path)
+    forked("launch.export", "run", "--out", "tensors", cwd=tmp_path)
     assert models.load(tmp_path / "tensors").judges
-    done = launch("launch.export", "run", "--out", "tensors", "--onnx", cwd=tmp_path, code=2)
+    done = forked("launch.export", "run", "--out", "tensors", "--onnx", cwd=tmp_path, code=2)
     assert "tensors exists and is no export to ONNX" in done.stderr
-    done = launch("launch.export", "judge", "--out", "no", "--onnx", cwd=tmp_path, code=2)
+    done = forked("launch.export", "judge", "--out", "no", "--onnx", cwd=tmp_path, code=2)
     assert "no sliders to move" in done.stderr and not (tmp_path / "no").exists()
