@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.data import inspection
 from pipeline.data.datasets import DATASETS
 from pipeline.data.shards import ShardSet, prepare
-from tests.commands import launch
+from tests.warm import forked
 
 COUNT = 60
 
@@ -69,7 +69,7 @@ def test_the_quality_of_a_jpeg_is_read_off_its_table(quality):
 
 def test_the_command_writes_text_and_pictures_and_logs_them(planted, tmp_path):
     store = tmp_path / "store"
-    done = launch(
+    done = forked(
         "launch.inspect", planted, "--to", tmp_path / "report", "--log", "sets",
         MLFLOW_TRACKING_URI=f"sqlite:///{store}.db", cwd=tmp_path,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_the_command_writes_text_and_pictures_and_logs_them(planted, tmp_path):
 
     with sqlite3.connect(f"{store}.db") as database:
         assert database.execute("select count(*) from metrics where key = 'train/records' and value = 30").fetchone()[0]
-    wrong = launch("launch.inspect", tmp_path / "nowhere", code=2).stderr.strip()
+    wrong = forked("launch.inspect", tmp_path / "nowhere", code=2).stderr.strip()
     assert "is not there" in wrong and "\n" not in wrong
 
 
@@ -88,14 +88,14 @@ def test_a_set_that_cannot_be_written_to_is_inspected_from_a_folder_here(planted
     """A file where the folder should stand refuses it as a read-only set does, also when root runs the test."""
     copy = Path(shutil.copytree(planted, tmp_path / "set", ignore=shutil.ignore_patterns("inspect")))
     (copy / "inspect").write_text("")
-    done = launch("launch.inspect", copy, cwd=tmp_path)
+    done = forked("launch.inspect", copy, cwd=tmp_path)
     assert "wrote" in done.stdout and (tmp_path / "inspect-set/contact.png").is_file()
-    refused = launch("launch.inspect", copy, "--to", copy / "inspect/x", code=2).stderr.strip()
+    refused = forked("launch.inspect", copy, "--to", copy / "inspect/x", code=2).stderr.strip()
     assert "name another folder with --to" in refused and "\n" not in refused
 
 
 def test_a_set_at_an_address_is_inspected(planted, tmp_path):
-    done = launch(
-        "launch.inspect", planted.as_uri(), "--to", tmp_path / "report", FADER_CACHE=tmp_path / "cache", cwd=tmp_path
+    done = forked(
+        "launch.inspect", planted.as_uri(), "--to", tmp_path / "report", FADER_CACHE=str(tmp_path / "cache"), cwd=tmp_path
     )
     assert "table: 60 records" in done.stdout and (tmp_path / "report/contact.png").is_file()

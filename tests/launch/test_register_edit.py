@@ -14,9 +14,9 @@ from launch import edit, register, sample, sync
 from pipeline import models
 from pipeline.faces import photos
 from pipeline.faces.alignment import Face
-from tests.commands import launch
 from tests.runs import FADER, JUDGE, make_run, make_store, painter, photo
 from tests.shams import Drawing, registered
+from tests.warm import forked
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def test_the_whole_way_from_a_run_to_an_edited_photo(tmp_path):
     make_run(tmp_path / "run", FADER, judge=str(tmp_path / "judge"))
     photo(tmp_path / "a.jpg")
     here = {"cwd": tmp_path, "MLFLOW_TRACKING_URI": make_store(tmp_path)}
-    done = launch("launch.register", "run", "--name", "faces", **here)
+    done = forked("launch.register", "run", "--name", "faces", **here)
     assert "registered faces version 1 as models:/faces@challenger" in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     words = ["a.jpg", "--model", "models:/faces@challenger", "--set", "Smiling=1.5", "Eyeglasses=-1", "--out", "out"]
-    done = launch("launch.edit", *words, **here)
+    done = forked("launch.edit", *words, **here)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "grid.png"]
     assert "read by the model's judge: Smiling, Eyeglasses, Beard" in done.stdout
     assert picture(tmp_path / "out" / "a.png").shape == (32, 32, 3)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.shards import ShardSet
-from tests.commands import ROOT, command, environment, interruptible, launch
+from tests.commands import ROOT, command, environment, interruptible
 from tests.runs import JUDGE, make_run, make_store
+from tests.warm import forked
 
 CONFIG = """
 name: tiny
@@ -58,7 +59,7 @@ def test_a_sweep_goes_on_where_it_was_broken_off_and_ends_with_a_table_a_plot_an
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 130 and "the same command goes on with the sweep" in output, output
-    done = launch("launch.sweep", *words, MLFLOW_TRACKING_URI=store)
+    done = forked("launch.sweep", *words, MLFLOW_TRACKING_URI=store)
     assert "latent.weight-0: trained already" in done.stdout and "latent.weight-0: evaluated already" in done.stdout
     assert "latent.weight-0.01 (2 of 2): resuming" in done.stdout
     drawn = (folder / "report" / "sweep-valid.md").read_text()
@@ -74,5 +75,5 @@ def test_a_sweep_goes_on_where_it_was_broken_off_and_ends_with_a_table_a_plot_an
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert "valid/mse" in children[0].data.metrics and parent.data.params["sweep.method.latent.weight"] == "('0', '0.01')"
     assert any(name.startswith("chosen/") for name in parent.data.metrics)
-    done = launch("launch.sweep", config, "method.latent.weight=0,0.01", "method.images=900", "--folder", folder, code=2)
+    done = forked("launch.sweep", config, "method.latent.weight=0,0.01", "method.images=900", "--folder", folder, code=2)
     assert "holds a run of other settings" in done.stderr
