@@ -51,6 +51,7 @@ class FaderSettings(Settings):
     num_skips: int = setting(0, "encoder maps handed to the decoder beside the latent", least=0)
     skip: Skip = setting("plain", "those maps as they are, or selective: through a gate that knows the attributes")
     deconv: Deconv = setting("convtranspose", "how the decoder doubles the sides")
+    last_deconv: Deconv | None = setting(None, "how its last layer does, if in another way")
     norm: Norm = setting("global", "of encoder and decoder; discriminators keep batch norm where this is instance")
     encoder_dropout: float = setting(0.0, "in every layer of the encoder", least=0, most=1)
     decoder_dropout: float = setting(0.0, "in the first three layers of the decoder", least=0, most=1)
@@ -98,7 +99,7 @@ class Fader(Method):
             raise ValueError("a Fader network needs at least one attribute to slide; name some")
         self.networks: dict[str, nn.Module] = {
             "encoder": Encoder(layout, s.norm, s.encoder_dropout),
-            "decoder": Decoder(layout, attributes.code_width, s.norm, s.deconv, s.decoder_dropout, s.skip),
+            "decoder": Decoder(layout, attributes.code_width, s.norm, s.deconv, s.decoder_dropout, s.skip, s.last_deconv),
         }
         self.adversaries = self._adversaries(layout)
         for adversary in self.adversaries:

@@ -121,6 +121,7 @@ class Decoder(nn.Module):
     is i above the latent.
 
     Args:
+        deconv, last: how the layers double the sides, and how the last of them does (None: as the others).
         dropout: in the first three layers, except the last of all.
         skip: "plain" takes encoder maps as they are; "selective" scales each of their numbers by a gate in (0, 1) that
             is computed from features, code and the map, so that a swap need not keep what it should change. Source of
@@ -135,21 +136,22 @@ class Decoder(nn.Module):
         deconv: Deconv = "convtranspose",
         dropout: float = 0.0,
         skip: Skip = "plain",
+        last: Deconv | None = None,
     ) -> None:
         super().__init__()
         widths = [layout.channels, *layout.widths[: layout.num_layers]][::-1]
-        last = layout.num_layers - 1
+        kinds = [deconv] * (layout.num_layers - 1) + [last or deconv]
         self.code_width = code_width
         self.num_skips = layout.num_skips
         self.layers = nn.ModuleList(
             Up(
                 a + code_width + (a if 0 < i <= layout.num_skips else 0),
                 b,
-                deconv,
-                norm if i < last else None,
+                kind,
+                norm if i < len(kinds) - 1 else None,
                 dropout if i < 3 else 0.0,
             )
-            for i, (a, b) in enumerate(zip(widths, widths[1:]))
+            for i, (a, b, kind) in enumerate(zip(widths, widths[1:], kinds))
         )
         gated = widths[1 : layout.num_skips + 1] if skip == "selective" else []
         self.gates = nn.ModuleList(nn.Conv2d(2 * width + code_width, width, 1) for width in gated)

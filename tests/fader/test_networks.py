@@ -71,6 +71,15 @@ def test_every_convolution_of_the_encoder_has_a_bias_and_all_but_the_first_a_nor
     assert [isinstance(layer.norm, nn.Identity) for layer in layers] == [True, False, False]
 
 
+def test_the_last_layer_may_double_the_sides_in_a_way_of_its_own():
+    def kinds(**settings):
+        return [type(layer.deconv) for layer in tiny_fader(**settings).networks["decoder"].layers]
+
+    assert kinds(last_deconv="upsampling") == [nn.ConvTranspose2d, nn.ConvTranspose2d, nn.Sequential]
+    assert kinds(deconv="upsampling") == [nn.Sequential] * 3
+    assert kinds(deconv="upsampling", last_deconv="convtranspose") == [nn.Sequential, nn.Sequential, nn.ConvTranspose2d]
+
+
 def test_explicit_sizes_override_the_preset():
     layout = FaderSettings(preset="paper", init_channels=8, num_layers=5).layout(64, 1)
     assert (layout.init_channels, layout.max_channels, layout.num_layers, layout.channels) == (8, 512, 5, 1)
