@@ -6,20 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pipeline.evaluation import published
 from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Report
 
 _COLUMNS = 8  # values side by side in a table of directions
-
-# Shares of human raters, in percent: (naturalness, accuracy). A judge's accuracies are not of the same kind.
-PUBLISHED_SOURCE = "Lample et al. 2017, arXiv:1706.00409, table 1: human raters, 256 pixels; not a judge's numbers"
-PUBLISHED = {
-    "Real Image": {"Mouth_Slightly_Open": (92.6, 89.0), "Smiling": (87.0, 88.3), "Eyeglasses": (88.6, 97.6)},
-    "IcGAN AE": {"Mouth_Slightly_Open": (22.7, 88.1), "Smiling": (21.7, 91.7), "Eyeglasses": (14.8, 86.2)},
-    "IcGAN Swap": {"Mouth_Slightly_Open": (11.4, 10.1), "Smiling": (22.9, 9.9), "Eyeglasses": (9.6, 47.5)},
-    "FadNet AE": {"Mouth_Slightly_Open": (88.4, 91.8), "Smiling": (75.2, 90.1), "Eyeglasses": (78.8, 94.5)},
-    "FadNet Swap": {"Mouth_Slightly_Open": (79.0, 66.2), "Smiling": (31.4, 97.1), "Eyeglasses": (45.3, 76.6)},
-}
-
 
 @dataclass(frozen=True)
 class Table:
@@ -44,7 +34,7 @@ def _with_interval(value: float, low: float, high: float, digits: int = 3) -> st
 
 def as_tables(reports: Sequence[Report]) -> list[Table]:
     """Everything in some reports as tables, side by side where several speak of the same."""
-    tables = [_summary(reports), _readers(reports), *_directions(reports), _published(reports)]
+    tables = [_summary(reports), _readers(reports), *_directions(reports), *_published(reports)]
     tables += [_fidelity_table(reports), _truth_table(reports), _preservation_table(reports), _slider_table(reports)]
     tables += [_leak_table(reports), _distance_table(reports), _conditional_table(reports), _cost_table(reports)]
     return [table for table in tables if table.rows]
@@ -162,11 +152,27 @@ def _directions(reports: Sequence[Report]) -> Iterator[Table]:
             yield Table(f"{name}, each pair", ["images", "from", *(f"to {value}" for value in own)], rows)
 
 
-def _published(reports: Sequence[Report]) -> Table:
-    names = [name for name in PUBLISHED["Real Image"] if name in _all_attributes(reports)]
+def _published(reports: Sequence[Report]) -> Iterator[Table]:
+    """Yield what others published of the same attributes: people's verdicts, and a classifier's of thirteen attributes."""
+    names = [name for name in published.RATERS["Real Image"] if name in _all_attributes(reports)]
     header = ["images", *(f"{name} {what}" for name in names for what in ("naturalness", "accuracy"))]
-    rows = [[row, *(f"{number:.1f}" for name in names for number in cells[name])] for row, cells in PUBLISHED.items()]
-    return Table("As published, in percent", header, rows if names and _swapped(reports) else [], PUBLISHED_SOURCE + ".")
+    rows = [[row, *(f"{number:.1f}" for name in names for number in cells[name])] for row, cells in published.RATERS.items()]
+    title, seen, measures = "As published, in percent", _swapped(reports), ("psnr", "ssim")
+    yield Table(title, header, rows if names and seen else [], f"{published.RATERS_SOURCE}.")
+    ours = [
+        [name, *(_number(100 * r.score(images).value, 2) for images in ("real", "swap")), *(_measured(r, m) for m in measures)]
+        for name, r in _labelled(reports)
+        if published.THIRTEEN <= set(r.attributes()) and _swapped([r])
+    ]
+    digits = (2, 2, 2, 3)
+    rows = [[name, *(_number(n, d) for n, d in zip(row, digits))] for name, row in published.EDITORS.items()]
+    header = ["model", "real, %", "swaps, %", "PSNR, dB", "SSIM"]
+    yield Table(f"{title}: thirteen attributes", header, [*rows, *ours] if ours else [], f"{published.EDITORS_SOURCE}.")
+
+
+def _measured(report: Report, name: str) -> str:
+    measure = report.fidelity.get(name)
+    return _number(measure.value, 3 if name == "ssim" else 2) if measure else "–"
 
 
 def _fidelity_table(reports: Sequence[Report]) -> Table:

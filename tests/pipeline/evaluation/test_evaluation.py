@@ -17,7 +17,7 @@ import torch
 from fader.attributes import Attribute, Attributes
 from fader.method import Batch, Method
 from pipeline import evaluation, metrics, models
-from pipeline.evaluation import Specification, distribution, evaluate, measure, probe
+from pipeline.evaluation import Specification, distribution, evaluate, measure, probe, published
 from pipeline.evaluation.records import OneProcess
 from pipeline.evaluation.report import IMAGES
 from pipeline.images import Preprocessing
@@ -849,6 +849,18 @@ def test_tables_stand_side_by_side_with_real_images_once():
     assert "FadNet Swap" in text and "31.4" in text and "human raters" in text
     for table in evaluation.as_tables([a, b]):
         assert all(len(row) == len(table.header) for row in table.rows), table.title
+
+
+def test_the_field_s_thirteen_attributes_stand_beside_what_was_published():
+    report = run(Oracle(), Seer(), tables=("swap", "fidelity"))
+    renamed = [dataclasses.replace(report.score("swap"), attribute=name) for name in published.THIRTEEN]
+    title = "As published, in percent: thirteen attributes"
+    assert title not in [table.title for table in evaluation.as_tables([report])]
+    thirteen = dataclasses.replace(report, scores=[*report.scores, *renamed])
+    rows = next(table.rows for table in evaluation.as_tables([thirteen]) if table.title == title)
+    assert rows[0] == ["STGAN", "94.50", "86.05", "31.67", "0.948"]
+    psnr, ssim = (report.fidelity[name].value for name in ("psnr", "ssim"))
+    assert rows[2][1:] == ["100.00", "100.00", f"{psnr:.2f}", f"{ssim:.3f}"]
 
 
 def test_a_number_that_is_not_there_is_asked_for():
