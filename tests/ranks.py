@@ -41,6 +41,7 @@ FEW_STEPS = 10  # where nothing depends on how many there are
 CLIP_NORM = 0.1  # binds on these small methods, as 5 does on large ones
 METHOD_NAMES = ("fader", "judge", *(sham.name for sham in SHAMS))
 LATENT = {"latent_step": 0.5, "latent_damping": 1e-3}  # of latent optimisation; they move weights by 6e-3
+KEYS = {"quantised_keys": 16, "quantised_weight": 0.2}  # of feature quantisation
 SIBLINGS = ("cgan", "cvae", "icgan", "vacgan", "vaegan")
 WITHOUT_BATCH_NORM = ("sham_sampler", "sham_penalised")
 BACKENDS = {
@@ -140,7 +141,8 @@ def build(case: Case) -> Method:
         ),
         "judge": lambda: kind.Settings(**small, hidden_channels=8),
         **{
-            name: lambda: sibling(kind.Settings, {**small, **LATENT, "hidden_channels": 8, "dropout": 0.0}) for name in SIBLINGS
+            name: lambda: sibling(kind.Settings, {**small, **LATENT, **KEYS, "hidden_channels": 8, "dropout": 0.0})
+            for name in SIBLINGS
         },
     }.get(case.method, lambda: ShamSettings(images))()  # fmt: skip
     torch.manual_seed(5)

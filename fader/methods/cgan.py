@@ -22,6 +22,7 @@ from fader.losses.adversarial import Game
 from fader.method import Batch, Context, Loss, Networks, register
 from fader.methods.gan import Gan, GanSettings
 from fader.networks.generator import ConditionalDiscriminator, Generator, begin_as_dcgan
+from fader.networks.quantisation import Quantisation
 from fader.networks.spectral import with_spectral_norm
 from fader.settings import setting
 
@@ -47,6 +48,9 @@ class CGan(Gan):
         sizes = (image_size, channels, s.init_channels, s.max_channels)
         discriminator = ConditionalDiscriminator(attributes, *sizes, None if s.spectral_norm else s.norm)
         begin_as_dcgan(discriminator)
+        if s.quantised_keys:
+            second = discriminator.layers[0].conv
+            discriminator.layers.insert(1, Quantisation(second.out_channels, s.quantised_keys, s.quantised_decay))
         self.networks = {
             "generator": begin_as_dcgan(Generator(attributes, s.noise_width, *sizes, s.deconv, s.norm, s.dropout)),
             "discriminator": with_spectral_norm(discriminator) if s.spectral_norm else discriminator,
@@ -60,7 +64,7 @@ class CGan(Gan):
         loss = matching_loss(
             networks["discriminator"], self.game, self.attributes, batch, [images], self.settings.wrong_labels
         )
-        return Loss(loss.value + cost, loss.report)
+        return Loss(loss.value + cost + self.quantised(networks, batch), loss.report)
 
 
 def matching_loss(

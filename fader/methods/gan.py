@@ -12,6 +12,7 @@ from fader.losses.adversarial import GAMES, Game
 from fader.losses.latents import natural_steps
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage
 from fader.networks.layers import Deconv, wide
+from fader.networks.quantisation import taken_costs
 from fader.settings import Settings, setting
 
 
@@ -37,6 +38,9 @@ class GanSettings(Settings):
     latent_damping: float = setting(0.1, "β of it", least=1e-6)
     latent_share: float = setting(0.8, "share of the noise that takes the step", least=0, most=1)
     latent_weight: float = setting(0.1, "of the steps' squared lengths in the losses of both sides", least=0)
+    quantised_keys: int = setting(0, "K of the quantisation of what the discriminator's second layer gives; 0 = none", least=0)
+    quantised_decay: float = setting(0.8, "γ of it", least=0, most=1)
+    quantised_weight: float = setting(1.0, "of features' distances from keys in the losses of both sides", least=0)
 
 
 class Gan(Method):
@@ -46,7 +50,8 @@ class Gan(Method):
 
     m is the maker's side of the game (`fader/losses/adversarial.py`), x are images, y their labels, z is noise. With latent
     optimisation z first takes a step along which the discriminator finds the image more real, and both losses are taken of
-    the image that it then gives, the step's own derivatives included.
+    the image that it then gives, the step's own derivatives included. With feature quantisation both losses also have the cost
+    of the features that the discriminator's keys stand for.
     """
 
     for_use = ("generator",)
@@ -102,7 +107,12 @@ class Gan(Method):
         """The generator learns to make images that the discriminator takes for real ones."""
         images, cost = self.made(networks, batch)
         taken = self.taken(networks, images, batch)
-        return Loss(taken + cost, {"generator/taken": taken.detach()})
+        return Loss(taken + cost + self.quantised(networks, batch), {"generator/taken": taken.detach()})
+
+    def quantised(self, networks: Networks, batch: Batch) -> Tensor | float:
+        """What the discriminator's passes of this update cost by feature quantisation, summed over them."""
+        costs = taken_costs(networks["discriminator"])
+        return self.settings.quantised_weight * batch.mean(torch.cat(costs)) if costs else 0.0
 
     def taken(self, networks: Networks, images: Tensor, batch: Batch) -> Tensor:
         """What images cost that should be taken for real ones."""

@@ -28,6 +28,7 @@ from fader.methods.gan import Gan, GanSettings
 from fader.networks.generator import widths_of
 from fader.networks.layers import Deconv
 from fader.networks.pooled import DenseGenerator, PooledClassifier
+from fader.networks.quantisation import Quantisation
 from fader.networks.spectral import with_spectral_norm
 from fader.settings import setting
 
@@ -82,6 +83,9 @@ class VacGan(Gan):
             "discriminator": PooledClassifier(channels, widths, 5, None, 1 + (self.classes if self.counts_classes else 0)),
             "classifier": PooledClassifier(channels, [2 * width for width in widths], 2, s.norm, logits),
         }
+        if s.quantised_keys:  # convolution, LeakyReLU, convolution, LeakyReLU, and here
+            discriminator = self.networks["discriminator"]
+            discriminator.layers.insert(4, Quantisation(widths[1], s.quantised_keys, s.quantised_decay))
         if s.spectral_norm:
             self.networks = {name: with_spectral_norm(network) for name, network in self.networks.items()}
 
@@ -120,7 +124,8 @@ class VacGan(Gan):
             losses = self.game.discriminator(real, fake)
         loss = batch.mean(losses)
         report = {"loss": loss, "real": batch.mean(self.realness(real)), "made": batch.mean(self.realness(fake))}
-        return Loss(loss + cost, {f"discriminator/{name}": value.detach() for name, value in report.items()})
+        value = loss + cost + self.quantised(networks, batch)
+        return Loss(value, {f"discriminator/{name}": value.detach() for name, value in report.items()})
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The classifier learns to read the attributes off real images; unknown labels are left out."""
@@ -137,7 +142,8 @@ class VacGan(Gan):
         taken, logits = self.taken(networks, images, batch), networks["classifier"](images)
         reading = attribute_loss(self.attributes, logits, batch.attributes, batch.known, "sigmoid") / len(self.attributes)
         report = {"generator/taken": taken.detach(), "generator/reading": reading.detach()}
-        return Loss(taken + self.settings.classifier_weight * reading + cost, report)
+        value = taken + self.settings.classifier_weight * reading + cost + self.quantised(networks, batch)
+        return Loss(value, report)
 
     def stages(self) -> tuple[Stage, ...]:
         s, (gan,) = self.settings, super().stages()
