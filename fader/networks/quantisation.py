@@ -54,7 +54,8 @@ class Quantisation(SumsOverRanks):
         keys = self.keys
         index = (keys.square().sum(1) - 2 * rows @ keys.T).argmin(1)
         if self.training:
-            chosen = (index[:, None] == torch.arange(len(keys), device=rows.device)).to(rows.dtype)  # no scatter: same sums always
+            # A product, because scattered sums on CUDA depend on who comes first.
+            chosen = (index[:, None] == torch.arange(len(keys), device=rows.device)).to(rows.dtype)
             total = self.reduce_sum(torch.cat([chosen.sum(0)[:, None], chosen.T @ rows], 1))
             self.counts.lerp_(total[:, 0], 1 - self.decay)
             self.sums.lerp_(total[:, 1:], 1 - self.decay)
