@@ -18,17 +18,21 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fader demo
 
-# The tests of the Slurm jobs mostly wait, so they run beside the others; what they print comes at the end, and what failed last.
-# Tests on several ranks need both cores, so they come last, when those of Slurm should be done. One thread each, because
-# the tests' small tensors take longer with more.
+# Three parts run beside each other, because one process of pytest keeps one core busy and the tests of the Slurm jobs mostly
+# wait. Only one of them prints as it goes; what the others print comes after it, and what failed last. Tests on several ranks
+# need both cores, so they come when the rest is done. One thread each, because the tests' small tensors take longer with more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+BESIDE := tests/launch tests/pipeline/tracking tests/pipeline/models tests/faults
 
 test: $(STAMP)
-	@mkdir -p build
-	@$(PYTEST) tests/slurm >build/test-slurm.log 2>&1 & slurm=$$!; trap "kill $$slurm" INT TERM; \
-	$(PYTEST) --ignore tests/slurm 2>&1 | tee build/test.log; code=$${PIPESTATUS[0]}; \
+	@mkdir -p build; rm -f build/test*.log
+	@$(PYTEST) tests/slurm >build/test-slurm.log 2>&1 & slurm=$$!; \
+	$(PYTEST) -m 'not ranks' $(BESIDE) >build/test-beside.log 2>&1 & beside=$$!; trap "kill $$slurm $$beside" INT TERM; \
+	$(PYTEST) -m 'not ranks' --ignore tests/slurm $(BESIDE:%=--ignore %) 2>&1 | tee build/test.log; code=$${PIPESTATUS[0]}; \
+	echo "$(BESIDE):"; wait $$beside || code=1; cat build/test-beside.log; \
+	$(PYTEST) -m ranks --ignore tests/slurm 2>&1 | tee build/test-ranks.log; [ $${PIPESTATUS[0]} = 0 ] || code=1; \
 	echo "tests/slurm:"; wait $$slurm || code=1; cat build/test-slurm.log; \
-	grep -hE '^(FAILED|ERROR) ' build/test.log build/test-slurm.log; exit $$code
+	grep -hE '^(FAILED|ERROR) ' build/test*.log; exit $$code
 
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign build/faults/$$(date +%Y%m%d-%H%M%S) --kills 200
