@@ -250,16 +250,18 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     Source: ITU-T T.81, B.1 and B.2.2.
     """
-    at = 2
+    at, size = 2, None
     if data[:2] != b"\xff\xd8":
         return None
     while at + 9 < len(data) and data[at] == 0xFF:
         kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
-        if kind in _FRAMES:
+        if kind == 0xDA:  # the pixels; metadata may stand right before them, too
+            return size
+        if kind in _FRAMES and size is None:
             height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
             sound = data[at + 4] == 8 and data[at + 9] in (1, 3) and length == 8 + 3 * data[at + 9]
-            return (width, height) if sound and width and height and width * height <= MAX_PIXELS else None
-        if kind not in _PLAIN:
+            size = (width, height) if sound and width and height and width * height <= MAX_PIXELS else None
+        elif kind not in _PLAIN:
             return None
         at += 2 + length
     return None

@@ -11,6 +11,7 @@ Source: Liu et al. 2015, "Deep Learning Face Attributes in the Wild", mmlab.ie.c
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
@@ -79,6 +80,8 @@ def _find(source: Place, candidates: tuple[str, ...], what: str, exists: Callabl
     hint = ""
     if what == "folder of pictures" and any((source / f"{name}.zip").is_file() for name in candidates):
         hint = "; img_align_celeba.zip lies there: unzip it first"
+    elif what == "partition file":
+        hint = "; without one, 'fader prepare table' reads a CSV of pictures and labels, and splits it"
     elif not source.is_dir():
         hint = "; there is no such folder"
     raise ValueError(f"{source} has no {what} {' or '.join(candidates)}{hint}")
@@ -91,9 +94,11 @@ def _lines(path: Place) -> list[list[str]]:
         line = next(number for number, part in enumerate(data.split(b"\n"), 1) if not part.isascii())
         raise ValueError(f"{path.name} line {line}: a byte is not ASCII; the file is damaged, fetch it again")
     lines = data.decode("ascii").rstrip().split("\n")
-    if _is_csv(path):
-        return [[cell.strip() for cell in line.split(",")] for line in lines]
-    return [line.split() for line in lines]
+    if not _is_csv(path):
+        return [line.split() for line in lines]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))]
+    index = rows[0][0] in ("", "Unnamed: 0")  # that pandas wrote
+    return [row[index:] for row in rows]
 
 
 def _is_csv(path: Place) -> bool:
@@ -118,7 +123,8 @@ def _read_annotation(
         what = "stops short" if count < int(lines[0][0]) else "goes on"
         reason = f"the file {what}: line 1 announces {int(lines[0][0]):,} rows, {count:,} follow"
         index.fault(None, f"{path.name} line {len(lines)}", reason)
-    absent = "0" if count and "0" in lines[head][1:] and "-1" not in lines[head] else "-1"
+    values = {value for cells in lines[head:] for value in cells[1:]}
+    absent = "0" if "0" in values and "-1" not in values else "-1"
     meaning, labels = {"1": 1, absent: 0}, []
     for number, cells in enumerate(lines[head:], head + 1):
         name, *values = cells or [""]
@@ -127,7 +133,7 @@ def _read_annotation(
             fault = f"{len(values)} values for {len(names)} attributes"
         elif not all(map(meaning.__contains__, values)):
             wrong = next(pair for pair in zip(names, values) if pair[1] not in meaning)
-            fault = f"{wrong[0]} is {wrong[1]!r}; 1 or {absent} is needed"
+            fault = f"{wrong[0]} is {wrong[1]!r}; 1 or {absent} is needed ('fader prepare table' reads other words, from a CSV)"
         elif key is None:
             fault = f"{name!r} is not the name of a .jpg or .png picture"
         elif partition and key not in split_of and not key_fault(key):

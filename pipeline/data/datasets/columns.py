@@ -23,7 +23,11 @@ import numpy as np
 MOST_CATEGORIES = 64
 _SHOWN = 40
 _WORDS = ({"no": 0, "yes": 1}, {"false": 0, "true": 1})
-_UNKNOWN = {"", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "null", "nat", "?", "unknown"}
+_UNKNOWN = {
+    "", "nan", "-nan", "na", "n/a", "n.a.", "<na>", "null", "(null)", "<null>", "nil", "nat", "\\n", "?",
+    "-", "--", "---", ".", "..", "...", "unknown", "missing", "undefined", "#n/a", "#na", "#n/a n/a", "#null!",
+    "#value!", "#ref!", "#div/0!", "#num!", "#name?", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
+}  # fmt: skip
 _QUIET = {"", "nan"}  # of the words for unknown, those that nobody means as a value
 _DIGITS = re.compile(r"[+-]?\d{1,40}")
 _COMMA = re.compile(r"[+-]?\d+,\d+")

@@ -97,6 +97,8 @@ def _pictures_of_classes(source: Place, files: list[str], index: Index) -> dict[
         return folder, None, folder
 
     pictures = {file: place for file in taken if (place := place_of(file))}
+    if not source.remote:
+        pictures = _without_twice(source, pictures, index)
     held = {place[0] for place in pictures.values()}
     lost: dict[str, str] = {}
     for file in foreign:
@@ -106,6 +108,22 @@ def _pictures_of_classes(source: Place, files: list[str], index: Index) -> dict[
         words = "shards hold JPEG, PNG and WebP, and it has none of them: convert its pictures to PNG"
         index.fault(None, f"{source}/{folder}", f"{words} ({file.rpartition('/')[2]})")
     return pictures
+
+
+def _without_twice(
+    source: Place, pictures: dict[str, tuple[str, str | None, str]], index: Index
+) -> dict[str, tuple[str, str | None, str]]:
+    """Leave out the pictures of a folder that links put into a second class or split. Each such folder is a fault."""
+    root, torn = os.path.realpath(source.address), set()
+    places: dict[str, tuple[str, str | None, str]] = {}
+    real = {folder: os.path.realpath(os.path.join(root, folder)) for folder in {*map(os.path.dirname, pictures)}}
+    place_of = {os.path.dirname(file): place for file, place in pictures.items()}
+    for folder in sorted(real, key=lambda folder: (real[folder] != os.path.join(root, folder), folder)):  # links last
+        first = places.setdefault(real[folder], place_of[folder])
+        if first != place_of[folder]:
+            torn.add(folder)
+            index.fault(None, f"{source}/{folder}", f"it is a link to pictures that stand in {first[0]} already")
+    return {file: place for file, place in pictures.items() if os.path.dirname(file) not in torn}
 
 
 def _too_few(source: Place, files: list[str]) -> ValueError:

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 RETRIES, FIRST_WAIT_SECONDS = 6, 0.5  # 15 seconds of pauses in all
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 """Extensions of what counts as a picture when a folder is listed."""
-_LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
+_LITTER = {
+    "__macosx", "@eadir", "$recycle.bin", "#recycle", "@recycle", "#snapshot", "system volume information", "lost+found",
+    "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini",
+}  # fmt: skip
 """Names, in small letters, of what operating systems leave in folders."""
 
 
@@ -174,10 +177,18 @@ def _local_files(folder: str, prefix: str = "", above: frozenset[tuple[int, int]
     with os.scandir(folder) as listing:
         entries = list(listing)
     for entry in entries:
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _local_files(entry.path, f"{prefix}{entry.name}/", above | {here})
         else:
             yield prefix + entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a folder or a link to one; a link to itself is neither."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_litter(name: str) -> bool:

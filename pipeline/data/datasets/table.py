@@ -11,14 +11,16 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from pipeline.data.datasets.columns import choose, finished, text_of
+from pipeline.data.datasets.columns import choose, finished, is_unknown, text_of
 from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset, key_from_name
 from pipeline.data.datasets.source import Place, describe_missing, read_in
 from pipeline.data.datasets.splits import Shares
 
-INDEX_NAMES = ("Unnamed: 0", "__index_level_0__")
+INDEX_NAME = "Unnamed: 0"
+_INDEX = re.compile(r"Unnamed: \d+(\.\d+)*|__index_level_\d+__")
 """What pandas calls an index that has no name, when it reads one from a CSV or writes one to Parquet: no attribute."""
+_OTHER_KINDS = (".json", ".jsonl", ".ndjson", ".xls", ".xlsx", ".ods", ".feather", ".arrow", ".gz", ".zip", ".xz", ".bz2", ".zst")
 _LONGEST_LINE = 1 << 20
 _DELIMITER = re.compile(r'"?sep=(.)"?\s*')
 
@@ -63,7 +65,7 @@ def read_table(
         if column not in header:
             hint = "; name the column of picture paths with --path" if column == path else ""
             raise ValueError(f"{source.name} has no column {column!r}{hint}; it has: {', '.join(header)[:400]}")
-    columns = choose(header, attributes, kinds, [*others, *(name for name in header if name in INDEX_NAMES)])
+    columns = choose(header, attributes, kinds, [*others, *(name for name in header if _INDEX.fullmatch(name))])
     index = Index(skip_bad, grouped=bool(group))
     at = {column: number for number, column in enumerate(header)}
     for number, cells in rows:
@@ -72,12 +74,12 @@ def read_table(
             index.fault(None, place, f"{len(cells)} cells for {len(header)} columns")
             continue
         location = text_of(cells[at[path]])
-        if not location or "\0" in location:
+        if is_unknown(location) or "\0" in location:
             index.fault(None, place, f"no picture path in column {path}")
             continue
         name_of = text_of(cells[at[key]]) if key else key_from_name(location)
-        if name_of in ("", "nan"):
-            index.fault(None, place, f"no key in column {key}")
+        if key and is_unknown(name_of):
+            index.fault(None, place, f"no key in column {key}, which holds {name_of!r}")
             continue
         given = text_of(cells[at[split]]) if split and not shares else None
         if index.add(name_of, location, place, given, text_of(cells[at[group]]) if group else ""):
@@ -107,11 +109,14 @@ def _sha256(place: Place) -> str:
 def _open(source: Place) -> tuple[list[str], Generator[Row]]:
     if not source.is_file():
         raise describe_missing(source, "table: a CSV or Parquet file is needed")
+    if source.name.lower().endswith(_OTHER_KINDS):
+        raise ValueError(f"{source.name} is no CSV or Parquet file; pandas reads it and writes one: to_parquet('table.parquet')")
     if source.name.lower().endswith((".parquet", ".pq")):
         header, rows = _parquet(source)
     else:
         header, rows = _csv(source)
-    header[0] = header[0] or INDEX_NAMES[0]
+    while not header[0] or header[0] in header[1:] and _INDEX.fullmatch(header[0]):
+        header[0] = f"{header[0]}.1" if header[0] else INDEX_NAME
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice or not all(header):
         raise ValueError(f"{source.name}: {f'column {twice[0]!r} stands twice' if twice else 'a column has no name'}")
@@ -150,7 +155,7 @@ def _csv_rows(source: Place) -> Generator[Row]:
                 if cells:
                     yield number, cells
         except (csv.Error, UnicodeDecodeError, ValueError) as error:
-            what = "a byte is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            what = "a byte is not UTF-8 (which the file must be saved as)" if isinstance(error, UnicodeDecodeError) else error
             raise ValueError(f"{source.name}, after line {number}: {what}; is it a CSV file?") from error
 
 

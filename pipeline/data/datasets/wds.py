@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.data.datasets.columns import Column, Kind, finished, text_of
+from pipeline.data.datasets.columns import Column, Kind, finished, is_unknown, text_of
 from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset, key_fault, key_from_name
 from pipeline.data.datasets.source import PICTURES, Place, describe_missing, is_litter
@@ -65,8 +65,9 @@ def read_wds(
 ) -> Dataset:
     """The index of a folder of tars, or of one tar.
 
-    Splits are what `split` says, else what the tars' names or folders begin with (train-000.tar, train/000.tar), else
-    80/10/10 by a hash. Where names of records begin anew in each tar, the tar's name is part of the key.
+    Splits are what `split` says, else what the tars' names or folders say (train-000.tar, faces-train-000.tar,
+    train/000.tar), else a field of the first record that is called "split", else 80/10/10 by a hash. Where names of
+    records begin anew in each tar, the tar's name is part of the key.
 
     Args:
         source: the folder or tar.
@@ -87,7 +88,7 @@ def read_wds(
     said = dict(map(Kind.parse, kinds))
     index = Index(skip_bad, grouped=bool(group))
     columns = [Column(field, said.get(field, said.get("*"))) for field in attributes]
-    fields = dict.fromkeys([*IMG2DATASET, key, split, group])  # seen so far, of all records
+    fields = dict.fromkeys([*IMG2DATASET, key, group])  # seen so far, of all records
     seen: set[str] = set()
     names: list[tuple[str, str]] = []  # tar and name of each record
     for tar in tars:
@@ -95,6 +96,10 @@ def read_wds(
             place = f"{tar} record {sample.name[:100]}"
             if sample.picture is None and (sample.fields or {}).get("status", "success") != "success":
                 continue
+            if sample.fields and not seen:
+                own = next((field for field in sample.fields if field.lower() == "split"), None)
+                split = split or (None if own in attributes or split_of else own)
+                fields |= {split: None, own: None}
             fault = sample.fault or _fault(sample, key, split)
             if fault:
                 index.fault(None, place, fault)
@@ -139,13 +144,16 @@ def _tars(source: Place) -> list[str]:
 
 
 def _splits_of(source: Place, tars: list[str]) -> dict[str, str]:
-    """The split of each tar: its name begins with it, or the name of the innermost folder that says one."""
+    """The split of each tar: a word of its name, or of the name of the innermost folder that says one."""
     splits = {}
     for tar in tars:
-        words = [re.match("[a-z]*", part)[0] for part in reversed(tar.lower().split("/"))]
-        word = next((word for word in words if word in NAMES), None)
-        if word:
-            splits[tar] = NAMES[word]
+        for part in reversed(tar.lower().removesuffix(".tar").split("/")):
+            said = [NAMES[word] for word in re.findall("[a-z]+", part) if word in NAMES]
+            if len({*said}) > 1 and re.match("[a-z]*", part)[0] not in NAMES:
+                raise ValueError(f"{source}: {tar} says {' and '.join(said)}; rename it, or split all anew with --split 80/10/10")
+            if said:
+                splits[tar] = said[0]
+                break
     silent = [tar for tar in tars if tar not in splits]
     if splits and silent:
         raise ValueError(
@@ -161,7 +169,7 @@ def _fault(sample: _Sample, key: str | None, split: str | None) -> str | None:
         return "no picture"
     if sample.fields is None:
         return "no JSON"
-    lacks = next((field for field in (key, split) if field and text_of(sample.fields.get(field)) in ("", "nan")), None)
+    lacks = next((field for field in (key, split) if field and is_unknown(text_of(sample.fields.get(field)))), None)
     return f"its JSON has no {lacks!r}" if lacks else None
 
 

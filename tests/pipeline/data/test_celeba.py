@@ -171,6 +171,35 @@ def test_kaggles_csvs_and_its_folder_in_a_folder_are_read(tmp_path):
         read_celeba(folder)
 
 
+@pytest.mark.parametrize("parted", [";", "\t", '","'])
+@pytest.mark.parametrize("index", ["", "Unnamed: 0"])
+@pytest.mark.parametrize("absent", ["-1", "0"])
+def test_csvs_that_other_programs_wrote_again_are_read(tmp_path, parted, index, absent):
+    folder = write_celeba(tmp_path, 12)
+    for name, header in ((A, ["image_id", *planted.NAMES]), (P, ["image_id", "partition"])):
+        rows = [line.replace("-1", absent).split() for line in (folder / name).read_text().split("\n")[2 if name == A else 0 :]]
+        rows = [[index, *header], *([str(n), *row] for n, row in enumerate(row for row in rows if row))]
+        quote = '"' if '"' in parted else ""
+        (folder / name).with_suffix(".csv").write_text("\n".join(quote + parted.join(row) + quote for row in rows))
+        (folder / name).unlink()
+    dataset = read_celeba(folder)
+    assert same_labels(dataset, 12) and dataset.attributes.names == planted.NAMES
+
+
+def test_labels_of_0_and_1_are_told_by_all_rows_and_other_words_lead_on(tmp_path):
+    def zeros(lines: list[str]) -> list[str]:
+        ones = lines[2].replace("-1", "1").replace(" 0", " 1")
+        return [*lines[:2], ones, *(line.replace("-1", " 0") for line in lines[3:])]
+
+    dataset = read_celeba(write_celeba(tmp_path / "ones", 12, annotation=zeros))
+    assert (dataset.labels[0] == 1).all() and (dataset.labels[1:] == 0).any()
+    with pytest.raises(ValueError, match="is 'True'; 1 or -1 is needed .'fader prepare table' reads other words"):
+        read_celeba(write_celeba(tmp_path / "words", 3, annotation=lambda lines: [line.replace(" 1", " True") for line in lines]))
+    (tmp_path / "ones" / P).unlink()
+    with pytest.raises(ValueError, match="no partition file .*; without one, 'fader prepare table'"):
+        read_celeba(tmp_path / "ones")
+
+
 def test_labels_of_0_and_1_a_byte_order_mark_and_other_extensions_are_read(tmp_path):
     def zeros(lines: list[str]) -> list[str]:
         return [*lines[:2], *(line.replace("-1", " 0") for line in lines[2:])]

@@ -96,13 +96,47 @@ def test_a_null_key_or_path_is_a_fault_of_its_row(tmp_path, parquet):
     assert len(DATASETS["table"](source, skip_bad=True)) == COUNT - 1
 
 
+@pytest.mark.parametrize("word", ["None", "NA", "null", "<NA>", "-"])
+def test_a_word_for_unknown_is_no_key_no_path_and_no_group(tmp_path, word, caplog):
+    names = [word if n in (3, 4) else f"k{n}" for n in range(COUNT)]
+    source = table(tmp_path, False, id=names, file=names)
+    with pytest.raises(ValueError, match=f"line 5: no key in column id, which holds '{word}'"):
+        DATASETS["table"](source, key="id", attributes=["Smiling"])
+    assert len(DATASETS["table"](source, key="id", attributes=["Smiling"], skip_bad=True)) == COUNT - 2
+    with pytest.raises(ValueError, match="line 5: no picture path in column file"):
+        DATASETS["table"](source, path="file", attributes=["Smiling"])
+    DATASETS["table"](source, group="id", attributes=["Smiling"])
+    assert "2 of 60 records have no group" in caplog.text
+
+
+def test_columns_of_a_parquet_dictionary_may_hold_nulls(tmp_path):
+    def coded(*cells: str | None) -> pa.DictionaryArray:
+        return pa.array([*cells, *("train" for _ in range(COUNT - len(cells)))]).dictionary_encode()
+
+    source = table(tmp_path, True, split=coded("valid", None, "test"), hair=coded(None, "train", "red"))
+    dataset = DATASETS["table"](source, skip_bad=True)
+    assert splits_of(dataset) == {0: "valid", 2: "test", **dict.fromkeys(range(3, COUNT), "train")}
+    assert dataset.labels[:2].tolist() == [[0, -1], [0, 0]] and "line 2: split is ''" in dataset.left_out[0].reason
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.xlsx", "list.csv.gz"])
+def test_a_table_in_another_format_is_told_the_way(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"path": "a.jpg"}')
+    with pytest.raises(ValueError, match=f"{name} is no CSV or Parquet file; pandas reads it and writes one"):
+        DATASETS["table"](tmp_path / name)
+
+
 @pytest.mark.parametrize("parquet", [True, False])
 def test_splits_of_celeba_that_came_as_broken_numbers_are_read(tmp_path, parquet):
     source = table(tmp_path, parquet, split=[float(n % 3) for n in range(COUNT)])
     assert splits_of(DATASETS["table"](source)) == {n: ("train", "valid", "test")[n % 3] for n in range(COUNT)}
 
 
-@pytest.mark.parametrize("word", ["NA", "N/A", "NULL", "null", "None", "nan", "NaN", "<NA>", "#N/A", "?", "unknown"])
+UNKNOWN = ["NA", "N/A", "n.a.", "NULL", "null", "(null)", "None", "nan", "NaN", "<NA>", "#N/A", "#VALUE!", "\\N", "?", "-", "."]
+UNKNOWN += ["unknown", "missing"]
+
+
+@pytest.mark.parametrize("word", UNKNOWN)
 def test_the_usual_words_for_unknown_are_unknown_and_said(word, caplog):
     with caplog.at_level(logging.WARNING):
         assert column("red", word, "blue") == ("k-way blue red", [1, -1, 0])
@@ -139,11 +173,12 @@ def test_thousands_are_never_read_as_decimals():
 def test_pandas_index_column_is_no_attribute(tmp_path):
     plain = DATASETS["table"](table(tmp_path, False))
     rows = (tmp_path / "list.csv").read_text().splitlines()
-    for first in ("", "Unnamed: 0"):
-        indexed = [f"{first},{rows[0]}", *(f"{n},{row}" for n, row in enumerate(rows[1:]))]
+    for first in ("", "Unnamed: 0", ",Unnamed: 0", "Unnamed: 0.1,Unnamed: 0"):
+        numbers = [",".join([str(n)] * (first.count(",") + 1)) for n in range(COUNT)]
+        indexed = [f"{first},{rows[0]}", *map(",".join, zip(numbers, rows[1:]))]
         (tmp_path / "list.csv").write_text("\n".join(indexed))
         assert DATASETS["table"](tmp_path / "list.csv").attribute_list == plain.attribute_list
-    source = table(tmp_path, True, __index_level_0__=list(range(COUNT)))
+    source = table(tmp_path, True, **{f"__index_level_{level}__": list(range(COUNT)) for level in range(2)})
     assert DATASETS["table"](source).attribute_list == plain.attribute_list
     assert DATASETS["table"](source, key="__index_level_0__").keys[7] == "7"
     (tmp_path / "list.csv").write_text("path,,Smiling\na.jpg,1,1")
@@ -204,12 +239,12 @@ def classes(dataset: Dataset) -> list[str]:
 
 def test_what_operating_systems_leave_is_no_class_and_no_split(tmp_path, caplog):
     pictures = [f"{kind}/{n}.jpg" for kind in ("cat", "dog") for n in range(3)]
-    plant(tmp_path / "mac", *pictures, "__MACOSX/cat/._0.jpg", "cat/._1.jpg", "@eaDir/dog/0.jpg")
+    plant(tmp_path / "mac", *pictures, "__MACOSX/cat/._0.jpg", "cat/._1.jpg", "@eaDir/dog/0.jpg", "#recycle/0.jpg")
     (tmp_path / "mac/Thumbs.db").write_bytes(b"x")
     with caplog.at_level(logging.WARNING):
         dataset = DATASETS["folders"](tmp_path / "mac")
     assert classes(dataset) == ["cat", "dog"] and len(dataset) == 6
-    assert "4 hidden (" in caplog.text
+    assert "5 hidden (" in caplog.text
     given = [f"{split}/{picture}" for split in ("train", "val", "test") for picture in pictures]
     plant(tmp_path / "zip", *given, "__MACOSX/train/._x.jpg", "annotations/cat/0.txt", "train/.cache/x/1.jpg")
     with caplog.at_level(logging.WARNING):
@@ -264,6 +299,18 @@ def test_linked_folders_are_followed_and_a_circle_ends(tmp_path):
     assert Place(str(tmp_path / "set")).files() == sorted(dataset.locations)
     (tmp_path / "set/alias").symlink_to(tmp_path / "set/cat")
     assert len([name for name in Place(str(tmp_path / "set")).files() if name.startswith(("alias/", "cat/"))]) == 8
+    (tmp_path / "set/cat/itself").symlink_to("itself")
+    assert "cat/itself" in Place(str(tmp_path / "set")).files()
+
+
+def test_links_that_put_pictures_into_two_classes_are_refused(tmp_path):
+    plant(tmp_path, *(f"{c}/{n}.jpg" for c in ("cat", "dog") for n in range(3)))
+    (tmp_path / "cat/other").symlink_to(tmp_path / "dog")
+    (tmp_path / "dog/other").symlink_to(tmp_path / "cat")
+    with pytest.raises(ValueError, match="cat/other: it is a link to pictures that stand in dog already"):
+        DATASETS["folders"](tmp_path)
+    dataset = DATASETS["folders"](tmp_path, skip_bad=True)
+    assert dataset.locations == [f"{c}/{n}.jpg" for c in ("cat", "dog") for n in range(3)]
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------
@@ -290,6 +337,33 @@ def test_tars_in_folders_called_like_splits_keep_their_splits(tmp_path):
     from pipeline.data.datasets import Shares
 
     assert len(DATASETS["wds"](tmp_path / "set", shares=Shares())) == 31
+
+
+@pytest.mark.parametrize("name", ["faces-{}-0000", "0000_{}", "{}/0000", "data/{}/part0/0000", "{}_256/0000"])
+@pytest.mark.parametrize("valid", ["validation", "dev", "Val"])
+def test_a_split_is_a_word_anywhere_in_a_tars_name(tmp_path, name, valid):
+    for split in ("Training", valid, "testing"):
+        tar(tmp_path / f"{name.format(split)}.tar", *(record(f"{split}{n}", n) for n in range(4)))
+    assert {(record.key[0], record.split) for record in records(DATASETS["wds"](tmp_path))} == {
+        ("T", "train"), (valid[0], "valid"), ("t", "test"),
+    }  # fmt: skip
+    tar(tmp_path / "my_train_test.tar", record("x", 1))
+    with pytest.raises(ValueError, match="my_train_test.tar says train and test; rename it"):
+        DATASETS["wds"](tmp_path)
+
+
+def test_a_field_called_split_is_the_split_where_the_tars_say_none(tmp_path):
+    members = [record(f"{n}", n, split=("train", "val", "test")[n % 3]) for n in range(9)]
+    tar(tmp_path / "a.tar", *members)
+    dataset = DATASETS["wds"](tmp_path)
+    assert dataset.splits == ["train", "valid", "test"] * 3 and dataset.attributes.names == ("Smiling",)
+    tar(tmp_path / "b.tar", record("x", 1, split="NA"))
+    with pytest.raises(ValueError, match="record x: its JSON has no 'split'"):
+        DATASETS["wds"](tmp_path)
+    (tmp_path / "a.tar").rename(tmp_path / "train-a.tar")
+    (tmp_path / "b.tar").rename(tmp_path / "val-b.tar")
+    dataset = DATASETS["wds"](tmp_path)
+    assert dataset.attributes.names == ("Smiling",) and dataset.splits.count("train") > 6
 
 
 def test_a_field_that_the_first_records_lack_is_taken_and_unknown_there(tmp_path):

@@ -63,6 +63,13 @@ def png(*chunks: bytes, at: int = 33) -> bytes:
     return plain[:place] + b"".join(chunks) + plain[place:]
 
 
+def late(kind: int, data: bytes) -> bytes:
+    """A JPEG with a segment right before its pixels, behind the size."""
+    plain = encoded(WIDE)
+    place = plain.index(b"\xff\xda")
+    return plain[:place] + bytes([0xFF, kind]) + struct.pack(">H", 2 + len(data)) + data + plain[place:]
+
+
 def pictures() -> dict[str, tuple[bytes, int]]:
     """By key: a picture, and the orientation that it says."""
     out = {f"exif{n}-{size[0]}": (encoded(size, exif=HEAD + tiff(n)), n) for n in range(1, 9) for size in (WIDE, SQUARE)}
@@ -81,6 +88,9 @@ def pictures() -> dict[str, tuple[bytes, int]]:
         "long": (encoded(WIDE, exif=HEAD + tiff(6, kind=4)), 6),
         "two": (encoded(WIDE, exif=HEAD + tiff(b"\6\0\3\0", count=2)), 6),
         "both": (encoded(WIDE, exif=HEAD + tiff(3), xmp=(XMP % 6).encode()), 3),
+        "late-exif": (late(0xE1, HEAD + tiff(6)), 6),
+        "late-xmp": (late(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + (XMP % 6).encode()), 6),
+        "element": (encoded(WIDE, xmp=b"<r><tiff:Orientation>6</tiff:Orientation></r>"), 6),
         "xmp-webp": (encoded(WIDE, "WEBP", lossless=True, xmp=(XMP % 6).encode()), 6),
         "xmp-png": (png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + (XMP % 6).encode())), 6),
         "raw-png": (png(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw))), 6),
