@@ -35,7 +35,7 @@ test: $(STAMP)
 	grep -hE '^(FAILED|ERROR) ' build/test*.log; exit $$code
 
 faults: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign build/faults/$$(date +%Y%m%d-%H%M%S) --kills 200
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign build/faults/$$(date +%Y%m%d-%H%M%S) --kills 200 --long
 
 gpu: $(STAMP)
 	$(BIN)/python -m tests.gpu

@@ -1,7 +1,7 @@
 """Ends real training runs in every way there is, resumes each, and counts what came of it.
 
     python -m tests.faults.campaign OUT --set FACES                 short: what `make test` runs
-    python -m tests.faults.campaign OUT --set FACES --kills 200     long: what `make faults` runs
+    python -m tests.faults.campaign OUT --kills 200 --long          long: what `make faults` runs
 
 OUT/faults.jsonl has a line a fault: where it landed, what was there before and after. OUT/summary.json has the counts.
 The exit code is 0 when every promise held.
@@ -22,8 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from pipeline.tracking import run_id_of
 from pipeline.training import watchdog
 from pipeline.training.interruption import EXIT_AGAIN
+from tests.commands import ROOT, environment
+from tests.faults.starts import Start, best_interval, recovery, share_on_steps, write_config
 from tests.faults.training import (
     BATCH,
     STEPS_A_SAVE,
@@ -143,11 +148,72 @@ class Campaign:
             (self.run / "stop").touch()
         else:
             os.kill(attempt.pids[0], getattr(signal, how))
-        expected = 128 + signal.SIGTERM if how == "SIGTERM" else EXIT_AGAIN
+        expected = 128 + getattr(signal, how) if how in ("SIGTERM", "SIGHUP") else EXIT_AGAIN
         codes = attempt.end()
         self.promise(codes == [expected] * self.num_ranks, f"exit codes {codes}")
         self.promise(newest(self.run) == attempt.board.last > attempt.before, "the last step is not the one it saved")
         self.record(how, "at a step", attempt)
+
+    # --- started by the real command --------------------------------------------------------------------------------
+
+    def start_command(self, *words: str, stdout: Any = None, store: str = "") -> Start:
+        config = write_config(self.experiment, self.run, self.out / f"{self.kind}.yaml")
+        return Start(self.run, [str(config), *words], self.num_ranks, stdout, store)
+
+    def end_command(self, start: Start, fault: str, where: str) -> None:
+        """It still trains; told to end, it ends with its last step saved."""
+        start.until_saved()
+        self.promise(start.end(signal.SIGTERM) == 128 + signal.SIGTERM, f"{fault}: it did not end as told; see {start.log}")
+        self.promise(newest(self.run) > start.before, f"{fault}: no progress")
+        self.record(fault, where, start)
+
+    def close_pipe(self) -> None:
+        """Who reads its output leaves while it trains, as `| head` does."""
+        reader, writer = os.pipe()
+        start = self.start_command(stdout=writer)
+        os.close(writer)
+        start.until(lambda: os.read(reader, 1), "word")
+        os.close(reader)
+        self.end_command(start, "closed pipe", "while it trained")
+
+    def fill_log(self) -> None:
+        """No byte of its output finds room."""
+        with open("/dev/full", "w") as full:
+            start = self.start_command(stdout=full)
+            self.end_command(start, "log on a full disk", "from the start on")
+
+    def start_a_second(self) -> None:
+        """A second training in its folder is refused by name, and the first loses nothing."""
+        first = self.start()
+        first.until_saved()
+        second = self.start_command()
+        code = second.process.wait()
+        said = second.log.read_text()
+        self.promise(code == 2 and f"belongs to process {first.pids[0]} on" in said, f"the second ended with {code}; see {second.log}")
+        at = newest(self.run)
+        first.until(lambda: names(self.run)[-1] > at, "checkpoint after the second one came")
+        os.kill(first.pids[0], signal.SIGTERM)
+        self.promise(first.end() == [128 + signal.SIGTERM], "the first did not end as told")
+        self.promise(newest(self.run) == first.board.last, "the last step is not the one it saved")
+        self.record("two owners", "the second is refused", first)
+
+    def delete_run(self) -> None:
+        """Its MLflow run is deleted while it trains; restored, it gets all points."""
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(store := f"sqlite:///{self.out}/mlflow.db")
+        start = self.start_command("tracking.enabled=true", store=store)
+        start.until_saved()
+        start.until(lambda: (run_id := run_id_of(self.run)) and _points(client, run_id), "point", poll_seconds=0.5)
+        run_id = run_id_of(self.run)
+        client.delete_run(run_id)
+        at = start.images()[-1]
+        start.until(lambda: start.images()[-1] > at + 400 * BATCH, "steps after that")
+        self.end_command(start, "MLflow run deleted", "while it trained")
+        client.restore_run(run_id)
+        subprocess.run([sys.executable, "-m", "launch.sync", str(self.run)], env=environment(MLFLOW_TRACKING_URI=store), check=True)
+        last = max(point.step for point in _points(client, run_id))
+        self.promise(last == newest(self.run), f"of {newest(self.run)} images the points reach {last}")
 
     # --- a disk that is full ----------------------------------------------------------------------------------------
 
@@ -219,16 +285,40 @@ class Campaign:
         print(f"{self.kind}: {images:,} images, {len(different)} tensors differ from the unbroken run's", flush=True)
 
 
-def campaign(out: Path, faces: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Everything; the short form where `kills` is small. Returns the summary."""
-    begin, long = time.monotonic(), kills >= 100
+def _points(client: Any, run_id: str) -> list[Any]:
+    """Of the metric that each step has."""
+    return client.get_metric_history(run_id, "autoencoder/mse")
+
+
+def times(out: Path, faces: Path, kills: int, seed: int) -> list[dict[str, Any]]:
+    """What a kill costs in time: of the shipped experiment of the faces, by its real command, on one rank and on two."""
+    batch, shipped = 32, yaml.safe_load((ROOT / "configs/faces_fader.yaml").read_text())["run"]["checkpoint_images"]
+    words = [str(ROOT / "configs/faces_fader.yaml"), f"data.path={faces}", "judge=[]", "method.images=10000000"]
+    words += [f"run.log_images={batch}", "run.picture_images=0", "run.evaluate_images=0"]
+    rows = []
+    for ranks in (1, 2):
+        row = recovery(out, words, ranks, kills, 25 * batch, random.Random(seed))
+        cost = row["first_step"]["median"], row["step"], row["save"] or 0.0, batch
+        best = best_interval(*cost)
+        shares = {images: round(share_on_steps(*cost, images), 4) for images in sorted({best, 25 * batch, shipped, 64_000})}
+        rows.append(row | {"best_interval": best, "share_on_steps": shares})
+        print(f"{time.strftime('%H:%M:%S')} {rows[-1]}", flush=True)
+    return rows
+
+
+def campaign(out: Path, faces: Path, kills: int, seed: int, long: bool) -> dict[str, Any]:
+    """Everything, or the short form. Returns the summary."""
+    begin = time.monotonic()
     parts: list[tuple[Campaign, Callable[[Campaign], None]]] = []
 
     def one(part: Campaign) -> None:
         part.kills(kills, inside=kills // 4, between=kills // 2)
-        for how in ("SIGTERM", "SIGUSR1", "stop file"):
-            for _ in range(10 if long else 1):
+        for how in ("SIGTERM", "SIGHUP", "SIGUSR1", "stop file"):
+            for _ in range(kills // 20 if long else 1):
                 part.ask(how)
+        for fault in (part.close_pipe, part.fill_log, part.start_a_second, part.delete_run) if long else ():
+            for _ in range(max(1, kills // 60)):
+                fault()
         part.finish()
 
     def disk(part: Campaign) -> None:
@@ -238,14 +328,14 @@ def campaign(out: Path, faces: Path, kills: int, seed: int) -> dict[str, Any]:
             print("disk full: no right to mount a small disk; tests/pipeline/models/test_checkpoint.py fills one in another way")
             return
         try:
-            for number in range(10 if long else 2):
+            for number in range(kills // 20 if long else 2):
                 part.fill_disk(kill=number % 2 == 1)
             part.finish()
         finally:
             subprocess.run(["umount", "-l", part.run], check=True)
 
     def two(part: Campaign) -> None:
-        for _ in range(5):
+        for _ in range(max(1, kills // 40)):
             part.stop_a_rank()
             part.kill_a_rank()
         part.finish()
@@ -257,7 +347,8 @@ def campaign(out: Path, faces: Path, kills: int, seed: int) -> dict[str, Any]:
         what(part)
     counts = sum((part.counts for part, _ in parts), Counter())
     broken = [promise for part, _ in parts for promise in part.broken]
-    return {"faults": dict(counts), "broken_promises": broken, "seconds": round(time.monotonic() - begin), "seed": seed}
+    summary = {"faults": dict(counts), "broken_promises": broken, "seconds": round(time.monotonic() - begin), "seed": seed}
+    return summary | ({"times": times(out, faces, max(4, kills // 5), seed)} if long else {})
 
 
 def main() -> None:
@@ -266,13 +357,14 @@ def main() -> None:
     parser.add_argument("--set", type=Path, help="a shard set of drawn faces; made when there is none")
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--long", action="store_true", help="every kind of fault, and what kills cost in time")
     given = parser.parse_args()
     given.out.mkdir(parents=True)  # never over an earlier record
     faces = given.set or given.out / "set"
     if not (faces / "dataset.json").exists():
         line = [sys.executable, "-m", "launch.prepare", "faces", str(faces), "--count", "120"]
         subprocess.run(line, check=True)
-    summary = campaign(given.out, faces, given.kills, given.seed)
+    summary = campaign(given.out, faces, given.kills, given.seed, given.long)
     (given.out / "summary.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary, indent=1))
     sys.exit(1 if summary["broken_promises"] else 0)

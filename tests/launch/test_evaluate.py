@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.data.shards import ShardSet, prepare
 from pipeline.images import Preprocessing, to_uint8
 from pipeline.models import checkpoint
+from pipeline.ownership import owned
 from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Oracle, Seer, levels, painted
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run
 from tests.warm import forked
@@ -223,9 +225,14 @@ def test_without_judges_a_panel_is_trained_and_kept_for_next_time_by_the_digest_
     fader = make_run(tmp_path / "fader", FADER, data=data, tracking={"enabled": False})
     caplog.set_level("INFO")
     words = [fader, "--judge-images", "128", "--tables", "swap", "--device", "cpu"]
-    code, out, _ = run(capsys, monkeypatch, *words)
     digest = ShardSet.open(shards).digest[:12]
     kept = [tmp_path / f"judge_{digest}_center16_{preset}" for preset in ("residual", "official")]
+    kept[0].mkdir()
+    with owned(kept[0] / "owner", str(kept[0])):  # as while another evaluation trains it
+        code, _, err = run(capsys, monkeypatch, *words)
+    assert code == 2 and f"{kept[0]} belongs to process {os.getpid()} on" in err
+    assert not list(kept[0].glob("checkpoints/*")), "nothing was written into another's run"
+    code, out, _ = run(capsys, monkeypatch, *words)
     for folder in kept:
         assert code == 0 and f"for 128 images and kept in {folder}" in caplog.text
         judge = registry.load(folder)
