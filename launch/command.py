@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,14 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
     except ClickException as error:
         error.show()
         code = EXIT_USER_ERROR
-    except (ValueError, OSError) as error:
+    except Exception as error:
         from pipeline.tracking import without_password
 
-        print(f"error: {without_password(describe(error))}", file=sys.stderr)
-        if os.environ.get("FADER_TRACEBACK"):
-            raise
-        code = EXIT_USER_ERROR
+        code = EXIT_USER_ERROR if isinstance(error, (ValueError, OSError)) else 1
+        if code == 1 or os.environ.get("FADER_TRACEBACK"):
+            print(without_password(traceback.format_exc()), file=sys.stderr)
+        else:
+            print(f"error: {without_password(describe(error))}", file=sys.stderr)
     if code == EXIT_INTERRUPTED:  # typer may have made an exit code of Ctrl-C already
         print("interrupted", file=sys.stderr)
     for failure in failures():

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import TextIO
+from urllib.parse import unquote
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
 
@@ -20,7 +21,9 @@ def without_password(text: str) -> str:
     text = re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
     user, at, _ = (asked_for() or "").partition("://")[2].rpartition("@")
     password = user.partition(":")[2]
-    return text.replace(f"{user}@", "").replace(password, "***") if at and len(password) > 3 else text
+    if not at or len(password) <= 3:
+        return text
+    return text.replace(f"{user}@", "").replace(password, "***").replace(unquote(password), "***")
 
 
 def named(uri: str) -> str:

@@ -189,7 +189,8 @@ class Campaign:
         second = self.start_command()
         code = second.process.wait()
         said = second.log.read_text()
-        self.promise(code == 2 and f"belongs to process {first.pids[0]} on" in said, f"the second ended with {code}; see {second.log}")
+        named = f"belongs to process {first.pids[0]} on" in said
+        self.promise(code == 2 and named, f"the second ended with {code}; see {second.log}")
         at = newest(self.run)
         first.until(lambda: names(self.run)[-1] > at, "checkpoint after the second one came")
         os.kill(first.pids[0], signal.SIGTERM)

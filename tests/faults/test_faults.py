@@ -13,6 +13,7 @@ from pipeline.engine import State
 from pipeline.models import checkpoint
 from tests.commands import launch
 from tests.faults.campaign import Campaign
+from tests.faults.starts import best_interval, share_on_steps
 from tests.faults.training import BATCH, differences
 
 
@@ -44,7 +45,7 @@ def test_kills_landed_inside_saves_and_between_them_and_each_run_got_on(record):
 
 def test_every_kind_of_fault_was_tried(record):
     events, _ = record
-    assert {event["fault"] for event in events} >= {"kill -9", "SIGTERM", "SIGUSR1", "stop file"}
+    assert {event["fault"] for event in events} >= {"kill -9", "SIGTERM", "SIGHUP", "SIGUSR1", "stop file"}
 
 
 @pytest.mark.parametrize("plant", ["nothing", "damaged", "lost", "elsewhere"])
@@ -62,6 +63,14 @@ def test_the_campaign_sees_what_it_is_for(tmp_path, plant):
     part.record("kill -9", "between saves", attempt)
     expected = {"nothing": [], "damaged": ["damaged"], "lost": ["lost"], "elsewhere": ["where it had stopped"]}[plant]
     assert len(part.broken) == len(expected) and all(word in said for word, said in zip(expected, part.broken))
+
+
+def test_the_share_of_time_on_steps_counts_starts_recomputed_steps_and_saves():
+    assert share_on_steps(start=8, a_step=0.2, save=0.1, batch=32, interval=320) == pytest.approx((292 - 1) / 300 * 2 / 2.1)
+    assert share_on_steps(start=8, a_step=0.2, save=0.1, batch=32, interval=64_000) == 0, "never a checkpoint in 300 s"
+    best = best_interval(8, 0.2, 0.1, 32)
+    shares = [share_on_steps(8, 0.2, 0.1, 32, images) for images in (best - 32, best, best + 32)]
+    assert shares[1] == max(shares) and 32 * 10 < best < 32 * 100
 
 
 def test_one_bit_is_a_difference():

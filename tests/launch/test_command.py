@@ -100,11 +100,17 @@ def test_errors_end_as_one_line_and_a_code(monkeypatch, capsys, error, code, say
     assert says in capsys.readouterr().err
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_a_bug_keeps_its_traceback_but_shows_no_password(monkeypatch, capsys, error):
     monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setenv("FADER_TRACEBACK", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hidden@h")
 
     def fail() -> None:
-        raise TypeError("a bug")
+        raise error("a bug at http://me:hidden@h, with hidden")
 
-    with pytest.raises(TypeError):
+    with pytest.raises(SystemExit) as ended:
         command.main(fail)
+    said = capsys.readouterr().err
+    assert ended.value.code == (2 if error is ValueError else 1)
+    assert "Traceback" in said and "in fail" in said and "a bug at http://h, with ***" in said and "hidden" not in said

@@ -234,5 +234,7 @@ def test_no_password_is_written_anywhere(tmp_path, kind):
 
 def test_an_address_is_shown_without_its_password(monkeypatch):
     assert without_password("see http://me:a@b:1/x and sqlite:///y@z") == "see http://b:1/x and sqlite:///y@z"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:p%40ss%2Fw@h")
+    assert without_password("no login with p@ss/w or p%40ss%2Fw at me:p%40ss%2Fw@h/x") == "no login with *** or *** at h/x"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pa/ss@h")
     assert "pa/ss" not in without_password("cannot parse http://me:pa/ss@h/api, host me:pa/ss@h") and os.environ
