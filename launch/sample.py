@@ -25,6 +25,12 @@ def sample(
         typer.Option("--set", help="-1 absent, 1 present, beyond exaggerated; Beard=full", metavar="NAME=X..."),
     ] = None,
     only: Annotated[bool, typer.Option("--only", help="attributes that are not set are absent")] = False,
+    truncation: Annotated[
+        float | None, typer.Option(min=0.01, help="largest number of the noise: smaller gives better pictures, more alike")
+    ] = None,
+    to: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="from --seed's picture to this seed's, with its attributes")
+    ] = None,
     grid_only: Annotated[bool, typer.Option("--grid", help="one picture of them all, and no others")] = False,
     checkpoint: Annotated[str, typer.Option(help="of a run: latest, best or images-N")] = "latest",
     raw: Annotated[bool, typer.Option("--raw", help="a run's weights as trained, not their moving averages")] = False,
@@ -34,6 +40,8 @@ def sample(
     Attributes that are not set are drawn by the seed, together, as they occur in the training data beside those that are.
     """
     values.check_folder(out)
+    if to == seed or (to is not None and count < 2):
+        raise ValueError("--to takes another seed than --seed, and --count at least 2 pictures from the one to the other")
     import torch
 
     from pipeline import models
@@ -42,14 +50,16 @@ def sample(
 
     loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
     sampling = loaded.sampling
-    images = sampling.sample(torch.arange(seed, seed + count), sliders=values.sliders(sampling, set_), only=only)
+    seeds = torch.arange(seed, seed + count) if to is None else torch.full((count,), seed)
+    images = sampling.sample(seeds, None, values.sliders(sampling, set_), only, truncation, to)
     if sampling.occurring is None and not only:
         typer.echo(f"{model} keeps no labels of its training data: what is not set is drawn evenly")
     written = Pictures()
     blank = images.new_ones(-count % min(_ACROSS, count), *images.shape[1:])
     written.add("grid", grid(torch.cat([images, blank]).unflatten(0, (-1, min(_ACROSS, count)))))
     for number, image in enumerate(() if grid_only else images, seed):
-        written.add(f"seed-{number}", pixels_of(image))
+        name = f"seed-{number}" if to is None else f"seed-{seed}-to-{to}-{number - seed:03d}"
+        written.add(name, pixels_of(image))
     for path in written.write(out):
         typer.echo(f"wrote {path}")
     name, value = sampling.example_slider()

@@ -242,6 +242,12 @@ def test_samples_are_made_of_seeds_and_sliders_and_the_next_command_works(tmp_pa
         code, said, _ = call(sample.app, run, "--set", "Smiling=1", "--grid", "--only", "--out", tmp_path / "grid")
         assert code == 0 and "drawn evenly" not in said
         assert [path.name for path in (tmp_path / "grid").iterdir()] == ["grid.png"]
+        code, said, _ = call(sample.app, run, "--seed", "7", "--to", "9", "--count", "2", "--truncation", "1", "--out", tmp_path / "to")
+        assert code == 0, said
+        names = ["grid.png", "seed-7-to-9-000.png", "seed-7-to-9-001.png"]
+        assert sorted(path.name for path in (tmp_path / "to").iterdir()) == names
+        code, _, said = call(sample.app, run, "--seed", "7", "--to", "7", "--out", tmp_path / "no")
+        assert code == 2 and "--to takes another seed" in said
         code, _, said = call(sample.app, run, "--set", "Smilling=1", "--out", tmp_path / "no")
         assert code == 2 and "did you mean 'Smiling'" in said
     judge = make_run(tmp_path / "judge", JUDGE)

@@ -36,6 +36,26 @@ def test_a_seed_means_one_picture_whatever_else_is_asked(run):
     assert not torch.equal(smiling, sampling.sample(seeds, {"Smiling": 0.0}))
 
 
+def test_noise_goes_from_seed_to_seed_and_is_cut_where_it_is_told(run, monkeypatch):
+    """The ends are the two seeds' own; in between it is as long as noise is; cut noise is the normal law within bounds."""
+    sampling, noises = models.load(run).sampling, []
+    monkeypatch.setattr(sampling.method, "noise_width", 5_000, raising=False)
+    monkeypatch.setattr(sampling.method, "sample", lambda noise, code: noises.append((noise, code)) or noise[:, :1, None, None])
+    sampling.sample(torch.tensor([3, 9]))
+    sampling.sample(torch.full((5,), 3), to=9)
+    (own, _), (between, codes) = noises
+    torch.testing.assert_close(between[[0, 4]], own, rtol=1e-5, atol=1e-5)
+    assert (between.square().mean(1).sqrt() - 1).abs().max() < 0.05 and (codes == codes[0]).all()
+    sampling.sample(torch.tensor([3, 9]), truncation=0.7)
+    cut = noises[-1][0]
+    assert cut.abs().max() <= 0.7 and torch.equal(cut.flatten().argsort(), own.flatten().argsort())
+    normal = torch.distributions.Normal(0.0, 1.0)
+    inside = (normal.cdf(torch.tensor(0.3)) - 0.5) / (normal.cdf(torch.tensor(0.7)) - 0.5)
+    assert (cut.abs() < 0.3).float().mean().item() == pytest.approx(float(inside), abs=0.02)
+    sampling.sample(torch.tensor([3, 9]), truncation=20.0)
+    torch.testing.assert_close(noises[-1][0], own)
+
+
 def test_what_is_not_set_is_drawn_from_records_that_occur(run, tmp_path):
     """Together, from those nearest to what is asked for; an export keeps them; only= makes the rest absent."""
     about = json.loads((run / "run.json").read_text())
