@@ -188,27 +188,43 @@ def wds(
     _prepare("wds", {"source": source, **columns, "shares": split}, out, workers, skip_bad, shard_records)
 
 
+Count = Annotated[int, typer.Option(min=10, help="Pictures to draw: 80% train, 10% valid, 10% test.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Another seed draws others.")]
+Twins = Annotated[
+    bool, typer.Option("--twins", help="Also keep pictures of valid and test with one attribute changed, for fader evaluate.")
+]
+
+
 @app.command()
 def faces(
-    out: Out,
-    count: Annotated[int, typer.Option(min=10, help="Faces to draw: 80% train, 10% valid, 10% test.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Another seed draws other people.")] = 0,
-    twins: Annotated[
-        bool, typer.Option("--twins", help="Also keep faces of valid and test with one attribute changed, for fader evaluate.")
-    ] = False,
-    workers: Workers = None,
+    out: Out, count: Count = 10_000, seed: Seed = 0, twins: Twins = False, workers: Workers = None,
     shard_records: ShardRecords = 4096,
 ) -> None:
     """Drawn faces with known attributes; the pictures and their lists stay in OUT/source, in CelebA's file format."""
+    _draw("faces", "celeba OUT/source", out, count, seed, twins, workers, shard_records)
+
+
+@app.command()
+def fruit(
+    out: Out, count: Count = 4_000, seed: Seed = 0, twins: Twins = False, workers: Workers = None,
+    shard_records: ShardRecords = 4096,
+) -> None:
+    """Drawn apples and oranges; the pictures stay in OUT/source/pictures, a folder each."""
+    _draw("fruit", "folders OUT/source/pictures", out, count, seed, twins, workers, shard_records)
+
+
+def _draw(
+    name: str, instead: str, out: Path, count: int, seed: int, twins: bool, workers: int | None, shard_records: int
+) -> None:
     from pipeline.data.datasets import DATASETS
     from pipeline.data.datasets.twins import keep_twins
 
     if _part.get() != Part():
-        raise ValueError("faces are drawn by one command; OUT/source can be cut up then: fader prepare celeba OUT/source")
+        raise ValueError(f"{name} are drawn by one command; what it drew can be cut up then: fader prepare {instead}")
 
     def draw() -> Dataset:
-        with progress_bar("drawing faces") as progress:
-            drawn = DATASETS["faces"](out / "source", count=count, seed=seed, workers=workers, progress=progress)
+        with progress_bar(f"drawing {name}") as progress:
+            drawn = DATASETS[name](out / "source", count=count, seed=seed, workers=workers, progress=progress)
         if twins:
             with progress_bar("drawing twins") as progress:
                 keep_twins(out / "source", drawn, seed, workers, progress)

@@ -171,6 +171,12 @@ def test_faces_are_drawn_and_sharded_in_one_command(tmp_path):
     assert "holds other drawn faces" in refused.stderr
 
 
+def test_fruit_is_drawn_with_its_twins_in_one_command(tmp_path):
+    done = launch("launch.prepare", "fruit", tmp_path / "set", "--count", 20, "--twins", "--workers", 1)
+    assert "is complete: train 16, valid 2, test 2" in done.stdout and ShardSet.open(tmp_path / "set").name == "fruit"
+    assert {path.name for path in (tmp_path / "set/source/twins").iterdir()} == {"valid-000000.tar", "test-000000.tar"}
+
+
 def test_help_is_there_without_loading_torch():
     code = "import sys, launch.prepare, launch.verify; print('torch' in sys.modules or 'pyarrow' in sys.modules)"
     done = subprocess.run([command("x")[0], "-c", code], env=environment(), capture_output=True, text=True, check=True)

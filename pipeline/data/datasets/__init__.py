@@ -9,6 +9,7 @@ from pipeline.data.datasets.daynight import read_daynight
 from pipeline.data.datasets.digits import read_digits
 from pipeline.data.datasets.faces import read_faces
 from pipeline.data.datasets.folders import read_folders
+from pipeline.data.datasets.fruit import read_fruit
 from pipeline.data.datasets.mnist import read_mnist
 from pipeline.data.datasets.record import SPLITS, Dataset, LeftOut
 from pipeline.data.datasets.splits import Shares
@@ -21,6 +22,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": read_digits,
     "faces": read_faces,
     "folders": read_folders,
+    "fruit": read_fruit,
     "mnist": read_mnist,
     "table": read_table,
     "wds": read_wds,

@@ -1,4 +1,4 @@
-"""Drawing a face: a pen for smooth shapes, and the parts of a face from the hair behind it to the glasses before it."""
+"""Drawing a face or a fruit: a pen for smooth shapes, and the parts of a face from the hair behind to the glasses before it."""
 
 from __future__ import annotations
 
@@ -123,6 +123,32 @@ def draw_dressed(p: Person, labels: dict[str, int], others: Sequence[Person]) ->
             _glasses(pen, other, look)
         dressed.append(ImageChops.multiply(picture.reduce(_SCALE), light))
     return dressed
+
+
+def draw_fruit(p: Person, look: Person, orange: int) -> Image.Image:
+    """Draw an apple or an orange at a person's place, in his light and before his background."""
+    image = _background(p)
+    pen, color, radius = _Pen(image, p), look.colors[orange], 1.35 * p.cheek
+    toward = (-4 * math.cos(p.light_angle), -4 * math.sin(p.light_angle))
+    half = [(0, -0.98), (0.5, -0.85), (0.85, -0.5), (0.98, 0), (0.85, 0.5), (0.5, 0.85), (0, 0.98)]
+    if not orange:
+        half = [(0, -0.72), (0.3, -0.95), (0.7, -0.9), (1, -0.3), (0.86, 0.4), (0.45, 0.95), (0, 0.86)]
+    outline = [(x * radius, y * radius) for x, y in _mirrored(half)]
+    pen.ellipse(0, 0.95 * radius, radius, radius / 6, (10, 10, 20, 80))
+    pen.shape(outline, _darker(color, 0.3))
+    pen.shape([(0.92 * x + toward[0], 0.92 * y + toward[1]) for x, y in outline], color)
+    pen.ellipse(0.4 * radius * toward[0] / 4, 0.4 * radius * toward[1] / 4, radius / 4, radius / 5, (255, 255, 255, 60))
+    if orange:
+        for x, y in look.pores:
+            if math.hypot(x, y) < 0.85:
+                pen.ellipse(x * radius, y * radius, 1, 1, (*_darker(color, 0.35), 150))
+        pen.ellipse(radius * look.lean / 4, -0.8 * radius, 4, 3, (84, 112, 40))
+    else:
+        top = (12 * look.lean, -1.25 * radius)
+        pen.stroke([(0, -0.7 * radius), (4 * look.lean, -radius), top], 4, (84, 54, 30))
+        if look.leaf:
+            pen.shape([(2, -0.95 * radius), (14, -1.25 * radius), (34, -1.2 * radius), (18, -0.98 * radius)], (70, 132, 50))
+    return ImageChops.multiply(image.reduce(_SCALE), _light(p))
 
 
 def _ramp(angle: float) -> np.ndarray:

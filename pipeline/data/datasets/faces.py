@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from PIL import Image
 from pipeline.data.datasets.celeba import ANNOTATION, IMAGES, PARTITION, read_celeba
 from pipeline.data.datasets.drawing import draw, draw_dressed
 from pipeline.data.datasets.person import person
-from pipeline.data.datasets.record import Dataset
+from pipeline.data.datasets.record import SPLITS, Dataset
+from pipeline.data.datasets.splits import split_of_place
 from pipeline.data.datasets.workers import Progress, silent, spread, tick
 from pipeline.files import replacing, write_json, write_whole
 from pipeline.ownership import owned
@@ -82,20 +84,59 @@ def _file_name(index: int) -> str:
     return f"{index + 1:06d}.jpg"
 
 
-def _draw_files(source: Path, seed: int, indices: range) -> None:
-    """Draw those of these faces that are not there yet."""
+def _path(index: int) -> str:
+    return f"{IMAGES[0]}/{_file_name(index)}"
+
+
+def _draw_files(
+    source: Path, path_of: Callable[[int], str], picture: Callable[[int], Image.Image], indices: range
+) -> None:
+    """Draw those of these pictures that are not there yet."""
     for index in indices:
         tick()
-        path = source / IMAGES[0] / _file_name(index)
+        path = source / path_of(index)
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, source / WORK, durable=False) as file:
-                file.write(jpeg_bytes(draw_face(seed, index)))
+                file.write(jpeg_bytes(picture(index)))
 
 
 def jpeg_bytes(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=92)
     return out.getvalue()
+
+
+def face_twins(seed: int, key: str) -> Iterator[tuple[str, int, list[Image.Image]]]:
+    """Give each attribute's other values, and the twins of a face that have them."""
+    for name, own in face_labels(seed, int(key) - 1).items():
+        for value in range(len(BEARDS) if name == "Beard" else 2):
+            if value != own:
+                yield name, value, draw_twins(seed, int(key) - 1, name, value)
+
+
+def draw_missing(
+    source: Path, name: str, origin: dict[str, Any], path_of: Callable[[int], str], picture: Callable[[int], Image.Image],
+    workers: int | None, progress: Progress,
+) -> None:
+    """Draw the pictures of a drawn set that are not there yet.
+
+    Args:
+        name: of the set; SOURCE/NAME.json says what it is.
+        origin: count, seed and version of the drawing.
+        path_of, picture: of each index, the file below `source`, and what stands in it. Both pickle.
+
+    Raises:
+        ValueError: fewer than 10 pictures, or the folder holds others.
+    """
+    count = origin["count"]
+    if count < 10 or (workers is not None and workers < 1):
+        raise ValueError(f"count is {count} and workers {workers}; at least 10 pictures and 1 worker are needed")
+    (source / WORK).mkdir(parents=True, exist_ok=True)
+    with owned(source / WORK / "lock", str(source)):
+        _claim(source / f"{name}.json", origin)
+        jobs = [range(count)[start : start + _CHUNK] for start in range(0, count, _CHUNK)]
+        spread(partial(_draw_files, source, path_of, picture), jobs, workers, count, progress, few=0)
 
 
 def read_faces(
@@ -108,20 +149,12 @@ def read_faces(
     The first 80% are train, the next 10% valid, the rest test.
 
     Raises:
-        ValueError: fewer than 10 faces, or the folder holds faces of another count or seed.
+        ValueError: as `draw_missing`.
     """
-    source = Path(source)
-    if count < 10 or (workers is not None and workers < 1):
-        raise ValueError(f"count is {count} and workers {workers}; at least 10 faces and 1 worker are needed")
-    origin = {"drawn": VERSION, "count": count, "seed": seed}
-    (source / IMAGES[0]).mkdir(parents=True, exist_ok=True)
-    (source / WORK).mkdir(exist_ok=True)
+    source, origin = Path(source), {"drawn": VERSION, "count": count, "seed": seed}
+    draw_missing(source, "faces", origin, _path, partial(draw_face, seed), workers, progress)
     labels = [face_labels(seed, index) for index in range(count)]
-    with owned(source / WORK / "lock", str(source)):
-        _claim(source, origin)
-        jobs = [range(count)[start : start + _CHUNK] for start in range(0, count, _CHUNK)]
-        spread(partial(_draw_files, source, seed), jobs, workers, count, progress, few=0)
-        _annotate(source, labels)
+    _annotate(source, labels)
     faces = read_celeba(source, skip_bad=skip_bad, name="faces", origin=origin)
     beards = np.array([[label["Beard"]] for label in labels], np.float32)
     return replace(
@@ -131,11 +164,10 @@ def read_faces(
     )
 
 
-def _claim(source: Path, origin: dict[str, Any]) -> None:
-    note = source / "faces.json"
+def _claim(note: Path, origin: dict[str, Any]) -> None:
     if note.exists() and json.loads(note.read_text()) != origin:
         before = note.read_text().strip()
-        raise ValueError(f"{source} holds other drawn faces ({before}); remove it, or choose another folder")
+        raise ValueError(f"{note.parent} holds other drawn {note.stem} ({before}); remove it, or choose another folder")
     write_json(note, origin, indent=None)
 
 
@@ -144,7 +176,7 @@ def _annotate(source: Path, labels: list[dict[str, int]]) -> None:
     count = len(labels)
     signs = [" ".join(f"{2 * label[name] - 1:2d}" for name in RATES) for label in labels]
     rows = [f"{_file_name(i)} {sign}" for i, sign in enumerate(signs)]
-    splits = [f"{_file_name(i)} {0 if i < count * 8 // 10 else 1 if i < count * 9 // 10 else 2}" for i in range(count)]
+    splits = [f"{_file_name(i)} {SPLITS.index(split_of_place(i, count))}" for i in range(count)]
     for name, lines in (
         (ANNOTATION[0], [str(count), " ".join(RATES) + " ", *rows]),
         (PARTITION[0], splits),

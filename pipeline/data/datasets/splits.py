@@ -101,3 +101,8 @@ def _warn(splits: list[str], groups: Sequence[str | None] | None, shares: Shares
     torn = [group for group, those in sides.items() if len(those) > 1]
     if torn:
         logger.warning("%d groups stand in several splits, as %s; --split keeps each in one", len(torn), torn[0])
+
+
+def split_of_place(index: int, count: int) -> str:
+    """The split of a drawn picture: the first 80% are train, the next 10% valid, the rest test."""
+    return "train" if index < count * 8 // 10 else "valid" if index < count * 9 // 10 else "test"

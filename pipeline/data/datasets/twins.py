@@ -1,4 +1,4 @@
-"""Twins: the same drawn face with one attribute changed, kept as JPEGs, so that an edit can be held against the truth.
+"""Twins: the same drawn face or fruit with one attribute changed, kept as JPEGs, so that an edit can be held against the truth.
 
 They lie in SET/source/twins as tars of `KEY.ATTRIBUTE.VALUE.LOOK.jpg`, SPLIT-N.tar each of some records.
 """
@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.datasets.faces import BEARDS, draw_twins, face_labels, jpeg_bytes
+from PIL import Image
+
+from pipeline.data.datasets.faces import face_twins, jpeg_bytes
+from pipeline.data.datasets.fruit import fruit_twins
 from pipeline.data.datasets.record import Dataset
 from pipeline.data.datasets.workers import Progress, spread, tick
 from pipeline.files import replacing
@@ -18,6 +22,10 @@ from pipeline.files import replacing
 TWINNED = 80  # records of a split, its first ones, that have twins; those of one take a third of a second to draw
 _CHUNK = 25
 _FOLDER = "twins"
+_TWINS: dict[str, Callable[[int, str], Iterator[tuple[str, int, list[Image.Image]]]]] = {
+    "faces": face_twins,
+    "fruit": fruit_twins,
+}
 
 
 @dataclass(frozen=True)
@@ -25,39 +33,39 @@ class _Job:
     """The twins of some records, in one tar."""
 
     path: Path
+    name: str
     seed: int
-    indices: tuple[int, ...]
+    keys: tuple[str, ...]
 
 
-def keep_twins(source: Path, faces: Dataset, seed: int, workers: int | None, progress: Progress) -> None:
-    """Draw the twins of the first faces of the valid and the test split, those that are not there yet.
+def keep_twins(source: Path, drawn: Dataset, seed: int, workers: int | None, progress: Progress) -> None:
+    """Draw the twins of the first records of the valid and the test split, those that are not there yet.
 
     Args:
-        source: the folder of the drawn faces. faces: what was read of it. seed: that they were drawn with.
+        source: the folder of the drawn pictures. drawn: what was read of it. seed: that they were drawn with.
     """
     jobs = []
     for split in ("valid", "test"):
-        indices = [int(key) - 1 for key, own in zip(faces.keys, faces.splits) if own == split][:TWINNED]
-        for start in range(0, len(indices), _CHUNK):
+        keys = sorted((key for key, own in zip(drawn.keys, drawn.splits) if own == split), key=lambda key: key[-6:])[:TWINNED]
+        for start in range(0, len(keys), _CHUNK):
             path = source / _FOLDER / f"{split}-{start:06d}.tar"
-            jobs.append(_Job(path, seed, tuple(indices[start : start + _CHUNK])))
+            jobs.append(_Job(path, drawn.name, seed, tuple(keys[start : start + _CHUNK])))
     (source / _FOLDER).mkdir(exist_ok=True)
-    spread(_draw, jobs, workers, sum(len(job.indices) for job in jobs), progress, few=0)
+    spread(_draw, jobs, workers, sum(len(job.keys) for job in jobs), progress, few=0)
 
 
 def _draw(job: _Job) -> None:
     if job.path.exists():
         return
     with replacing(job.path, durable=False) as file, tarfile.open(fileobj=file, mode="w") as tar:
-        for index in job.indices:
+        for key in job.keys:
             tick()
-            for name, own in face_labels(job.seed, index).items():
-                for value in range(len(BEARDS) if name == "Beard" else 2):
-                    for look, twin in enumerate(draw_twins(job.seed, index, name, value) if value != own else ()):
-                        data = jpeg_bytes(twin)
-                        entry = tarfile.TarInfo(f"{index + 1:06d}.{name}.{value}.{look}.jpg")
-                        entry.size = len(data)
-                        tar.addfile(entry, io.BytesIO(data))
+            for name, value, twins in _TWINS[job.name](job.seed, key):
+                for look, twin in enumerate(twins):
+                    data = jpeg_bytes(twin)
+                    entry = tarfile.TarInfo(f"{key}.{name}.{value}.{look}.jpg")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
 
 
 class Twins:

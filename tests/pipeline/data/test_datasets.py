@@ -141,6 +141,7 @@ def small(name: str, folder: Path) -> Dataset:
         "mnist": lambda: DATASETS[name](write_mnist(folder / "x")),
         "digits": lambda: DATASETS[name](),
         "faces": lambda: DATASETS[name](folder / "x", count=COUNT, workers=1),
+        "fruit": lambda: DATASETS[name](folder / "x", count=COUNT, workers=1),
         "folders": lambda: DATASETS[name](write_domains(folder / "x")),
         "daynight": lambda: DATASETS[name](write_daynight(folder / "x")),
         "table": lambda: DATASETS[name](write_table(folder / "x"), group="person", kinds=KINDS),

@@ -9,6 +9,7 @@ import torch
 from fader.method import Method
 from pipeline import evaluation
 from pipeline.data.datasets.faces import LOOKS, draw_face, face_labels, jpeg_bytes, read_faces
+from pipeline.data.datasets.fruit import FRUIT, draw_one, fruit_label, read_fruit
 from pipeline.data.datasets.twins import Twins, keep_twins
 from pipeline.data.datasets.workers import silent
 from pipeline.data.shards import ShardSet, prepare
@@ -95,6 +96,22 @@ def test_the_twin_itself_scores_0_in_any_look_and_nothing_done_1(shards):
     assert sum(t.records for t in identity.truth) == 6 * len(shards.split("test")), "each swap of each record counts once"
     assert identity.metrics()["test/twin_inside.Wearing_Hat_0_to_1"] == pytest.approx(1)
     assert "The truth, without a judge" in markdown([identity])
+
+
+def test_an_apple_is_held_against_the_orange_in_its_place(tmp_path):
+    """Each picture lies in its kind's folder; the other kind in its place scores 0 in any look, and the picture itself 1."""
+    fruit = read_fruit(tmp_path / "source", count=60, seed=SEED, workers=1)
+    keep_twins(tmp_path / "source", fruit, SEED, 1, silent)
+    shards = prepare(fruit, tmp_path, workers=1)
+    assert shards.attributes.names == ("orange",) and {len(shards.split(name)) for name in ("valid", "test")} == {6}
+    for key, location, label in zip(fruit.keys, fruit.locations, fruit.labels[:, 0]):
+        assert fruit_label(SEED, int(key[-6:]) - 1) == label == FRUIT.index(location.split("/")[-2])
+    oracle = truth(shards, lambda photo, looks: looks[-1])
+    assert sum(t.records for t in oracle.truth) == 6 and max(t.inside.value for t in oracle.truth) < 1e-9
+    assert all(t.inside.value == pytest.approx(1) for t in truth(shards, lambda photo, looks: photo).truth)
+    own = [np.asarray(draw_one(SEED, 3, label), int) for label in (0, 1)]
+    apart = np.abs(own[0] - own[1]).max(2) > 8
+    assert 0.1 < apart.mean() < 0.5 and not apart[:20].any() and not apart[:, :20].any(), "only the fruit differs"
 
 
 def test_a_grey_average_is_no_hat(shards):
