@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
@@ -25,29 +26,38 @@ def page(
     checkpoint: values.Checkpoint = "latest",
     raw: values.Raw = False,
     aligner: Annotated[str | None, typer.Option(help="a model that refines where faces are", metavar="MODEL")] = None,
+    runs: Annotated[Path, typer.Option(help="whose runs, and the registry's models, can be chosen on the page")] = Path("runs"),
+    study: Annotated[
+        Path | None, typer.Option(help="instead: pictures to rate, real and made ones; the file of the answers", metavar="CSV")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="with --study: a shard set; by default the model's own")] = None,
+    split: Annotated[str, typer.Option(help="with --study: train, valid or test")] = "test",
 ) -> None:
     """Serve the page until Ctrl-C. Photos stay in memory and go when their page is closed."""
-    from pipeline import models
     from pipeline.app import server
+    from pipeline.app.shelf import Shelf, opened
+    from pipeline.app.study import Study
+    from pipeline.evaluation import Specification
     from pipeline.faces.alignment import load_aligner
-    from pipeline.models.onnx import faster
 
     listener = server.listener(host, port)
-    loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
+    first = opened(model, checkpoint=checkpoint, ema=not raw)
+    loaded, rated = first.model, None
+    if study:
+        records = Specification(data=data).open(loaded).split(split)
+        rated = Study(loaded, loaded.editing, records, study)
     if token is None and not server.is_loopback(host):
         token = secrets.token_urlsafe(16)
-    editing = next((can for can in loaded.capabilities if isinstance(can, models.Editing | models.Sampling)), None)
-    if editing is None:
-        raise ValueError(f"{model}: {loaded.card['method']} neither edits photos nor samples faces; it has no sliders")
-    decoder = faster(editing) if isinstance(editing, models.Editing) else "it makes faces of seeds"
-    service = server.Service(loaded, editing, load_aligner(aligner), token)
+    service = server.Service(Shelf(first, runs), load_aligner(aligner), token, rated)
     typer.echo(f"{model}: {loaded.card['method']} at {loaded.card['image_size']} pixels, {loaded.attributes!r}")
-    typer.echo(decoder)
+    typer.echo(first.decoder)
     place = f"[{host}]" if ":" in host else host
     secret = f"#{quote(token, safe='')}" if token else ""
     address = f"http://{place}:{listener.getsockname()[1]}/{secret}"
     if not server.is_loopback(host):
         typer.echo("note: everybody who has this address can use the page; without TLS others on the way can read it")
+    if study:
+        typer.echo(f"answers go to {study}; 'fader study {study}' says what they are")
     typer.echo(f"open {address}   (Ctrl-C ends it)")
     server.server(service).run(sockets=[listener])
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "a model as a folder of plain tensors, or as ONNX",
     "edit": "move the sliders on photos",
     "app": "a page in the browser: a photo, and the sliders that move it",
+    "study": "what people said of a study's pictures: how natural they look, and whether they show what was asked for",
     "sample": "pictures of faces that nobody has, from chosen attributes and a seed",
     "bench": "measure this machine: how fast data comes, beside others and beside DALI alone",
     "sync": "send what tracking could not deliver",

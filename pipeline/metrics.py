@@ -28,6 +28,16 @@ def lower_is_better(name: str) -> bool:
     return name.partition(".")[0] in _LOWER
 
 
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of `hits` in `count` answers.
+
+    Source: Wilson 1927, the score interval.
+    """
+    share, z2 = hits / count, 1.959964**2
+    middle, width = share + z2 / (2 * count), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    return max(0.0, (middle - width) / (1 + z2 / count)), min(1.0, (middle + width) / (1 + z2 / count))
+
+
 def mse(images: Tensor, target: Tensor) -> Tensor:
     """[N] float64 mean squared difference of each image, over its channels and pixels, on [-1, 1].
 

@@ -16,6 +16,7 @@ from playwright.sync_api import sync_playwright
 from fader.attributes import Attribute, Attributes
 from pipeline import models
 from pipeline.app import server
+from pipeline.app.shelf import Opened, Shelf
 from pipeline.models.onnx import faster
 from tests.page import serving
 from tests.runs import make_run
@@ -60,7 +61,7 @@ def main() -> None:
             model = models.load(make_run(Path(folder) / preset, method, attributes=ATTRIBUTES, data=data))
             editing = model.editing
             print(f"{preset} at {size}: {faster(editing)}")
-            with serving(server.Service(model, editing)) as address:
+            with serving(server.Service(Shelf(Opened(model, editing)))) as address:
                 browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
                 page = browser.new_page()
                 page.goto(f"http://{address}/")

@@ -71,7 +71,42 @@ class Live(_Message):
     sliders: _Sliders
 
 
-Message = Photo | Drawn | Choose | Move | Strip | Save | Live
+class Models(_Message):
+    """Name the models that can be opened, and the runs that can be watched."""
+
+    kind: Literal["models"]
+
+
+class Pick(_Message):
+    """Go on with another model; the page gives its photo again."""
+
+    kind: Literal["pick"]
+    address: _Name
+
+
+class Watch(_Message):
+    """Give a run's curves and newest picture, unless its spool still has this size."""
+
+    kind: Literal["watch"]
+    run: _Name
+    size: int
+
+
+class Next(_Message):
+    """Show the next picture of a study."""
+
+    kind: Literal["next"]
+
+
+class Rated(_Message):
+    """Keep what was said of a study's picture, and show the next. value: the number of the value that it shows."""
+
+    kind: Literal["rated"]
+    natural: bool
+    value: int = Field(ge=0)
+
+
+Message = Photo | Drawn | Choose | Move | Strip | Save | Live | Models | Pick | Watch | Next | Rated
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

@@ -16,12 +16,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.responses import Response
 
-from pipeline.app.messages import Move, packed, read
+from pipeline.app.messages import Message, Models, Move, Pick, Watch, packed, read
 from pipeline.app.session import Session
-from pipeline.models import Editing, Model, Sampling
+from pipeline.app.shelf import Opened, Shelf
+from pipeline.app.study import Rater, Study
+from pipeline.models import Model
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,10 @@ FILES = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
 }
+STUDY_FILES = FILES | {
+    "/": ("study.html", "text/html; charset=utf-8"),
+    "/page.js": ("study.js", "text/javascript; charset=utf-8"),
+}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -38,6 +44,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+REPORT_HEADERS = HEADERS | {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:"}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 IDLE, FULL = 4000, 4001  # codes with which a WebSocket is closed, beside the standard's
 
@@ -57,27 +64,30 @@ class Service:
     """What all sessions share. Photos are read by one worker, moves decoded by another, so that sliders do not wait.
 
     token: whoever opens a WebSocket must know it; None for a page that only this machine reaches.
+    study: where there is one, its pictures are the page.
     """
 
-    model: Model
-    editing: Editing | Sampling
+    shelf: Shelf
     aligner: Model | None = None
     token: str | None = None
+    study: Study | None = None
     limits: Limits = Limits()
     people: int = 0
     reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "photos"))
     moving: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "moves"))
 
     def admits(self, headers: Any, token: str | None) -> bool:
-        """Whether a WebSocket comes from our own page: of this host and, where there is a token, with it.
+        """Whether a WebSocket comes from our own page: of this host and, where there is a token, with it."""
+        host, origin = headers.get("host", ""), urlsplit(headers.get("origin", ""))
+        return bool(host) and origin.netloc == host and origin.scheme in ("http", "https") and self.trusts(host, token)
+
+    def trusts(self, host: str, token: str | None) -> bool:
+        """Whether a request to this host may read what is private: it has the token, where there is one.
 
         Without a token the host must be this machine by name, because another site's name may be made to lead here.
         """
-        host, origin = headers.get("host", ""), urlsplit(headers.get("origin", ""))
-        if not host or origin.netloc != host or origin.scheme not in ("http", "https"):
-            return False
         if self.token is None:
-            return origin.hostname in LOOPBACK
+            return urlsplit(f"//{host}").hostname in LOOPBACK
         return secrets.compare_digest((token or "").encode(), self.token.encode())
 
 
@@ -91,8 +101,13 @@ def is_loopback(host: str) -> bool:
 def build(service: Service) -> FastAPI:
     """Return the application: the page's files and `/socket`."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for path, (name, kind) in FILES.items():
+    for path, (name, kind) in (STUDY_FILES if service.study else FILES).items():
         app.add_api_route(path, _file((PAGE / name).read_bytes(), kind), methods=["GET"])
+
+    @app.get("/report/{run}")
+    def report(request: Request, run: str, token: str | None = None) -> Response:
+        page = service.shelf.report(run) if service.trusts(request.headers.get("host", ""), token) else None
+        return Response(page or b"there is no such report", 200 if page else 404, REPORT_HEADERS, "text/html; charset=utf-8")
 
     @app.websocket("/socket")
     async def socket(person: WebSocket, token: str | None = None) -> None:
@@ -118,22 +133,29 @@ def _file(content: bytes, kind: str) -> Callable[[], Response]:
 
 async def _serve(person: WebSocket, service: Service) -> None:
     """Talk with one person until they leave or are idle."""
-    session = Session(service.model, service.editing, service.aligner, service.limits.pixels)
+    session: Session | Rater = Rater(service.study) if service.study else _session(service, service.shelf.first)
     newest = _Newest()
-    moves = asyncio.create_task(_show_moves(person, session, newest, service.moving))
+    moves = asyncio.create_task(_show_moves(person, newest, service.moving))
     loop = asyncio.get_running_loop()
     try:
-        await person.send_json(session.about() | {"upload_bytes": service.limits.upload_bytes})
+        await person.send_json(_about(session, service))
         while True:
             got = await asyncio.wait_for(person.receive(), service.limits.idle_seconds)
             if got["type"] == "websocket.disconnect":
                 return
             try:
                 message, data = read(got["bytes"] if got.get("bytes") is not None else got["text"])
-                if isinstance(message, Move):
-                    newest.put(message)
+                if isinstance(message, Move) and isinstance(session, Session):
+                    newest.put((session, message))
                     continue
-                answer = await loop.run_in_executor(service.reading, session.answer, message, data)
+                if isinstance(message, Models | Watch) and not service.study:  # files and MLflow; photos need not wait
+                    answer = await asyncio.to_thread(_listed, service.shelf, message)
+                elif isinstance(message, Pick) and not service.study:
+                    chosen = await loop.run_in_executor(service.reading, service.shelf.open, message.address)
+                    session = _session(service, chosen)
+                    answer = _about(session, service)
+                else:
+                    answer = await loop.run_in_executor(service.reading, session.answer, message, data)
             except ValueError as error:
                 answer = _failure(error)
             await (person.send_bytes(answer) if isinstance(answer, bytes) else person.send_json(answer))
@@ -148,29 +170,41 @@ async def _serve(person: WebSocket, service: Service) -> None:
             await moves
 
 
+def _session(service: Service, chosen: Opened) -> Session:
+    return Session(chosen.model, chosen.editing, service.aligner, service.limits.pixels)
+
+
+def _about(session: Session | Rater, service: Service) -> dict[str, Any]:
+    return session.about() | {"upload_bytes": service.limits.upload_bytes}
+
+
+def _listed(shelf: Shelf, message: Message) -> dict[str, Any]:
+    return shelf.training(message.run, message.size) if isinstance(message, Watch) else shelf.listing()
+
+
 class _Newest:
-    """Holds one move: a newer one replaces it, so that none queue."""
+    """Holds one move and its session: a newer one replaces it, so that none queue."""
 
     def __init__(self) -> None:
-        self._move: Move | None = None
+        self._move: tuple[Session, Move] | None = None
         self._here = asyncio.Event()
 
-    def put(self, move: Move) -> None:
+    def put(self, move: tuple[Session, Move]) -> None:
         self._move = move
         self._here.set()
 
-    async def take(self) -> Move:
+    async def take(self) -> tuple[Session, Move]:
         await self._here.wait()
         self._here.clear()
         assert self._move is not None
         return self._move
 
 
-async def _show_moves(person: WebSocket, session: Session, newest: _Newest, worker: ThreadPoolExecutor) -> None:
+async def _show_moves(person: WebSocket, newest: _Newest, worker: ThreadPoolExecutor) -> None:
     """Decode the newest move, send its picture, and so on."""
     loop = asyncio.get_running_loop()
     while True:
-        move = await newest.take()
+        session, move = await newest.take()
         try:
             picture = await loop.run_in_executor(worker, session.shown, move.sliders)
         except ValueError as error:

@@ -89,7 +89,7 @@ class Session:
                 return packed({"kind": "saved", "name": self._name(message)}, self.save(message))
             case Live():
                 return packed({"kind": "live"}, self.live(message, data))
-        raise AssertionError(message)
+        raise ValueError("this page shows a model; it has no study")
 
     # --- a photo ----------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,16 @@ let start = [], settled = [], states = []; // where sliders stood at first, afte
 let asked = 0, shown = 0, first = 0; // numbers of moves: the last asked for, the last shown, the first of this face
 let restore = null; // {state, chosen}: what to go back to when a lost connection is there again
 let camera = null, frames = []; // the video of a camera that is live, and when its last frames were shown
+let chosen = null, known = 0; // the model that was picked, if not the server's own; the size of the spool that is shown
 let delay = 500, drawnNumber = Math.floor(Math.random() * 900000);
 
 // --- the connection --------------------------------------------------------------------------------------------------
 
 function connect() {
+  if (window.LocalServer) { // of an exported page: ONNX Runtime answers here, and no photo leaves the machine
+    socket = new LocalServer(({ data }) => (typeof data === "string" ? hear(JSON.parse(data)) : receive(data)));
+    return;
+  }
   const address = new URL("/socket", location.href);
   address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
   if (location.hash.length > 1) address.searchParams.set("token", decodeURIComponent(location.hash.slice(1)));
@@ -53,7 +58,9 @@ function send(head, bytes) {
 function hear(message) {
   if (message.kind === "model") learn(message);
   else if (message.kind === "face") meet(message);
-  else if (message.kind === "error") say(message.text, true);
+  else if (message.kind === "models") listModels(message);
+  else if (message.kind === "training") showTraining(message);
+  else if (message.kind === "error") refused(message.text);
 }
 
 async function receive(data) {
@@ -79,16 +86,21 @@ function say(text, bad = false) {
 
 function learn(message) {
   delay = 500;
+  if (chosen && message.model !== chosen) return pick(chosen); // a new connection begins with the server's own model
+  if (!message.local && !byId("models").options.length) send({ kind: "models" });
   model = message;
+  face = null;
   byId("about").textContent = `${message.model}: ${message.about}`;
   byId("licence").textContent = message.licence;
   document.querySelectorAll(".photos").forEach((part) => { part.hidden = !message.edits; });
-  if (!message.edits) Object.assign(byId("drawn"), { textContent: "New face" });
+  document.querySelectorAll(".served, #live, #paste, #drawn, .check").forEach((part) => { part.hidden ||= Boolean(message.local); });
+  if (message.local) byId("place").textContent = "Your photo stays in this page; no server sees it.";
+  byId("drawn").textContent = message.edits ? "Drawn face" : "New face";
   controls = message.attributes.map(control);
   byId("sliders").replaceChildren(...controls.map((one) => one.row));
   say("");
   enable();
-  if (photo) upload(photo);
+  if (photo && (message.edits || photo.number !== undefined)) upload(photo);
   else restore = null;
 }
 
@@ -299,6 +311,82 @@ async function copy() {
     say("The browser does not let this page copy; the command is marked: press Ctrl+C.");
   }
 }
+
+// --- other models, and runs that train ---------------------------------------------------------------------------------------
+
+function pick(address) {
+  chosen = address;
+  send({ kind: "pick", address });
+  say(`Opening ${address} …`);
+}
+
+function refused(text) {
+  say(text, true);
+  if (chosen && model && model.model !== chosen) byId("models").value = chosen = model.model;
+}
+
+function listModels({ groups, runs }) {
+  const names = { now: "of this page", registry: "registered", runs: "runs and their checkpoints" };
+  const group = ([name, addresses]) => element("optgroup", { label: names[name] }, ...addresses.map((value) => element("option", { value, textContent: value })));
+  byId("models").replaceChildren(...Object.entries(groups).filter(([, addresses]) => addresses.length).map(group));
+  byId("models").value = chosen ?? groups.now[0];
+  byId("run").replaceChildren(...runs.map(({ name, report }) => {
+    const option = element("option", { value: name, textContent: name });
+    option.dataset.report = report ? "yes" : "";
+    return option;
+  }));
+  byId("watch").disabled = !runs.length;
+}
+
+function watch() {
+  const run = byId("run").value;
+  if (byId("training").hidden || !run) return;
+  send({ kind: "watch", run, size: known });
+  const token = location.hash.length > 1 ? `?token=${encodeURIComponent(decodeURIComponent(location.hash.slice(1)))}` : "";
+  byId("report").href = `/report/${encodeURIComponent(run)}${token}`;
+  byId("report").hidden = !byId("run").selectedOptions[0].dataset.report;
+}
+
+function showTraining({ run, size, curves, picture, caption }) {
+  if (run !== byId("run").value || !curves) return;
+  known = size;
+  byId("curves").replaceChildren(...Object.entries(curves).map(([name, points]) => curve(name, points)));
+  const last = Math.max(...Object.values(curves).map((points) => points.at(-1)[0]));
+  byId("state").textContent = `${last.toLocaleString()} images seen`;
+  byId("grid").hidden = !picture;
+  if (!picture) return;
+  byId("grid").querySelector("img").src = picture;
+  byId("grid").querySelector("figcaption").textContent = caption;
+}
+
+function curve(name, points) {
+  const [xs, ys] = [0, 1].map((i) => points.map((point) => point[i]));
+  const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 100 50");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `${name}: from ${ys[0]} to ${ys.at(-1)}, between ${low} and ${high}`);
+  const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
+  const place = ([x, y]) => `${(100 * (x - left)) / (right - left || 1)},${high > low ? 47 - (44 * (y - low)) / (high - low) : 25}`;
+  line.setAttribute("points", points.map(place).join(" "));
+  svg.append(line);
+  const number = element("output", { textContent: ys.at(-1).toPrecision(4), title: `lowest ${low.toPrecision(4)}, highest ${high.toPrecision(4)}` });
+  return element("figure", {}, element("figcaption", {}, element("span", { textContent: name }), number), svg);
+}
+
+byId("models").addEventListener("change", () => {
+  restore = null; // where sliders of one model stand says nothing to another
+  pick(byId("models").value);
+});
+byId("watch").addEventListener("click", () => {
+  byId("training").hidden = !byId("training").hidden;
+  byId("watch").setAttribute("aria-expanded", !byId("training").hidden);
+  send({ kind: "models" }); // a run may have begun meanwhile
+  watch();
+});
+byId("run").addEventListener("change", () => { known = 0; byId("curves").replaceChildren(); byId("grid").hidden = true; watch(); });
+setInterval(watch, 2000);
 
 // --- the camera --------------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,11 @@ from PIL import Image
 
 from fader.similarity import Similarity
 from pipeline.app import server, session
+from pipeline.app.shelf import Opened, Shelf
 from pipeline.faces.alignment import Face
 from tests.page import painted, photo, serving
+from tests.pipeline.app.test_shelf import spool
+from tests.runs import FADER, make_run
 
 RED, BLACK = (255, 0, 0), (0, 0, 0)
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -48,8 +51,14 @@ def browser():
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    with painted(tmp_path_factory.mktemp("page")) as model:
-        yield server.Service(model, model.editing)
+    folder = tmp_path_factory.mktemp("page")
+    run = make_run(folder / "runs" / "other", FADER)
+    spool(run, *({"step": 100 * k, "metrics": {"autoencoder/mse": 1 / k, "latent/weight": k / 90}} for k in range(1, 90)))
+    (run / "spool/pictures/sliders-000008900-ab.png").write_bytes(photo(BLACK))
+    (run / "report").mkdir()
+    (run / "report" / "report-test.html").write_text("<!doctype html><title>report</title><h1>It slides</h1>")
+    with painted(folder) as model:
+        yield server.Service(Shelf(Opened(model, model.editing), folder / "runs"), limits=server.Limits(upload_bytes=1_000_000))
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +219,8 @@ def test_a_bad_upload_says_why_and_harms_nothing(page):
     page.set_input_files("#file", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"no picture at all"})
     page.wait_for_selector("#message.bad")
     assert "not a readable picture" in page.inner_text("#message")
-    page.set_input_files("#file", {"name": "b.png", "mimeType": "image/png", "buffer": bytes(20_100_000)})
-    until(page, "document.getElementById('message').textContent.includes('20,100,000 bytes')")
+    page.set_input_files("#file", {"name": "b.png", "mimeType": "image/png", "buffer": bytes(1_100_000)})
+    until(page, "document.getElementById('message').textContent.includes('1,100,000 bytes')")
     drag(page, "Smiling", -1)
     assert colour(page)[0] < 5, "the photo before is still there"
 
@@ -250,7 +259,7 @@ def test_a_server_that_went_and_came_back_loses_nothing(browser, service):
 
 
 def test_the_address_with_its_token_opens_the_page(browser, service):
-    guarded = server.Service(service.model, service.editing, token="a b/c%")
+    guarded = server.Service(service.shelf, token="a b/c%")
     with serving(guarded) as address:
         with visit(browser, address, "#a%20b%2Fc%25") as page:
             give(page, photo(RED))

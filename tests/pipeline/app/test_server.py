@@ -24,6 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from fader.similarity import Similarity
 from pipeline import models
 from pipeline.app import server, session
+from pipeline.app.shelf import Opened, Shelf
 from pipeline.faces import photos
 from pipeline.faces.alignment import Face
 from pipeline.images import to_uint8
@@ -37,7 +38,7 @@ LIMITS = server.Limits(upload_bytes=200_000, pixels=1_000_000, idle_seconds=30)
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     with painted(tmp_path_factory.mktemp("page")) as model:
-        yield server.Service(model, model.editing, limits=LIMITS)
+        yield server.Service(Shelf(Opened(model, model.editing)), limits=LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_a_drawn_face_is_there_to_begin_with(address):
 def test_a_sampler_makes_faces_of_seeds_and_slides_them(tmp_path):
     with registered(Drawing):
         model = models.load(make_run(tmp_path / "drawing", {"name": "sham_drawing"}))
-        with serving(server.Service(model, model.sampling, limits=LIMITS)) as address, person(address) as one:
+        with serving(server.Service(Shelf(Opened(model, model.sampling)), limits=LIMITS)) as address, person(address) as one:
             assert one.model["edits"] is False
             assert "takes no photo" in one.give(photo())["text"]
             face = one.ask({"kind": "drawn", "number": 7})[0]
