@@ -130,7 +130,7 @@ def _panels(curves: Mapping[str, object]) -> dict[str, list[str]]:
     for name in curves:
         kind = name.split(".", 1)[0]
         last = kind.rsplit("/", 1)[-1]
-        if last in ("skipped", "images_per_second", "updates", "attempt") or "_to_" in name.split(".", 1)[-1]:
+        if last in ("skipped", "images_per_second", "waiting_share", "updates", "attempt") or "_to_" in name.split(".", 1)[-1]:
             continue
         panels.setdefault("λ" if last == "lambda" else kind, []).append(name)
     order = ("loss", "mse", "fool", "λ", "accuracy", "swap_accuracy", "gradient_norm")

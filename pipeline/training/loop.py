@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from fader.method import Clock
+from fader.method import Batch, Clock
 from pipeline.images import grid, png_bytes
 from pipeline.training.assembly import Run
 from pipeline.training.interruption import Interrupted, Reason
@@ -56,19 +56,25 @@ class Loop:
 
     def _steps(self) -> None:
         run, first = self.run, self.run.point.position.clock
-        self._interval = time.monotonic(), first.images
+        self._interval, self._waiting = (time.monotonic(), first.images), 0.0
         with contextlib.closing(run.batches.after(run.point)) as batches:
             for step in steps(run.stages, run.experiment.batch_size, run.point.position):
                 if self._is_stalled():
                     break
                 for turn in step.turns:
                     run.watchdog.at(f"batch {turn.draw} of {turn.stream}", slow=step.clock == first)
-                    batch = next(batches)
+                    batch = self._waited(batches)
                     run.watchdog.at(f"update {turn.draw} of {turn.stream}", slow=step.clock == first)
                     run.engine.update(turn.phase, batch, step.clock)
                 run.point.position = step.after
                 self._at_intervals(step.clock, step.after.clock)
                 self._end_if_told(step.after.clock)
+
+    def _waited(self, batches: Iterator[Batch]) -> Batch:
+        began = time.monotonic()
+        batch = next(batches)
+        self._waiting += time.monotonic() - began
+        return batch
 
     def _at_intervals(self, before: Clock, after: Clock) -> None:
         settings, last = self.run.experiment.run, after.images >= self.total_images
@@ -86,10 +92,15 @@ class Loop:
         metrics, counts = run.engine.read_report()  # waits for the device
         began, images = self._interval
         self._interval = time.monotonic(), clock.images
-        self.images_per_second = (clock.images - images) / max(self._interval[0] - began, 1e-9)
+        seconds = max(self._interval[0] - began, 1e-9)
+        self.images_per_second, waiting, self._waiting = (clock.images - images) / seconds, self._waiting / seconds, 0.0
         self.recovery.check(metrics, counts)
         left_out = run.point.quarantine = run.loaders.left_out(run.point.quarantine)
-        rate = {"run/images_per_second": self.images_per_second, "data/quarantined": float(len(left_out))}
+        rate = {
+            "run/images_per_second": self.images_per_second,
+            "run/waiting_share": waiting,  # of the main rank's time, for batches
+            "data/quarantined": float(len(left_out)),
+        }
         run.tracker.log({**metrics, **rate}, clock.images, clock.updates)
         run.loaders.check(left_out)
         self._tell(clock, metrics)

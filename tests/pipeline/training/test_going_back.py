@@ -38,6 +38,8 @@ def test_it_goes_back_and_its_points_are_marked(faces, tmp_path, poisoned, caplo
     points = [point for point in tracking.points(run) if point.name == "autoencoder/mse"]
     assert {point.step for point in points if point.superseded} == {96, 112}
     assert [point.step for point in points if not point.superseded] == [16, 32, 48, 64, 80, 96, 112, 128, 144, 160]
+    waited = [point.value for point in tracking.points(run) if point.name == "run/waiting_share"]
+    assert len(waited) >= 10 and all(0 < share < 1 for share in waited)
     events = [json.loads(line) for line in (run / "spool/main.jsonl").read_text().splitlines()]
     (tags,) = [event["tags"] for event in events if event["kind"] == "tags" and "rollbacks" in event["tags"]]
     assert tags["rollbacks"] == "1" and "were not finite" in tags["rollback.1"]
