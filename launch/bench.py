@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch import bench_train
+from launch import bench_scale, bench_train
 from launch.command import main, numbers
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def bench() -> None:
 
 
 app.command()(bench_train.train)
+app.command()(bench_scale.scale)
 
 
 @app.command()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from fader.attributes import Attribute, Attributes
+from fader.networks.normalization import BatchNorm
 from launch import bench
+from pipeline import config
 from pipeline.loading.throughput import median_ratio
 from tests.commands import launch
 
@@ -64,3 +68,27 @@ def test_a_step_is_measured_beside_a_bare_loop(tmp_path):
 def test_a_way_that_cannot_be_measured_is_refused(way, said):
     with pytest.raises(ValueError, match=said):
         CliRunner().invoke(bench.app, ["train", "--ways", way], catch_exceptions=False)
+
+
+def test_scaling_is_its_formula_and_is_checked_between_processes(tmp_path):
+    """Counted sums: two for each batch norm of a pass with a gradient; a model worked by hand; two processes that train."""
+    out = tmp_path / "scale.json"
+    words = ["--batch-size", "4", "--processes", "2", "--steps", "2", "--step", "2", "--json", str(out)]
+    words += [word for setting in SMALL for word in ("--set", setting)]
+    done = CliRunner().invoke(bench.app, ["scale", "configs/celeba_judge.yaml", *words], catch_exceptions=False)
+    found = json.loads(out.read_text())
+    method = config.build_method(config.load(Path("configs/celeba_judge.yaml"), SMALL), Attributes([Attribute("a")] * 4))
+    (network,) = method.networks.values()
+    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    assert len(found["traffic"]["sums"]) == 2 * len(norms) > 0
+    assert sum(found["traffic"]["sums"]) == sum(2 * 4 * (2 * len(norm.weight) + 1) for norm in norms)
+    weights = 4 * sum(p.numel() for p in network.parameters())
+    assert found["traffic"]["gradients"] == [weights]
+    rows = {row["ranks"]: row for row in found["rows"]}
+    assert rows[1]["gradients"] == rows[1]["sums"] == 0 and rows[1]["of_one"] == 1 and max(rows) == 1024
+    by_hand = 2 * weights * (7 / 8 / 450e9 + 127 / 128 / 8 / 50e9) + 2 * (3 + 7) * 10e-6
+    assert rows[1024]["gradients"] == pytest.approx(by_hand, rel=1e-9)
+    assert rows[1024]["seconds"] == pytest.approx(0.002 + rows[1024]["gradients"] + rows[1024]["sums"])
+    check = found["checks"]["2"]
+    assert check["predicted"] > check["computing"] > 0 and check["measured"] > 0
+    assert "2 processes of this CPU over gloo" in done.stdout
