@@ -44,7 +44,7 @@ def draw_page(model: Model, report: Report, judges: Sequence[Model], shards: Sha
     """Write a run's page into its folder."""
     assert model.run is not None
     judge = judges[0] if judges and makes_pictures(model.method) else None
-    return page.write(report, model, judge, shards.split(report.split), model.run / "report", specification)
+    return page.write(report, model, judge, shards, model.run / "report", specification)
 
 
 def track(model: Model, report: Report, files: Sequence[Path]) -> tracking.Addition | None:

@@ -19,9 +19,10 @@ from pipeline.evaluation.records import OneProcess, Records, pillow_loader
 from pipeline.evaluation.report import Report, slider_values
 from pipeline.evaluation.specification import Specification
 from pipeline.files import write_whole
+from pipeline.models import sampler
 
 if TYPE_CHECKING:
-    from pipeline.data.shards import Split
+    from pipeline.data.shards import ShardSet, Split
     from pipeline.models import Model
 
 
@@ -35,20 +36,22 @@ class Section:
 
 
 def write(
-    report: Report, model: Model, judge: Model | None, split: Split, folder: Path, specification: Specification
+    report: Report, model: Model, judge: Model | None, shards: ShardSet, folder: Path, specification: Specification
 ) -> Path:
     """Write `report-SPLIT.html` into a folder and its pictures into `report-SPLIT/` beside it.
 
     Args:
-        report: what `evaluate` measured of this model on this split.
+        report: what `evaluate` measured of this model on a split of these shards.
         judge: the first of those who judged; None leaves best and worst cases out.
 
     Returns:
         The page.
     """
+    split = shards.split(report.split)
     [first] = _batches(model, split, SWEPT_FACES, SWEPT_FACES, specification)
     above = list(_overview(report, model, first))
-    below = list(_details(report, model, judge, split, first, specification))
+    below = [*_neighbours(model, shards.split("train"), first, specification)]
+    below += _details(report, model, judge, split, first, specification)
     part = f"-first-{report.records}" if report.records < report.split_records else ""
     name = f"report-{report.split}{model.variant}{part}"
     (folder / name).mkdir(parents=True, exist_ok=True)
@@ -77,6 +80,20 @@ def _overview(report: Report, model: Model, first: Batch) -> Iterator[Section]:
         if report.sliders:
             bars.append(Picture("sliders", "The judge's mean probability along each slider", plots.responses(report)))
         yield Section("At a glance", bars)
+
+
+def _neighbours(model: Model, train: Split, first: Batch, specification: Specification) -> Iterator[Section]:
+    """Yield samples beside training pictures, where the model samples."""
+    if sampler(model.method) is None or not len(train):
+        return
+    count = min(pictures.SEARCHED, len(train))
+    reader = Records(specification.batch_size, OneProcess(), pillow_loader(model, specification))
+    note = (
+        f"Samples beside those of the first {count:,} training pictures that are nearest, pixel by pixel. A sample much nearer to "
+        "one than real pictures of this split are was learned by heart."
+    )
+    sheet = pictures.neighbour_sheet(model, first, lambda look: reader.read(train, count, look))
+    yield Section("Nearest training pictures", [sheet], note)
 
 
 def _details(

@@ -5,7 +5,7 @@ They are of the first records of a split, so that sheets of several models show 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fader.filters import reduced
 from fader.method import Batch, Method
 from pipeline.evaluation.measure import evaluating, makes_pictures, pictures
 from pipeline.evaluation.report import SLIDER_POSITIONS, slider_values
 from pipeline.files import file_name
 from pipeline.images import png_bytes, to_uint8
-from pipeline.models import editor, readers_of
+from pipeline.models import editor, readers_of, sampler
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Split
@@ -29,6 +30,8 @@ SWEPT_FACES = 6
 JUDGED_RECORDS = 256
 SIDE_BY_SIDE = 6  # best and worst cases of an attribute, each
 MOST_SLIDERS = 16  # pictures of sweeps and of cases: a page of 40 attributes would be too heavy to open
+NEIGHBOURS, SEARCHED = 3, 4096  # training pictures beside a sample; those that are looked at
+_COMPARED = 32  # pixels a side at which pictures are compared
 _CELL = 128  # pixels a side at most, in pictures of many
 
 
@@ -88,6 +91,38 @@ def sweep_sheets(model: Model, batch: Batch) -> list[Picture]:
             sheet = _sheet(list(zip(*columns)), [*above, *positions], gaps=(len(own),))
             sheets.append(Picture(f"sweep-{file_name(name)}", name, sheet))
     return sheets
+
+
+def neighbour_sheet(model: Model, first: Batch, read: Callable[[Callable[[Batch], None]], None]) -> Picture:
+    """Draw a sample of each record's labels beside the training pictures that are nearest to it, pixel by pixel.
+
+    Args:
+        read: calls a function with every batch of training pictures that are looked at.
+    """
+    method, count = model.method, len(first.index)
+    samples = sampler(method)
+    assert samples is not None and first.images is not None
+    with evaluating(method.networks.values()), torch.inference_mode():
+        noise = first.draws.normal("neighbours", (samples.noise_width,))
+        made = samples.sample(noise, method.attributes.code(first.attributes)).float().clamp(-1, 1)
+    asked = torch.cat([made, first.images])
+    near, apart = asked.new_zeros(len(asked), 0, *asked.shape[1:]), asked.new_zeros(len(asked), 0)
+
+    def small(images: Tensor) -> Tensor:
+        return reduced(images, min(_COMPARED, images.shape[-1])).flatten(1)
+
+    def look(batch: Batch) -> None:
+        nonlocal near, apart
+        assert batch.images is not None
+        both = torch.cat([apart, torch.cdist(small(asked), small(batch.images))], 1)
+        apart, index = both.topk(min(NEIGHBOURS, both.shape[1]), largest=False)
+        near = torch.stack([torch.cat([own, batch.images])[rows] for own, rows in zip(near, index)])
+
+    read(look)
+    rms = (apart / small(asked).shape[1] ** 0.5)[:, 0]
+    rows = [[own, *others] for own, others in zip(_pixels(made), map(_pixels, near[:count]))]
+    says = f"Distance to the nearest (RMS, median): samples {rms[:count].median():.3f}, real ones {rms[count:].median():.3f}"
+    return Picture("neighbours", says, _sheet(rows, ["sample", "nearest", "second", "third"][: 1 + near.shape[1]]))
 
 
 # --- the judge's best and worst ---------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from PIL import Image
 
+from fader.method import Batch
 from pipeline import evaluation, models, tracking
 from pipeline.data.shards import ShardSet
 from pipeline.evaluation import page, pictures
-from pipeline.images import Preprocessing
+from pipeline.images import Preprocessing, to_uint8
 from tests.launch.test_evaluate import shards  # noqa: F401  a shard set of planted pictures
 from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Noise, Oracle, Seer
 from tests.runs import ATTRIBUTES
@@ -52,7 +54,7 @@ def page_of(slider, judge, shards, folder, **asked):  # noqa: F811
     """The page of a model and its report."""
     specification, opened = evaluation.Specification(**asked), ShardSet.open(shards)
     report = evaluation.evaluate(slider, [judge] if judge else [], opened, specification)
-    return page.write(report, slider, judge, opened.split("test"), folder, specification), report
+    return page.write(report, slider, judge, opened, folder, specification), report
 
 
 @pytest.fixture(scope="module")
@@ -135,4 +137,24 @@ def test_a_judges_own_page_and_one_without_a_spool(shards, tmp_path):  # noqa: F
 def test_a_samplers_page_shows_its_samples(shards, tmp_path):  # noqa: F811
     path, _ = page_of(model(Noise(ATTRIBUTES), "noise"), model(Seer(ATTRIBUTES), "seer"), shards, tmp_path, tables=("swap",))
     names = {png.stem for png in path.with_suffix("").glob("*.png")}
-    assert {"swaps", "accuracy", "sweep-Smiling", "cases-Beard"} <= names and not Outside(path.read_text()).found
+    assert {"swaps", "accuracy", "sweep-Smiling", "cases-Beard", "neighbours"} <= names and not Outside(path.read_text()).found
+
+
+def test_a_face_learned_by_heart_stands_beside_itself(monkeypatch):
+    """The nearest of all batches, nearest first; and how far samples and real pictures are from them."""
+    torch.manual_seed(0)
+    images = torch.rand(20, 3, SIZE, SIZE) * 2 - 1
+    labels = torch.zeros(20, len(ATTRIBUTES))
+    batches = [Batch.alone(images[start : start + 5], labels[:5]) for start in range(5, 20, 5)]
+    learned = images[[17, 5]].lerp(images[[6, 12]], torch.tensor([0.1, 0.4])[:, None, None, None])
+    one = model(Noise(ATTRIBUTES), "noise")
+    monkeypatch.setattr(one.method, "sample", lambda noise, code: learned)
+    rows = []
+    monkeypatch.setattr(pictures, "_sheet", lambda cells, above: rows.extend(cells) or b"")
+    sheet = pictures.neighbour_sheet(one, Batch.alone(images[:2], labels[:2]), lambda look: [look(batch) for batch in batches])
+    assert len(rows) == 2 and all(len(row) == 1 + pictures.NEIGHBOURS for row in rows)
+    for row, wanted in zip(rows, ([17, 6], [5, 12])):
+        assert [(cell == to_uint8(images[k : k + 1])[0].numpy()).all() for cell, k in zip(row[1:], wanted)] == [True, True]
+    samples, real = map(float, re.findall(r"0\.\d+", sheet.caption))
+    nearest = (learned[1] - images[5]).square().mean().sqrt(), (learned[0] - images[17]).square().mean().sqrt()
+    assert samples == pytest.approx(float(min(nearest)), abs=1e-3) and real > 0.5
