@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fader.attributes import Attributes
-from fader.losses.attributes import accuracies, attribute_loss, smoothed
+from fader.counts import LabelCounts
+from fader.losses.attributes import accuracies, attribute_losses, smoothed
 from fader.losses.hinges import multi_hinges
 from fader.method import Batch, Context, Loss, Networks, Optimizer, Phase, Stage, register
 from fader.methods.gan import Gan, GanSettings
@@ -53,6 +54,7 @@ class VacGanSettings(GanSettings):
     discriminator_learning_rate: float | None = setting(2e-4, "of discriminator and classifier; none = the generator's", least=0)
     betas: tuple[float, float] = setting((0.0, 0.999), "of Adam")
     classifier_weight: float = setting(1.0, "λ, of the mean over attributes of the generator's cross-entropy", least=0)
+    even_labels: bool = setting(False, "in both cross-entropies rare values of an attribute count for as much as common ones")
     label_smoothing: float = setting(0.1, "s: the target of a present attribute is 1 - s", least=0, most=1)
 
 
@@ -88,6 +90,8 @@ class VacGan(Gan):
             discriminator.layers.insert(4, Quantisation(widths[1], s.quantised_keys, s.quantised_decay))
         if s.spectral_norm:
             self.networks = {name: with_spectral_norm(network) for name, network in self.networks.items()}
+        if s.even_labels:
+            self.networks["label_counts"] = LabelCounts(attributes)
 
     @property
     def counts_classes(self) -> bool:
@@ -130,17 +134,23 @@ class VacGan(Gan):
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The classifier learns to read the attributes off real images; unknown labels are left out."""
         logits = networks["classifier"](batch.images)
-        labels = smoothed(self.attributes, batch.attributes, self.settings.label_smoothing)
-        loss = attribute_loss(self.attributes, logits, labels, batch.known, "sigmoid") / len(self.attributes)
+        if self.settings.even_labels:
+            networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
+        loss = self.reading(networks, logits, smoothed(self.attributes, batch.attributes, self.settings.label_smoothing), batch)
         right = accuracies(self.attributes, logits, batch.attributes, batch.known, "sigmoid")
         report = {f"classifier/accuracy.{name}": part for name, part in zip(self.attributes.names, right)}
         return Loss(loss, {"classifier/loss": loss.detach(), **report})
+
+    def reading(self, networks: Networks, logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of the classifier's logits, a mean over attributes."""
+        weights = 1 / networks["label_counts"].shares(self.attributes, batch.attributes) if self.settings.even_labels else None
+        return attribute_losses(self.attributes, logits, labels, batch.known, "sigmoid", weights).sum() / len(self.attributes)
 
     def generator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The generator's images should be taken for real, and show the attributes that were asked for."""
         images, cost = self.made(networks, batch)
         taken, logits = self.taken(networks, images, batch), networks["classifier"](images)
-        reading = attribute_loss(self.attributes, logits, batch.attributes, batch.known, "sigmoid") / len(self.attributes)
+        reading = self.reading(networks, logits, batch.attributes, batch)
         report = {"generator/taken": taken.detach(), "generator/reading": reading.detach()}
         value = taken + self.settings.classifier_weight * reading + cost + self.quantised(networks, batch)
         return Loss(value, report)
@@ -148,7 +158,10 @@ class VacGan(Gan):
     def stages(self) -> tuple[Stage, ...]:
         s, (gan,) = self.settings, super().stages()
         discriminator, generator = gan.phases
-        classifier = Phase(("classifier",), self.classifier_loss, others=s.others, repeat=s.discriminator_steps)
+        counts = ("label_counts",) if s.even_labels else ()
+        classifier = Phase(
+            ("classifier",), self.classifier_loss, others=s.others, repeat=s.discriminator_steps, observers=counts
+        )
         return (Stage("vacgan", (discriminator, classifier, generator), s.images),)
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:

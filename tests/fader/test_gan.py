@@ -193,6 +193,32 @@ def test_vacgans_losses_are_their_formulas():
     assert losses["generator"].value.item() == pytest.approx(value.item(), rel=1e-5)
 
 
+def test_with_even_labels_a_rare_value_weighs_as_much_as_a_common_one():
+    """Each value's mean cross-entropy counts alike, in the classifier's loss and in the generator's; nothing else moves."""
+    one, batch = Attributes([Attribute("Bald")]), planted(Attributes([Attribute("Bald")]), count=10)
+    batch.attributes[:] = torch.tensor([[1.0]] + [[0.0]] * 9)
+    losses = {}
+    for even in (False, True):
+        method = tiny("vacgan", one, even_labels=even, label_smoothing=0.0, others="eval")
+        if even:
+            method.networks["label_counts"].counts.copy_(torch.tensor([9e6, 1e6]))  # as after many such batches
+        for name in ("classifier", "generator"):
+            phase = phases(method)[name]
+            stand(method, phase)
+            report = phase.loss(method.networks, batch, context(method)).report
+            losses[name, even] = report["classifier/loss" if name == "classifier" else "generator/reading"].item()
+            images = batch.images if name == "classifier" else method.made(method.networks, batch)[0]
+            method.networks["classifier"].train(name == "classifier")
+            each = F.binary_cross_entropy_with_logits(
+                method.networks["classifier"](images)[:, 0], batch.attributes[:, 0], reduction="none"
+            ).detach()
+            wanted = (each[0] + each[1:].mean()) / 2 if even else each.mean()
+            assert losses[name, even] == pytest.approx(wanted.item(), rel=1e-4)
+    assert len(set(losses.values())) == 4
+    phase = phases(method)["classifier"]
+    assert phase.observers == ("label_counts",) and method.networks["label_counts"].counts.tolist() == [9e6 + 9, 1e6 + 1]
+
+
 def test_smoothing_and_conditions_leave_unknown_and_other_kinds_alone():
     labels = torch.tensor([[1.0, 2.0, -1.0], [0.0, -1.0, 1.0]])
     torch.testing.assert_close(smoothed(MIXED, labels, 0.1), torch.tensor([[0.9, 2.0, -0.9], [0.0, -1.0, 0.9]]))

@@ -50,7 +50,7 @@ OTHERS = {
     "cgan": {"by default": {}, "spectral norm": {"spectral_norm": True, "game": "relativistic", "deconv": "upsampling"}, "latent optimisation": {"latent_step": 0.9}, "feature quantisation": {"quantised_keys": 16}},
     "cvae": {"by default": {}},
     "icgan": {"by default": {}, "E_z reads E_y": {"variant": "ind_cond"}, "one encoder": {"variant": "sng"}},
-    "vacgan": {"by default": {}, "multi-hinge": {"game": "multi_hinge"}, "batch norm of others": {"others": "train", "spectral_norm": False, "norm": "local"}},
+    "vacgan": {"by default": {}, "multi-hinge": {"game": "multi_hinge"}, "even labels": {"even_labels": True}, "batch norm of others": {"others": "train", "spectral_norm": False, "norm": "local"}},
     "vaegan": {"by default": {}},
     "judge": {"by default": {}, "sigmoid and dropout": {"head": "sigmoid", "dropout": 0.3}, "local norm": {"norm": "local"}},
 }
