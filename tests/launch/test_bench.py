@@ -77,7 +77,7 @@ def test_scaling_is_its_formula_and_is_checked_between_processes(tmp_path):
     words += [word for setting in SMALL for word in ("--set", setting)]
     done = CliRunner().invoke(bench.app, ["scale", "configs/celeba_judge.yaml", *words], catch_exceptions=False)
     found = json.loads(out.read_text())
-    method = config.build_method(config.load(Path("configs/celeba_judge.yaml"), SMALL), Attributes([Attribute("a")] * 4))
+    method = config.build_method(config.load(Path("configs/celeba_judge.yaml"), SMALL), Attributes(list(map(Attribute, "abcd"))))
     (network,) = method.networks.values()
     norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
     assert len(found["traffic"]["sums"]) == 2 * len(norms) > 0

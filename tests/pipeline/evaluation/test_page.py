@@ -146,7 +146,7 @@ def test_a_face_learned_by_heart_stands_beside_itself(monkeypatch):
     images = torch.rand(20, 3, SIZE, SIZE) * 2 - 1
     labels = torch.zeros(20, len(ATTRIBUTES))
     batches = [Batch.alone(images[start : start + 5], labels[:5]) for start in range(5, 20, 5)]
-    learned = images[[17, 5]].lerp(images[[6, 12]], torch.tensor([0.1, 0.4])[:, None, None, None])
+    learned = images[[17, 5]].lerp(images[[6, 12]], torch.tensor([0.3, 0.4])[:, None, None, None])  # still nearer to the first
     one = model(Noise(ATTRIBUTES), "noise")
     monkeypatch.setattr(one.method, "sample", lambda noise, code: learned)
     rows = []
