@@ -89,8 +89,8 @@ def _neighbours(model: Model, train: Split, first: Batch, specification: Specifi
     count = min(pictures.SEARCHED, len(train))
     reader = Records(specification.batch_size, OneProcess(), pillow_loader(model, specification))
     note = (
-        f"Samples beside those of the first {count:,} training pictures that are nearest, pixel by pixel. A sample much nearer to "
-        "one than real pictures of this split are was learned by heart."
+        f"Samples beside those of the first {count:,} training pictures that are nearest, pixel by pixel. A sample much nearer "
+        "to one than real pictures of this split are was learned by heart."
     )
     sheet = pictures.neighbour_sheet(model, first, lambda look: reader.read(train, count, look))
     yield Section("Nearest training pictures", [sheet], note)

@@ -71,17 +71,18 @@ def test_a_way_that_cannot_be_measured_is_refused(way, said):
 
 
 def test_scaling_is_its_formula_and_is_checked_between_processes(tmp_path):
-    """Counted sums: two for each batch norm of a pass with a gradient; a model worked by hand; two processes that train."""
+    """Counted sums: two for each batch norm of a pass with a gradient, and label counts; a model worked by hand; two processes that train."""
     out = tmp_path / "scale.json"
     words = ["--batch-size", "4", "--processes", "2", "--steps", "2", "--step", "2", "--json", str(out)]
     words += [word for setting in SMALL for word in ("--set", setting)]
     done = CliRunner().invoke(bench.app, ["scale", "configs/celeba_judge.yaml", *words], catch_exceptions=False)
     found = json.loads(out.read_text())
     method = config.build_method(config.load(Path("configs/celeba_judge.yaml"), SMALL), Attributes(list(map(Attribute, "abcd"))))
-    (network,) = method.networks.values()
+    network, counts = method.networks["classifier"], method.networks["label_counts"].counts
     norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
-    assert len(found["traffic"]["sums"]) == 2 * len(norms) > 0
-    assert sum(found["traffic"]["sums"]) == sum(2 * 4 * (2 * len(norm.weight) + 1) for norm in norms)
+    assert len(found["traffic"]["sums"]) == 2 * len(norms) + 1 > 1
+    of_norms = sum(2 * 4 * (2 * len(norm.weight) + 1) for norm in norms)
+    assert sum(found["traffic"]["sums"]) == of_norms + 8 * len(counts)
     weights = 4 * sum(p.numel() for p in network.parameters())
     assert found["traffic"]["gradients"] == [weights]
     rows = {row["ranks"]: row for row in found["rows"]}
