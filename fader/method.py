@@ -216,6 +216,7 @@ class Method:
     name: ClassVar[str]
     Settings: ClassVar[type]
     for_use: ClassVar[tuple[str, ...]] = ()
+    asked: tuple[str, ...] = ()  # of a judge: attributes that it answers for, where others only helped it to learn
     learns_geometry: ClassVar[bool] = False  # its truth is where things stand in a picture, so augmentation must not move them
 
     def __init__(self, settings: Any, attributes: Attributes, image_size: int, channels: int = 3) -> None:

@@ -94,6 +94,7 @@ class Judge(Method):
         if missing:
             raise ValueError(f"asked: {', '.join(sorted(missing))} is not among the attributes of the data")
         asked = [1 / len(settings.asked) if name in settings.asked else 1 / rest for name in attributes.names]
+        self.asked = settings.asked
         self.counts = asked if settings.asked else [1.0] * len(attributes)
         build = ResidualClassifier if settings.is_residual else Classifier
         layout = (image_size, attributes.logits_width(settings.head), channels)

@@ -206,7 +206,7 @@ def _fill(
     if "twins" in rows:
         report.truth = truths(attributes, labels, rows["twins"], specification)
     if "response" in rows:
-        report.preservation = made.preservation(attributes, pass_.readers[0].judged, rows)
+        report.preservation = made.preservation(attributes, pass_.readers[0].judged, pass_.readers[0].answers, rows)
         report.sliders = made.sliders(attributes, rows)
     if pass_.features is not None:
         report.features = pass_.features.name

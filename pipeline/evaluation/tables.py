@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -196,10 +196,13 @@ def fidelity(rows: dict[str, Tensor], specification: Specification) -> dict[str,
     return {name: Measure(float(mean[i]), *metrics.interval(resampled[:, i])) for i, name in enumerate(columns)}
 
 
-def preservation(attributes: Attributes, judged: Attributes, rows: dict[str, Tensor]) -> list[Preservation]:
+def preservation(
+    attributes: Attributes, judged: Attributes, answers: Collection[str], rows: dict[str, Tensor]
+) -> list[Preservation]:
+    """Return what a swap of each attribute did to the others; only those that the judge answers for count."""
     result = []
     for j, attribute in enumerate(attributes):
-        others = [a for a, name in enumerate(judged.names) if name != attribute.name]
+        others = [a for a, name in enumerate(judged.names) if name in answers and name != attribute.name]
         if not others:
             continue
         kept, shift = (rows["preserved"][j][others] / rows["preserved_counts"][j]).unbind(1)

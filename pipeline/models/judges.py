@@ -30,11 +30,12 @@ BLUR = 1.0  # sigma of the second reading, in pixels of a picture of 64
 class Reader:
     """One way in which a judge reads pictures, as they are or slightly blurred, for a model whose attributes it knows.
 
-    judged: all the attributes it knows, perhaps more than the model's.
+    judged: all the attributes it knows, perhaps more than the model's. answers: names of those that it was asked for in training.
     """
 
     def __init__(self, judge: Model, attributes: Attributes, name: str, sigma: float = 0.0) -> None:
         self.name, self.judged = name, judge.attributes
+        self.answers = judge.method.asked or judge.attributes.names
         self._judging, self._sigma, self._size = judge.judging, sigma, judge.preprocessing.image_size
         self._columns = [judge.attributes.index(name) for name in attributes.names]
 

@@ -446,6 +446,10 @@ def test_attributes_that_move_along_are_named():
     smile = next(p for p in report.preservation if p.attribute == "Smiling")
     assert smile.most_moved == "Wearing_Hat" and smile.most_moved_shift > 0.99
     assert smile.kept == pytest.approx(0.5)  # the hat of two others always follows
+    reader = Seer()
+    reader.asked = ("Smiling", "Hair")  # a judge that learnt hats only to see better does not answer for them
+    smile = next(p for p in run(Tied(), reader, tables=("swap", "fidelity")).preservation if p.attribute == "Smiling")
+    assert smile.kept == 1.0 and smile.most_moved == "Hair"
 
 
 # --- table 3 ---------------------------------------------------------------------------------------------------------
