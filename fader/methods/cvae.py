@@ -18,7 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from fader.attributes import Attributes
-from fader.losses.divergence import gaussian_divergences
+from fader.losses.latents import gaussian_divergences
 from fader.losses.reconstruction import squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.networks.encoders import Posterior, VariationalEncoder

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fader.attributes import Attributes
 from fader.counts import LabelCounts
+from fader.losses.adversarial import multi_hinges
 from fader.losses.attributes import accuracies, attribute_losses, smoothed
-from fader.losses.hinges import multi_hinges
 from fader.method import Batch, Context, Loss, Networks, Optimizer, Phase, Stage, register
 from fader.methods.gan import Gan, GanSettings
 from fader.networks.generator import widths_of

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fader.attributes import Attributes
 from fader.losses.adversarial import GAMES
-from fader.losses.divergence import gaussian_divergences
+from fader.losses.latents import gaussian_divergences
 from fader.losses.reconstruction import squared_errors
 from fader.method import Batch, Context, Loss, Networks, Optimizer, Phase, Stage, register
 from fader.methods.cgan import matching_loss

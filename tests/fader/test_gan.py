@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fader.attributes import Attribute, Attributes
+from fader.losses.adversarial import multi_hinges
 from fader.losses.attributes import condition_loss, smoothed
-from fader.losses.divergence import gaussian_divergences
-from fader.losses.hinges import multi_hinges
-from fader.losses.latents import natural_steps
+from fader.losses.latents import gaussian_divergences, natural_steps
 from fader.methods import CGan, CGanSettings, IcGan, IcGanSettings, VacGan, VacGanSettings
 from fader.networks.encoders import Posterior
 from fader.networks.generator import Condition

@@ -15,9 +15,10 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from pipeline.app import server
-from tests.commands import ROOT, command, environment, interruptible, launch
+from tests.commands import ROOT, command, environment, interruptible
 from tests.page import person, photo
 from tests.runs import FADER, JUDGE, make_run
+from tests.warm import forked
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_the_command_serves_until_it_is_told_to_stop(run, tmp_path, host):
 def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path, words, match):
     names = {"RUN": str(run), "JUDGE": str(run.with_name("judge"))}
     given = [*(names.get(word, word) for word in words), "--port", "0"]
-    done = launch("launch.app", *given, cwd=tmp_path, code=2)
+    done = forked("launch.app", *given, cwd=tmp_path, code=2)
     assert match in done.stderr and "Traceback" not in done.stderr
 
 
