@@ -8,6 +8,7 @@ import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from fader.draws import Draws
 from pipeline.app.messages import Choose, Drawn, Live, Message, Photo, Save, Strip, packed
 from pipeline.data.datasets.faces import draw_face
 from pipeline.faces import photos
-from pipeline.faces.alignment import find, upright
+from pipeline.faces.alignment import Face, find, follow
 from pipeline.images import decode, grid, png_bytes
 from pipeline.models import Editing, Model, Sampling, Slider
 
@@ -53,6 +54,7 @@ class Session:
         self.options = ""
         self.portraits: Sequence[photos.Portrait] = ()
         self.face: Encoded | None = None
+        self.followed: Face | None = None  # where the camera's last frame showed one
 
     def about(self) -> dict[str, Any]:
         """Say what the model is, for the page to make its sliders of."""
@@ -158,7 +160,8 @@ class Session:
     def live(self, asked: Live, data: bytes) -> bytes:
         """Return a frame with the largest upright face in it edited, as JPEG. Its own attributes are those of the photo."""
         frame, labels = decode(data, most_pixels=FRAME_PIXELS), self._face().labels
-        faces = find(np.asarray(frame), detector=upright)
+        faces = find(np.asarray(frame), detector=partial(follow, last=self.followed))
+        self.followed = faces[0] if faces else None
         if not faces or not isinstance(self.editing, Editing):
             return _jpeg(frame)
         cut = photos.portrait("frame", frame, self.model.preprocessing, faces[0])

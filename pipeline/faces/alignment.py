@@ -41,6 +41,7 @@ _SAME_FACE, _SAME_SIDE = 0.4, 1.5  # boxes of one face: centres within this shar
 # fine search, which takes place where no face is sure, two true faces had 9 and 18 votes and a false one 12.
 _SURE_VOTES, _FEW_VOTES = 15, 8
 _UPRIGHT_VOTES = 3  # of the one turn
+_MOVING_SIDE, _NEAR_SIDE = 240, 120  # a moving picture is searched at these sizes, whole and around the face of before
 _MAX_SIDE = 32_000  # OpenCV's warp counts pixels in 16 bits
 # Where the eyes stand in a face cascade's box, in shares of its side; medians over 150 CelebA training pictures.
 _EYES_IN_BOX = (complex(0.308, 0.377), complex(0.689, 0.377))
@@ -123,7 +124,21 @@ def cascade(photo: np.ndarray) -> list[Face]:
 
 def upright(photo: np.ndarray) -> list[Face]:
     """Find faces that stand upright, in a small part of the time that `cascade` takes: for pictures that move."""
-    return _search(photo, _SIDE, _STEP, _UPRIGHT_VOTES, turns=(0,))
+    return _search(photo, _MOVING_SIDE, _STEP, _UPRIGHT_VOTES, turns=(0,))
+
+
+def follow(photo: np.ndarray, last: Face | None) -> list[Face]:
+    """Find an upright face where it was in the picture before, or within half a face of there; else as `upright` does."""
+    if last is not None:
+        left, right = last.eyes
+        reach = abs(right - left) / (_EYES_IN_BOX[1] - _EYES_IN_BOX[0]).real
+        middle = (left + right) / 2 + complex(0, reach / 8)
+        top, start = max(0, int(middle.imag - reach)), max(0, int(middle.real - reach))
+        part = photo[top : int(middle.imag + reach), start : int(middle.real + reach)]
+        faces = _search(part, _NEAR_SIDE, _STEP, _UPRIGHT_VOTES, turns=(0,)) if min(part.shape[:2]) >= _MIN_FACE else []
+        if faces:
+            return [Face(Similarity(1, complex(start, top)) @ face.frame) for face in faces]
+    return upright(photo)
 
 
 def _search(photo: np.ndarray, side: int, step: float, enough: int, turns: Sequence[float] = _TURNS) -> list[Face]:

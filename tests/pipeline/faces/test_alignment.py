@@ -15,6 +15,7 @@ from fader.attributes import Attribute, Attributes
 from fader.draws import Draws
 from fader.method import METHODS
 from fader.similarity import Similarity
+from pipeline.data.datasets.faces import draw_face
 from pipeline.faces import alignment, misalignment
 from pipeline.faces.alignment import EYES, Face, crop, find, refine
 from pipeline.images import Preprocessing
@@ -205,9 +206,24 @@ def test_a_large_photo_is_searched_for_small_faces_before_it_is_given_up(looks):
 
 def test_upright_faces_are_found_by_one_look(monkeypatch, looks):
     (face,) = alignment.upright(np.zeros((500, 60, 3), np.uint8))
-    assert face.sure and looks == [(400, 1.15)], "one turn"
+    assert face.sure and looks == [(240, 1.15)], "one turn"
     monkeypatch.setattr(alignment, "_UPRIGHT_VOTES", 5)
     assert not alignment.upright(np.zeros((500, 60, 3), np.uint8))
+
+
+def test_a_face_that_moves_is_followed_and_one_that_is_gone_is_not():
+    """Searched around where it was, it is found where a search of the whole picture finds it."""
+    face = draw_face(0, 5).resize((150, 184), Image.Resampling.LANCZOS)
+    last = None
+    for step in range(4):
+        photo = Image.new("RGB", (320, 240), (120, 130, 140))
+        photo.paste(face, (80 + 8 * step, 30 + 4 * step))
+        (last,) = alignment.follow(np.asarray(photo), last)
+        (wanted,) = alignment.upright(np.asarray(photo))
+        assert abs(last.eyes[0] - wanted.eyes[0]) < 5 and abs(last.size / wanted.size - 1) < 0.1
+    assert alignment.follow(np.full((240, 320, 3), 120, np.uint8), last) == []
+    elsewhere = Face(Similarity(1, -900 - 900j))
+    assert len(alignment.follow(np.asarray(photo), elsewhere)) == 1, "the whole picture is searched again"
 
 
 @pytest.mark.parametrize("turn", [-30, 0, 20])
