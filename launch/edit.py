@@ -87,9 +87,10 @@ def edit(
 
 def _make(album: Album, paths: Sequence[Path], cut: Callable[[Path], Portrait], model: Model, given: dict[str, float]) -> int:
     """Edit the photos some at a time, saying how far it is; return how many were left out, which only many may be."""
+    from pipeline.faces.edits import fastest_batch
     from pipeline.faces.photos import images_of
 
-    made = 0
+    made, size = 0, _TOGETHER
     with progress_bar("photos") as progress:
         for first in range(0, len(paths), _TOGETHER):
             portraits = []
@@ -101,11 +102,16 @@ def _make(album: Album, paths: Sequence[Path], cut: Callable[[Path], Portrait], 
                         raise
                     typer.echo(f"left out: {describe(error)}", err=True)
             if portraits:
-                labels, origins = model.editing.labels(images_of(portraits), given)
+                images = images_of(portraits)
+                labels, origins = model.editing.labels(images, given)
+                if not made and len(paths) > _TOGETHER:
+                    size = fastest_batch(model.editing, images, labels)
+                    typer.echo(f"{size} at a time are the fastest here")
                 for line in _about(portraits, model, labels, {} if made else origins):
                     typer.echo(line)
-                for path in album.add(portraits, labels):
-                    typer.echo(f"wrote {path}")
+                for at in range(0, len(portraits), size):
+                    for path in album.add(portraits[at : at + size], labels[at : at + size]):
+                        typer.echo(f"wrote {path}")
             made += len(portraits)
             progress(min(first + _TOGETHER, len(paths)), len(paths))
     if not made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -178,6 +179,7 @@ def test_a_folder_is_edited_some_photos_at_a_time_and_a_bad_one_is_left_out(runs
     words = ["--model", runs / "painter", "--set", "Eyeglasses=1", "--swap", "all", "--out", tmp_path / "out"]
     code, said, errors = call(edit.app, tmp_path / "in", *words)
     assert code == 1 and "left out: " in errors and "3x.jpg" in errors and "1 of 6 photos were left out" in errors
+    assert re.search(r"(1|2|4|8|16) at a time are the fastest here", said)
     assert said.count("read by the model's judge") == 1 and "4.png: Smiling=0" in said
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted([*(f"{i}{part}.png" for i in range(5) for part in ("", "-swaps")), "grid.png", "swaps.png"])
@@ -194,6 +196,9 @@ def test_two_sliders_make_a_grid_and_a_sweep_moves(runs, tmp_path, call):
     assert code == 0, said
     table = picture(out / "face-Smiling-Eyeglasses.png")[18::34, 18::34]
     assert table[..., 0].tolist() == [[0, 0], [128, 128], [255, 255]] and table[..., 1].tolist() == [[128, 255]] * 3
+    moves = {"face": "", "face-Smiling-Eyeglasses": " Smiling=-1:1:3 Eyeglasses=0:1:2", "face-Beard.full": " Beard.full=-1:1:3"}
+    for name, more in moves.items():
+        assert Image.open(out / f"{name}.png").text["Sliders"] == f"Smiling=0{more}"
     moving = Image.open(out / "face-Beard.full.webp")
     blue = []
     for frame in range(moving.n_frames):
