@@ -15,21 +15,27 @@ def export(
     model: Annotated[str, typer.Argument(help="models:/NAME@alias, an export or a run", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="the folder to write", metavar="DIR")],
     onnx: Annotated[bool, typer.Option("--onnx", help="encoder.onnx and decoder.onnx, held against torch")] = False,
-    judge: Annotated[str | None, typer.Option(help="put this judge in, not the model's own; not with --onnx")] = None,
+    page: Annotated[bool, typer.Option("--page", help="the same, and a page for onnxruntime-web beside it")] = False,
+    judge: Annotated[str | None, typer.Option(help="put this judge in, not the model's own; not as ONNX")] = None,
     checkpoint: values.Checkpoint = "latest",
     raw: values.Raw = False,
 ) -> None:
     """Write a model for use elsewhere: all of it or nothing."""
-    if onnx and judge:
+    if (onnx or page) and judge:
         raise ValueError("--judge is for an export of tensors; ONNX holds encoder and decoder alone")
     values.check_folder(out)
     from pipeline import models
 
-    if onnx:
+    if onnx or page:
+        from pipeline.app.offline import export_page
         from pipeline.models.onnx import export_onnx
 
-        for name, off in export_onnx(models.load(model, checkpoint=checkpoint, ema=not raw, own_judge=False), out).items():
+        loaded = models.load(model, checkpoint=checkpoint, ema=not raw, own_judge=False)
+        for name, off in (export_page if page else export_onnx)(loaded, out).items():
             typer.echo(f"wrote {out / name}.onnx, which is within {off:.1g} of torch")
+    if page:
+        typer.echo(f"next: put ort.min.js of onnxruntime-web and its .wasm and .mjs files into {out}, and serve that folder")
+    elif onnx:
         typer.echo(f"next: onnxruntime.InferenceSession('{out}/decoder.onnx'); {out}/card.json says what goes in")
     else:
         models.export(model, out, judge, checkpoint=checkpoint, ema=not raw)
