@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shlex
 
@@ -59,3 +60,15 @@ def test_the_lines_of_python_run(folder, monkeypatch):
     with painter(), contextlib.closing(Image.open("photo.jpg")) as image:
         exec(code, {"image": image})
     assert Image.open("smile.png").size == (32, 32)
+
+
+def test_the_cells_of_the_notebook_run(folder, monkeypatch):
+    cells = json.loads((ROOT / "docs/sliders.ipynb").read_text())["cells"]
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    with painter():
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+    assert names["row"].size == (5 * 32, 32) and names["edited"].shape == (1, 3, 32, 32)
+    assert [names["row"].getpixel((32 * step + 9, 9))[0] for step in range(5)] == [0, 64, 128, 191, 255]
