@@ -16,9 +16,10 @@ from PIL import Image
 from fader.similarity import Similarity
 from pipeline.app import server, session
 from pipeline.app.shelf import Opened, Shelf
+from pipeline.app.study import read_answers
 from pipeline.faces.alignment import Face
 from tests.page import painted, photo, serving
-from tests.pipeline.app.test_shelf import spool
+from tests.pipeline.app.test_shelf import spool, study  # noqa: F401
 from tests.runs import FADER, make_run
 
 RED, BLACK = (255, 0, 0), (0, 0, 0)
@@ -272,3 +273,32 @@ def test_a_picture_of_the_canvas_is_what_is_saved(page):
     drag(page, "Smiling", 0.5)
     shown = page.evaluate(COLOUR)
     assert np.abs(np.array(downloaded(page, "#save").getpixel((9, 9))) - shown).max() <= 3
+
+
+def test_another_model_is_picked_and_its_training_watched(page, service):
+    give(page, photo(RED))
+    until(page, "document.getElementById('models').options.length === 2")
+    other = f"{service.shelf.runs}/other"
+    page.get_by_label("Model", exact=True).select_option(other)
+    until(page, f"document.getElementById('about').textContent.startsWith({other!r}) && {SHOWN} && !document.getElementById('save').disabled")
+    assert other in page.inner_text("#command"), "the photo went on to the other model"
+    page.click("#watch")
+    until(page, "document.querySelectorAll('#curves polyline').length === 2")
+    assert "8,900 images seen" in page.inner_text("#state") and page.is_visible("#grid img")
+    spool(service.shelf.runs / "other", {"step": 9000, "metrics": {"autoencoder/mse": 0.5}})
+    until(page, "document.getElementById('state').textContent.includes('9,000')")
+    with page.context.expect_page() as opening:
+        page.click("#report")
+    assert opening.value.inner_text("h1") == "It slides"
+
+
+def test_a_picture_of_a_study_is_rated(browser, study):  # noqa: F811
+    with serving(server.Service(Shelf(Opened(study.model, study.editing)), study=study)) as address:
+        with visit(browser, address, ready="#answers:visible") as page:
+            for natural, value, left in ((1, 0, 58), (0, 1, 57)):
+                page.check(f"input[name=natural][value='{natural}']")
+                page.check(f"input[name=value][value='{value}']")
+                page.click("#answers button")
+                until(page, f"document.getElementById('left').textContent.startsWith('{left} ')")
+    rows = read_answers(study.answers)
+    assert [(row["natural"], row["answer"]) for row in rows] == [("1", "0"), ("0", "1")]
