@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -206,6 +208,21 @@ def test_a_wrong_request_gets_400_and_one_clear_line_without_a_stack(served):
         status, said = post(body)
         assert status == 400 and "Traceback" not in json.dumps(said)
     assert post({"inputs": [face]})[0] == 200, "it goes on answering"
+
+
+def test_fifty_people_at_once_and_a_thousand_malformed_requests(served):
+    """Each gets the picture that is theirs; nobody's error is another's."""
+    run, post = served
+    model, chance = models.load(run), random.Random(0)
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        texts = [base64_picture((40, 40), (5 * number, 255 - 5 * number, 90)) for number in range(50)]
+        alone = [answer(model, [text], {"sliders": '{"Smiling": 1}'})[0] for text in texts]
+        for text, (status, said) in zip(alone, pool.map(post, [{"inputs": [t], "params": {"sliders": '{"Smiling": 1}'}} for t in texts])):
+            assert status == 200 and np.abs(pixels(said["predictions"][0]).astype(int) - pixels(text)).max() <= 1
+        bodies = [chance.randbytes(chance.randrange(1, 200)) if k % 2 else {"inputs": [chance.randrange(9)]} for k in range(1000)]
+        for status, said in pool.map(post, bodies):
+            assert status == 400 and "Traceback" not in json.dumps(said)
+    assert post({"inputs": [texts[0]]})[0] == 200
 
 
 @pytest.mark.skipif("FADER_TEST_NETWORK" not in os.environ, reason="downloads torch; FADER_TEST_NETWORK=1 runs it")
