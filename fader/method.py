@@ -172,7 +172,9 @@ class Stage:
 class Optimizer:
     """Settings of one trained group.
 
-    betas are Adam's, momentum is SGD's. clip_norm: largest L2 norm of all its gradients together, 0 = none.
+    betas are Adam's, momentum is SGD's. weight_decay: each step of Adam takes this share of the learning rate off every weight
+    (Loshchilov and Hutter 2019, arXiv:1711.05101); of SGD it is the L2 penalty. clip_norm: largest L2 norm of all its gradients
+    together, 0 = none.
     ema_half_life: images after which an old weight counts half in the exponential moving average; 0 keeps none.
     decay_from, decay_images: from so many images of a stage on the learning rate falls, in a straight line, to 0 within
     decay_images; 0 = never.

@@ -50,7 +50,7 @@ class JudgeSettings(Settings):
     )
     learning_rate: float = setting(1e-3, "of Adam", least=0)
     betas: tuple[float, float] = setting((0.5, 0.999), "of Adam")
-    weight_decay: float = setting(0.0, "L2 penalty", least=0)
+    weight_decay: float = setting(0.0, "share of each weight that a step takes off, times the learning rate", least=0)
     decay_from: int = setting(0, "images after which the learning rate begins to fall", least=0)
     decay_images: int = setting(0, "images within which it then falls to 0, in a straight line; 0 = it does not fall", least=0)
     clip_norm: float = setting(5.0, "largest L2 norm of all gradients; 0 = no clipping", least=0)

@@ -11,9 +11,10 @@ import torch
 
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attribute, Attributes
-from fader.method import METHODS, Batch, Clock, Loss, Method, Phase
+from fader.method import METHODS, Batch, Clock, Loss, Method, Optimizer, Phase
 from pipeline.config import EngineConfig
 from pipeline.engine import Engine, LossScale, State
+from pipeline.engine.groups import optimizer_of
 from pipeline.engine.step import Step
 from tests.capture import Refused, refusing
 from tests.fader.tiny import small
@@ -327,3 +328,14 @@ def test_momentum_begins_at_nothing_when_the_first_update_is_left_out():
     for start_anew in (False, True):
         found = trained((0, 1, 2), start_anew)
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1e3])
+def test_weight_decay_of_adam_does_not_depend_on_the_gradient(gradient):
+    """Loshchilov and Hutter 2019, algorithm 2: the weight shrinks by rate times decay beside Adam's own step."""
+    weight = torch.nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))
+    settings = Optimizer(learning_rate=0.1, weight_decay=0.5)
+    weight.grad = torch.full_like(weight, gradient)
+    optimizer_of(settings, [weight], torch.tensor(0.1)).step()
+    adam = 0.1 if gradient else 0.0  # the first step of Adam is the rate, whatever the gradient
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 2.0 * (1 - 0.1 * 0.5) - adam), rtol=1e-6, atol=1e-6)
