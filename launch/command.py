@@ -45,7 +45,7 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
     except Exception as error:
         from pipeline.tracking import without_password
 
-        code = EXIT_USER_ERROR if isinstance(error, (ValueError, OSError)) else 1
+        code = EXIT_USER_ERROR if isinstance(error, (ValueError, OSError)) or _is_elsewhere(error) else 1
         if code == 1 or os.environ.get("FADER_TRACEBACK"):
             print(without_password(traceback.format_exc()), file=sys.stderr)
         else:
@@ -55,6 +55,12 @@ def main(command: typer.Typer | Callable[..., Any], prog: str | None = None) -> 
     for failure in failures():
         print(failure, file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_elsewhere(error: BaseException) -> bool:
+    """Return whether a package that is not ours is missing, such as the driver of a database that an address asks for."""
+    ours = ("fader", "pipeline", "launch", "tests")
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ours
 
 
 def show(table: Table) -> None:
@@ -81,10 +87,12 @@ def say_next(*words: object) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """One line: a user's mistake as it was worded, an OSError with the file it speaks of."""
+    """One line: a user's mistake as it was worded, an OSError with the file it speaks of, a package that is missing."""
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{place}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs the Python package {error.name}, which is not installed here; install it and try again"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -100,6 +100,14 @@ def test_errors_end_as_one_line_and_a_code(monkeypatch, capsys, error, code, say
     assert says in capsys.readouterr().err
 
 
+def test_a_package_that_is_missing_is_named_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit) as ended:
+        command.main(lambda: __import__("psycopg_that_nobody_has"))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said and "the Python package psycopg_that_nobody_has" in said
+
+
 @pytest.mark.parametrize("error", [TypeError, ValueError])
 def test_a_bug_keeps_its_traceback_but_shows_no_password(monkeypatch, capsys, error):
     monkeypatch.setattr("sys.argv", ["x"])
