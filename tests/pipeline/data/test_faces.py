@@ -113,5 +113,5 @@ def test_other_faces_in_the_folder_are_refused(tmp_path):
     read_faces(tmp_path, count=10)
     with pytest.raises(ValueError, match="holds other drawn faces"):
         read_faces(tmp_path, count=10, seed=1)
-    with pytest.raises(ValueError, match="at least 10 faces"):
+    with pytest.raises(ValueError, match="at least 10 pictures"):
         read_faces(tmp_path / "few", count=9)
