@@ -21,8 +21,9 @@ demo: $(STAMP)
 # Three parts run beside each other, because one process of pytest keeps one core busy and the tests of the Slurm jobs mostly
 # wait. Only one of them prints as it goes; what the others print comes after it, and what failed last. Tests on several ranks
 # need both cores, so they come when the rest is done. One thread each, because the tests' small tensors take longer with more.
+# In BESIDE tracking comes last, because its sender sets MLflow's address for the whole process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-BESIDE := tests/launch tests/pipeline/tracking tests/pipeline/models tests/faults
+BESIDE := tests/faults tests/launch tests/pipeline/models tests/pipeline/tracking
 
 test: $(STAMP)
 	@mkdir -p build; rm -f build/test*.log
