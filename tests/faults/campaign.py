@@ -361,6 +361,7 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="every kind of fault, and what kills cost in time")
     given = parser.parse_args()
     given.out.mkdir(parents=True)  # never over an earlier record
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # runs inherit it, and one that nohup told to ignore hang-ups trains on
     faces = given.set or given.out / "set"
     if not (faces / "dataset.json").exists():
         line = [sys.executable, "-m", "launch.prepare", "faces", str(faces), "--count", "120"]

@@ -168,7 +168,11 @@ def damaged(run: Path) -> list[str]:
 def unfinished(run: Path) -> list[str]:
     """What a save left behind when it was cut off: `.tmp` being written, `.old` being replaced, `.gone` being removed."""
     litter = [path for path in checkpoint.folder(run).glob(".images-*")]
-    return [f"{path.suffix[1:]}: {', '.join(sorted(part.name for part in path.iterdir())) or 'empty'}" for path in litter]
+    found = []
+    for path in litter:
+        with contextlib.suppress(FileNotFoundError):  # it was renamed or removed meanwhile, as its save went on
+            found.append(f"{path.suffix[1:]}: {', '.join(sorted(part.name for part in path.iterdir())) or 'empty'}")
+    return found
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
