@@ -141,7 +141,7 @@ class Step:
         norm, finite = group.step()
         self.guard.restore(finite)
         self.average()
-        group.follow(finite)
+        group.follow(self.networks, finite)
         name = self.phase.name
         report = {**_mean_report(losses), f"{name}/gradient_norm": norm, f"{name}/skipped": 1.0 - finite}
         if group.loss_scale is not None:
