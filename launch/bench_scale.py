@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.bench_train import FOUR
+from launch.bench_train import attributes_of
 from launch.command import numbers
 
 
@@ -27,14 +27,12 @@ def scale(
     to: Annotated[Path | None, typer.Option("--json", help="Write the figures there, too.", metavar="FILE")] = None,
 ) -> None:
     """Weak scaling: every rank keeps its batch, and gradients and batch norm's sums travel."""
-    from fader.attributes import Attribute, Attributes
     from pipeline import config
     from pipeline.training import scaling
 
     checked = numbers(processes, "--processes") if processes else []
     experiment = config.load(path, set_ or [])
-    wild = experiment.data.attributes == ("*",)
-    attributes = Attributes([Attribute(name) for name in (FOUR if wild else experiment.data.attributes)])
+    attributes = attributes_of(experiment)
     loop, traffic = scaling.counting_loop(experiment, attributes, batch_size)
     computing = scaling.seconds_a_step(loop, steps) if step is None else step / 1000
     links = scaling.Links(per_node, inside * 1e9, between * 1e9, latency * 1e-6)

@@ -14,11 +14,21 @@ import typer
 from launch.command import numbers
 
 if TYPE_CHECKING:
+    from fader.attributes import Attributes
+    from pipeline.config import Experiment
     from pipeline.training.throughput import Speed
 
 MATRIX = [f"celeba_{name}" for name in "fader sharp judge residual_judge cgan icgan vacgan cvae vaegan aligner".split()]
 FOUR = ("Male", "Smiling", "Eyeglasses", "Mouth_Slightly_Open")
 HEAD = ("", "images/s", "ms a step", "of bare", "kernels", "device busy", "TFLOP/s", "of matrix rate", "of copy rate", "peak GiB")
+
+
+def attributes_of(experiment: Experiment) -> Attributes:
+    """Return what a set would have; there is none here, so four attributes stand for whatever it has."""
+    from fader.attributes import Attribute, Attributes
+
+    names = experiment.data.attributes
+    return Attributes([Attribute(name) for name in (FOUR if names == ("*",) else names)])
 
 
 def train(
@@ -36,7 +46,6 @@ def train(
     """Images a second of a training step: the engine eager, captured and compiled, beside bare loops."""
     import torch
 
-    from fader.attributes import Attribute, Attributes
     from pipeline import config
     from pipeline.loading.throughput import machine
     from pipeline.training import throughput
@@ -48,8 +57,7 @@ def train(
     found: dict[str, Any] = {"machine": machine(), "command": ["fader", "bench", *sys.argv[1:]], "rows": []}
     for path in configs or names:
         experiment = config.load(path, set_ or [])
-        wild = experiment.data.attributes == ("*",)  # whatever attributes a set has, and there is none here
-        attributes = Attributes([Attribute(name) for name in (FOUR if wild else experiment.data.attributes)])
+        attributes = attributes_of(experiment)
         rate, bandwidth = throughput.ceilings(experiment.precision)
         for size in sizes:
             speeds = throughput.measure(experiment, attributes, size, wanted, rounds, seconds)

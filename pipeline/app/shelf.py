@@ -72,7 +72,8 @@ class Shelf:
     def training(self, name: str, size: int) -> dict[str, Any]:
         """Return a run's curves and its newest picture as its spool has them; neither, when that still has `size` bytes."""
         run = self._run(name)
-        now = (tracking.spool_of(run) / "main.jsonl").stat().st_size
+        spool = tracking.spool_of(run)
+        now = (spool / "main.jsonl").stat().st_size
         answer: dict[str, Any] = {"kind": "training", "run": name, "size": now}
         if now == size:
             return answer
@@ -80,7 +81,7 @@ class Shelf:
         for point in tracking.points(run):
             if math.isfinite(point.value) and not point.superseded:
                 curves.setdefault(point.name, []).append((point.step, point.value))
-        pictures = sorted((run / "spool/pictures").glob("*.png"), key=lambda path: path.stat().st_mtime)
+        pictures = sorted((spool / "pictures").glob("*.png"), key=lambda path: path.stat().st_mtime)
         if pictures:
             data = base64.b64encode(pictures[-1].read_bytes()).decode()
             answer |= {"picture": f"data:image/png;base64,{data}", "caption": pictures[-1].stem.rpartition("-")[0]}

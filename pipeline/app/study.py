@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fader.attributes import Attribute
 from pipeline.app.messages import Message, Next, Rated, packed
 from pipeline.data.shards import Split
 from pipeline.faces.photos import pixels_of
@@ -67,6 +68,10 @@ class Study:
         known = {"model": self.model.source, "key": str(self.split.keys[row]), "kind": kind}
         return known | {"attribute": attribute.name, "value": attribute.value_name(value)}, png_bytes(np.squeeze(pixels))
 
+    def attribute(self, name: str) -> Attribute:
+        """Return the model's attribute of a name."""
+        return self.model.attributes[self.model.attributes.index(name)]
+
     def keep(self, answer: dict[str, Any]) -> None:
         """Append an answer to the file, whole and at once."""
         with self._lock, self.answers.open("a", newline="") as file:
@@ -98,7 +103,7 @@ class Rater:
             case Next():
                 return self.next()
             case Rated() if self.shown is not None:
-                attribute = self.study.model.attributes[self.study.model.attributes.index(self.shown["attribute"])]
+                attribute = self.study.attribute(self.shown["attribute"])
                 if message.value >= attribute.k:
                     raise ValueError(f"{attribute.name} has {attribute.k} values; there is no number {message.value + 1}")
                 said = {"natural": int(message.natural), "answer": attribute.value_name(message.value)}
@@ -113,7 +118,7 @@ class Rater:
             if not self.kinds:
                 return {"kind": "done"}
             self.shown, self.picture = self.study.trial(self.kinds.pop(), self.chance)
-        attribute = self.study.model.attributes[self.study.model.attributes.index(self.shown["attribute"])]
+        attribute = self.study.attribute(self.shown["attribute"])
         values = list(attribute.categories) or ["absent", "present"]
         head = {"kind": "trial", "attribute": attribute.name, "values": values, "left": len(self.kinds)}
         return packed(head, self.picture)

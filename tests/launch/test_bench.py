@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fader.attributes import Attribute, Attributes
 from fader.networks.normalization import BatchNorm
 from launch import bench
+from launch.bench_train import FOUR
 from pipeline import config
 from pipeline.loading.throughput import median_ratio
 from tests.commands import launch
@@ -77,7 +78,7 @@ def test_scaling_is_its_formula_and_is_checked_between_processes(tmp_path):
     words += [word for setting in SMALL for word in ("--set", setting)]
     done = CliRunner().invoke(bench.app, ["scale", "configs/celeba_judge.yaml", *words], catch_exceptions=False)
     found = json.loads(out.read_text())
-    method = config.build_method(config.load(Path("configs/celeba_judge.yaml"), SMALL), Attributes(list(map(Attribute, "abcd"))))
+    method = config.build_method(config.load(Path("configs/celeba_judge.yaml"), SMALL), Attributes(list(map(Attribute, FOUR))))
     network, counts = method.networks["classifier"], method.networks["label_counts"].counts
     norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
     assert len(found["traffic"]["sums"]) == 2 * len(norms) + 1 > 1

@@ -25,7 +25,7 @@ def test_the_commands_of_the_page_lead_to_tables_of_a_run_on_four_nodes(cluster,
     for old, new in (
         ("/data/celeba", str(faces / "source")),
         ("--gpus-per-node=8", "--gpus-per-node=1"),
-        ("configs/celeba_judge.yaml", f"configs/celeba_judge.yaml {FEW} method.hidden_channels=16 {UNTRACKED}"),
+        ("configs/celeba_judge.yaml", f"configs/celeba_judge.yaml {FEW} method.hidden_channels=16 method.asked=[] {UNTRACKED}"),
         ("configs/celeba_residual_judge.yaml", f"configs/celeba_residual_judge.yaml {FEW} method.asked=[] {UNTRACKED}"),
         ("configs/celeba_fader.yaml", f"configs/celeba_fader.yaml {FEW} method.latent.hidden_channels=16 {UNTRACKED}"),
         ("tables=$(sbatch", "tables=$(FADER_PROCESSES_PER_NODE=2 sbatch"),
