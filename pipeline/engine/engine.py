@@ -104,8 +104,9 @@ class Engine(Ranks):
         for group in self.groups.values():
             self._require_gradients(group.trains)
             if isinstance(group, FlatGroup):
-                group.wrapped = AutocastLoss(self.networks, self.accelerator.autocast)
                 group.compressed = self.settings.gradient_compression == "bf16"
+            if self.backend == "single" or isinstance(group, FlatGroup):
+                group.wrapped = AutocastLoss(self.networks, self.accelerator.autocast)
                 continue
             with warnings.catch_warnings():  # torch 2.11 knows only the argument that torch 2.13 calls deprecated
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -159,6 +160,23 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(config, tmp_path, words, sa
     assert len(lines) == 1 and says in lines[0], done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists(), "nothing half-written looks like a run"
+
+
+WHAT_IT_IMPORTS = """
+import runpy, sys
+try:
+    runpy.run_module("launch.train", run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+print(*sorted({"torch._dynamo", "sympy", "mlflow"} & set(sys.modules)))
+"""
+
+
+def test_a_start_waits_for_no_compiler(config, tmp_path):
+    words = ["-c", WHAT_IT_IMPORTS, str(config), f"run.folder={tmp_path / 'run'}", "method.images=80"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and checkpoints(tmp_path / "run"), done.stderr
+    assert done.stdout.splitlines()[-1] == "", f"a training imported {done.stdout.splitlines()[-1]}"
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
