@@ -97,8 +97,8 @@ def _lines(path: Place) -> list[list[str]]:
     if not _is_csv(path):
         return [line.split() for line in lines]
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))]
-    index = rows[0][0] in ("", "Unnamed: 0")  # that pandas wrote
-    return [row[index:] for row in rows]
+    first = next((at for at, cell in enumerate(rows[1]) if _key(cell)), 0) if len(rows) > 1 else 0
+    return [row[first:] for row in rows]  # without the index columns that pandas wrote
 
 
 def _is_csv(path: Place) -> bool:

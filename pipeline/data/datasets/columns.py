@@ -1,7 +1,7 @@
 """From cells of a table to attributes: what kind each column is, and the label of each cell.
 
 A cell that is empty, -1 or one of the usual words for it (NA, NULL, None, nan, ?) is unknown. Numbers may be written in
-several ways: 1, 1.0 and 01 are one number, and 0,5 is one half. Without a word from the user a column is
+several ways: 1, 1.0 and 01 are one number, and 0,5 is one half. So may accents. Without a word from the user a column is
     binary      when it holds 0 and 1, or no and yes, or false and true;
     continuous  when it holds numbers from 0 to 1, some of them broken;
     k-way       when it holds other whole numbers or words, at most 64 different ones.
@@ -13,12 +13,15 @@ from __future__ import annotations
 import logging
 import math
 import re
+import unicodedata
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from pipeline.data.datasets.splits import NAMES
 
 MOST_CATEGORIES = 64
 _SHOWN = 40
@@ -26,13 +29,20 @@ _WORDS = ({"no": 0, "yes": 1}, {"false": 0, "true": 1})
 _UNKNOWN = {
     "", "nan", "-nan", "na", "n/a", "n.a.", "<na>", "null", "(null)", "<null>", "nil", "nat", "\\n", "?",
     "-", "--", "---", ".", "..", "...", "unknown", "missing", "undefined", "#n/a", "#na", "#n/a n/a", "#null!",
+    "unk", "<unk>", "n.d.", "n/d", "nd", "not available", "not known", "unspecified", "<none>", "(blank)", "#n/v", "#nv",
     "#value!", "#ref!", "#div/0!", "#num!", "#name?", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
 }  # fmt: skip
 _QUIET = {"", "nan"}  # of the words for unknown, those that nobody means as a value
 _DIGITS = re.compile(r"[+-]?\d{1,40}")
 _COMMA = re.compile(r"[+-]?\d+,\d+")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
-_LIKE_NUMBER = re.compile(r"[+-]?\d[\d\s.,'_]*%?")
+_LIKE_NUMBER = re.compile(r"[+\-\u2212]?[$€£]?\s?\d[\d\s.,'’_]*[%$€£°]?")
+_NESTED = re.compile(r"[\[{].*[\]}]", re.DOTALL)
+_OF_SPLITS = {"split", "partition", "subset", "set"}
+_MOST_APART = 10
+"""So many records, each with another value, are no attribute: names or numbers of records are."""
+INDEX = re.compile(r"Unnamed: \d+(\.\d+)*|__index_level_\d+__|index|level_\d+")
+"""What pandas calls an index when it writes it into a file, or reads one that has no name: no attribute."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +64,12 @@ def is_unknown(text: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """The one way to write a number, so that 1, 1.0 and 01 are equal; other text as it is."""
+    """The one way to write a number or a word, so that 1, 1.0 and 01 are equal, and é with its accent apart or not."""
     if _DIGITS.fullmatch(text):
         return str(int(text))
     number = _number(text)
     if number is None:
-        return text
+        return unicodedata.normalize("NFC", text)
     return str(int(number)) if number.is_integer() else str(number)
 
 
@@ -172,6 +182,12 @@ class Column:
                 f"{MOST_CATEGORIES}: name the columns to take with --attributes"
             )
         numbers = {text: _number(text) for text in texts}
+        least = min(filter(None, numbers.values()), default=0)
+        if least < 0 and any(_number(text) == -1 for text in self._numbers):
+            raise ValueError(
+                f"column {self.name} holds -1, which means unknown, beside {least:g}; empty the cells that are unknown, and "
+                f"say --kind {self.name}=k-way:{least:g},-1,… with all values"
+            )
         return sorted(texts) if None in numbers.values() else sorted(texts, key=numbers.__getitem__)
 
     def _guess(self, texts: list[str]) -> Kind:
@@ -179,6 +195,7 @@ class Column:
         if not texts:
             raise ValueError(f"column {self.name} has no known value; leave it out with --attributes, or {say}binary")
         numbers = {text: _number(text) for text in texts}
+        self._refuse_no_attribute(texts, numbers, say)
         words = [text for text, number in numbers.items() if number is None]
         odd = next((text for text in words if _LIKE_NUMBER.fullmatch(text)), None)
         if odd:
@@ -188,6 +205,8 @@ class Column:
             )
         if len(words) == len(texts):
             lower = {text.lower() for text in texts}
+            if len(lower) < len({*map(plain, texts)}) and not any(lower <= set(words) for words in _WORDS):
+                raise ValueError(f"column {self.name} holds words that differ in capitals alone; mend it, or {say}k-way")
             return Kind("binary") if any(lower <= set(words) for words in _WORDS) else Kind("k-way")
         if words:
             raise ValueError(f"column {self.name} holds {words[0][:_SHOWN]!r} among numbers; mend it, or {say}k-way")
@@ -201,13 +220,33 @@ class Column:
             return Kind("binary")
         if all(0 <= number <= 1 for number in values):
             return Kind("continuous")
-        if all(number.is_integer() for number in values) and len(values) <= MOST_CATEGORIES:
-            return Kind("k-way")
         low, high = min(values), max(values)
+        if low >= 0 and all(number.is_integer() for number in values) and len(values) <= MOST_CATEGORIES:
+            return Kind("k-way")
+        if low < 0:  # then -1, which is unknown elsewhere, is a number among others
+            low = min(low, -1.0) if any(_number(text) == -1 for text in self._numbers) else low
+            say = f"empty the cells that are unknown, and {say}k-way:{low:g},… with all values, or --kind {self.name}="
         raise ValueError(
             f"column {self.name} holds numbers from {low:g} to {high:g}; {say}continuous:{low:g}:{high:g} for a slider "
             f"over that range, or name the columns to take with --attributes"
         )
+
+    def _refuse_no_attribute(self, texts: list[str], numbers: dict[str, float | None], say: str) -> None:
+        """Refuse columns that are of other use: splits, names of records, lists."""
+        splits = {text.lower() for text in map(plain, texts)} <= NAMES.keys()
+        if splits and (not any(numbers.values()) and 0.0 not in numbers.values() or self.name.lower() in _OF_SPLITS):
+            raise ValueError(
+                f"column {self.name} holds {texts[0]!r}, as splits are called: take it as them with --split-column "
+                f"{self.name}, leave it out with --attributes, or {say}k-way"
+            )
+        if any(map(_NESTED.fullmatch, texts)):
+            raise ValueError(f"column {self.name} holds lists or fields, no labels; name the columns to take with --attributes")
+        names = all(number is None or number.is_integer() for number in numbers.values())
+        if names and _MOST_APART <= len(texts) == len(self._codes) <= MOST_CATEGORIES:
+            raise ValueError(
+                f"column {self.name} holds another value in each record, so it names them: take it with --key "
+                f"{self.name}, name the columns to take with --attributes, or {say}k-way"
+            )
 
 
 def _number(text: str) -> float | None:
@@ -254,13 +293,21 @@ def choose(header: Sequence[str], wanted: Sequence[str], kinds: Sequence[str], o
         ValueError: a name that is not in the header, or nothing is left.
     """
     said = dict(map(Kind.parse, kinds))
-    names = list(wanted) or [name for name in header if name not in others]
+    names = list(wanted) or [name for name in header if name not in others and is_attribute(name, said)]
     for name in [*names, *(name for name in said if name != "*")]:
         if name not in header:
             raise ValueError(f"there is no column {name!r}; there are: {', '.join(header)[:400]}")
     if not names:
         raise ValueError(f"no column is left for attributes; there are: {', '.join(header)[:400]}")
     return [Column(name, said.get(name, said.get("*"))) for name in names]
+
+
+def is_attribute(name: str, said: Mapping[str, Kind]) -> bool:
+    """Whether a column is no index of pandas, or the user says what it is. said: kinds, by column."""
+    if name in said or not INDEX.fullmatch(name):
+        return True
+    logger.info("%s is an index that pandas wrote, and no attribute; --attributes takes it all the same", name)
+    return False
 
 
 def finished(columns: Sequence[Column], count: int) -> tuple[list[dict[str, Any]], np.ndarray, dict[int, str]]:

@@ -2,7 +2,7 @@
 
     trainA/ trainB/ testA/ testB/      two domains, as unpaired image translation has them (apple2orange): binary
     CLASS/…                            a folder a class
-    train/CLASS/… test/CLASS/…         the same, with splits
+    train/CLASS/… test/CLASS/…         the same, with splits; also CLASS/train/… CLASS/test/…
 
 Two classes make a binary attribute that is called like the second of them in the alphabet; more make one k-way
 attribute. A folder is a class when it holds pictures: a folder without any is named and left out.
@@ -15,13 +15,14 @@ import os
 import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset, key_from_name
 from pipeline.data.datasets.source import PICTURES, Place, is_litter, read_in, tell_not_taken
 from pipeline.data.datasets.splits import NAMES, Shares
 
-_DOMAIN = re.compile(r"([a-z]+)([AB])")
+_DOMAIN = re.compile(r"([A-Za-z]+)[ _-]?([AB])")
 _SPLITS = {name: split for name, split in NAMES.items() if not name.isdigit()}  # folders called 0 and 1 are classes
 _OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".pgm", ".tga", ".dng")
 """Extensions of pictures that shards do not hold."""
@@ -57,6 +58,9 @@ def read_folders(
     files, index = source.files(), Index(skip_bad)
     pictures = _pictures_of_classes(source, files, index)
     classes = sorted({label for _, _, label in pictures.values()})
+    twins = [label for label, other in pairwise(sorted(classes, key=str.lower)) if label.lower() == other.lower()]
+    if twins:
+        raise ValueError(f"{source}: classes differ in capitals alone, as {twins[0]}; rename their folders")
     if len(classes) < 2:
         raise _too_few(source, files)
     if names and len(names) != len(classes):
@@ -75,12 +79,17 @@ def read_folders(
 
 def _pictures_of_classes(source: Place, files: list[str], index: Index) -> dict[str, tuple[str, str | None, str]]:
     """Folder, split and class of each file that is a record. What looks wrong with the folders is a fault."""
-    inside = [file for file in files if "/" in file and not is_litter(file)]
-    taken = [file for file in inside if file.lower().endswith(PICTURES)]
-    foreign = [file for file in inside if file.lower().endswith(_OTHER_PICTURES)]
+    below = [file for file in files if "/" in file and not is_litter(file)]
+    taken = [file for file in below if file.lower().endswith(PICTURES)]
+    foreign = [file for file in below if file.lower().endswith(_OTHER_PICTURES)]
     folders = {file.partition("/")[0] for file in (*taken, *foreign)}
-    domains = {folder: match for folder in folders if (match := _DOMAIN.fullmatch(folder)) and match[1] in _SPLITS}
+    domains = {folder: match for folder in folders if (match := _DOMAIN.fullmatch(folder)) and match[1].lower() in _SPLITS}
     splits = {folder for folder in folders if folder.lower() in _SPLITS}
+    inside = {file.split("/")[1].lower() for file in taken if file.count("/") > 1} & _SPLITS.keys()
+    inside_out = not (domains or splits) and len({_SPLITS[name] for name in inside}) > 1
+    like = {folder: _SPLITS[word] for folder in sorted(folders) if (word := re.split("[^a-z]", folder.lower())[0]) in _SPLITS}
+    if len({*like.values()}) > 1 and not (domains or splits):
+        raise ValueError(f"{source}: {' and '.join([*like][:2])} are called like splits; rename them to train, valid or test")
     for stranger in sorted(folders - (domains.keys() or splits or folders)):
         index.fault(None, f"{source}/{stranger}", f"it holds pictures beside {', '.join(sorted(domains or splits))}")
     empty = sorted(set(source.folders()) - folders)
@@ -90,13 +99,19 @@ def _pictures_of_classes(source: Place, files: list[str], index: Index) -> dict[
     def place_of(file: str) -> tuple[str, str | None, str] | None:
         folder, *rest = file.split("/")
         if domains:
-            return (folder, _SPLITS[domains[folder][1]], domains[folder][2]) if folder in domains else None
+            return (folder, _SPLITS[domains[folder][1].lower()], domains[folder][2]) if folder in domains else None
         if splits:
             split = _SPLITS.get(folder.lower())
             return (f"{folder}/{rest[0]}", split, rest[0]) if split and len(rest) > 1 else None
+        if inside_out:
+            split = _SPLITS.get(rest[0].lower()) if len(rest) > 1 else None
+            return (folder, split, folder) if split else None
         return folder, None, folder
 
     pictures = {file: place for file in taken if (place := place_of(file))}
+    beside = next((file for file in taken if inside_out and file not in pictures), None)
+    if beside:
+        index.fault(None, f"{source}/{beside}", f"it lies beside the folders {', '.join(sorted(inside))}")
     if not source.remote:
         pictures = _without_twice(source, pictures, index)
     held = {place[0] for place in pictures.values()}

@@ -11,15 +11,13 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from pipeline.data.datasets.columns import choose, finished, is_unknown, text_of
+from pipeline.data.datasets.columns import INDEX, choose, finished, is_unknown, text_of
 from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset, key_from_name
 from pipeline.data.datasets.source import Place, describe_missing, read_in
 from pipeline.data.datasets.splits import Shares
 
 INDEX_NAME = "Unnamed: 0"
-_INDEX = re.compile(r"Unnamed: \d+(\.\d+)*|__index_level_\d+__")
-"""What pandas calls an index that has no name, when it reads one from a CSV or writes one to Parquet: no attribute."""
 _OTHER_KINDS = (".json", ".jsonl", ".ndjson", ".xls", ".xlsx", ".ods", ".feather", ".arrow", ".gz", ".zip", ".xz", ".bz2", ".zst")
 _LONGEST_LINE = 1 << 20
 _DELIMITER = re.compile(r'"?sep=(.)"?\s*')
@@ -65,7 +63,7 @@ def read_table(
         if column not in header:
             hint = "; name the column of picture paths with --path" if column == path else ""
             raise ValueError(f"{source.name} has no column {column!r}{hint}; it has: {', '.join(header)[:400]}")
-    columns = choose(header, attributes, kinds, [*others, *(name for name in header if _INDEX.fullmatch(name))])
+    columns = choose(header, attributes, kinds, others)
     index = Index(skip_bad, grouped=bool(group))
     at = {column: number for number, column in enumerate(header)}
     for number, cells in rows:
@@ -115,7 +113,7 @@ def _open(source: Place) -> tuple[list[str], Generator[Row]]:
         header, rows = _parquet(source)
     else:
         header, rows = _csv(source)
-    while not header[0] or header[0] in header[1:] and _INDEX.fullmatch(header[0]):
+    while not header[0] or header[0] in header[1:] and INDEX.fullmatch(header[0]):
         header[0] = f"{header[0]}.1" if header[0] else INDEX_NAME
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice or not all(header):

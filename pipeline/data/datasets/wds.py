@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.data.datasets.columns import Column, Kind, finished, is_unknown, text_of
+from pipeline.data.datasets.columns import Column, Kind, finished, is_attribute, is_unknown, text_of
 from pipeline.data.datasets.index import Index
 from pipeline.data.datasets.record import Dataset, key_fault, key_from_name
 from pipeline.data.datasets.source import PICTURES, Place, describe_missing, is_litter
@@ -108,6 +108,8 @@ def read_wds(
             for field in sample.fields if not attributes else ():
                 if field not in fields:
                     fields[field] = None
+                    if not is_attribute(field, said):
+                        continue
                     columns.append(Column(field, said.get(field, said.get("*"))))
                     columns[-1].add_unknown(len(index.keys))
             name_of = text_of(sample.fields[key]) if key else _key(sample.name)

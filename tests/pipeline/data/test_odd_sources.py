@@ -164,6 +164,34 @@ def test_what_looks_like_numbers_and_is_none_is_refused_with_the_flag_that_settl
     assert column(*cells, kind="k-way")[0].startswith("k-way ")
 
 
+@pytest.mark.parametrize(
+    "cells, says, kind",
+    [
+        (["-2", "-1", "0", "1", "2"], "numbers from -2 to 2.*empty the cells that are unknown", "k-way:-2,-1,0,1,2"),
+        (["0", "1", "-999"], "numbers from -999 to 1", "k-way:0,1,-999"),
+        (["-1", "-0.5", "0.5"], "continuous:-1:0.5", "continuous:-1:0.5"),
+        (["Male", "male", "female"], "differ in capitals alone", "k-way"),
+        (["$5", "$6"], "may be read in two ways", "k-way"),
+    ],
+)
+def test_cells_that_may_mean_two_things_are_refused_and_the_flag_settles_it(cells, says, kind):
+    with pytest.raises(ValueError, match=says):
+        column(*cells)
+    assert -1 not in column(*cells, kind=kind)[1]
+
+
+def test_a_negative_category_beside_an_unknown_one_needs_all_values():
+    with pytest.raises(ValueError, match="-1, which means unknown, beside -2; .*k-way:-2,-1,"):
+        column("-2", "-1", "0", kind="k-way")
+
+
+def test_an_accent_apart_makes_no_other_word_and_no_other_person(tmp_path):
+    assert column("caf\u00e9", "cafe\u0301", "x") == ("k-way caf\u00e9 x", [0, 0, 1])
+    person = [("Jos\u00e9", "Jose\u0301")[n % 2] + str(n // 2) for n in range(COUNT)]
+    splits = splits_of(DATASETS["table"](table(tmp_path, False, person=person), group="person", attributes=["Smiling"]))
+    assert all(splits[n] == splits[n + 1] for n in range(0, COUNT, 2))
+
+
 def test_thousands_are_never_read_as_decimals():
     made = Column("x", Kind.parse("x=continuous:0:5000")[1])
     made.add("1,234")
@@ -184,6 +212,42 @@ def test_pandas_index_column_is_no_attribute(tmp_path):
     (tmp_path / "list.csv").write_text("path,,Smiling\na.jpg,1,1")
     with pytest.raises(ValueError, match="a column has no name"):
         DATASETS["table"](tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize("name", ["index", "level_0", "level_1", "Unnamed: 0"])
+def test_other_index_columns_are_no_attribute_and_said(tmp_path, name, caplog):
+    numbers = list(range(COUNT))
+    tar(tmp_path / "a.tar", *(record(f"{n}", n, **{name: n}) for n in range(9)))
+    with caplog.at_level(logging.INFO):
+        for dataset in (
+            DATASETS["table"](table(tmp_path, False, **{name: numbers})),
+            DATASETS["table"](table(tmp_path, True, **{name: numbers})),
+            DATASETS["wds"](tmp_path / "a.tar"),
+        ):
+            assert dataset.attributes.names == ("Smiling",)
+    assert caplog.text.count(f"{name} is an index that pandas wrote") == 3
+    source = table(tmp_path, True, **{name: SMILING})
+    assert DATASETS["table"](source, attributes=[name]).attributes.names == (name,)
+    assert name in DATASETS["table"](source, kinds=[f"{name}=binary"]).attributes.names
+
+
+@pytest.mark.parametrize(
+    "name, cells, says",
+    [
+        ("partition", [n % 3 for n in range(COUNT)], "--split-column partition"),
+        ("usage", ["train" if n % 3 else "Test" for n in range(COUNT)], "--split-column usage"),
+        ("id", list(range(100, 150)) + list(range(10)), "--key id"),
+        ("tags", [[n % 2, 1] for n in range(COUNT)], "holds lists or fields"),
+        ("boxes", [{"left": n % 2} for n in range(COUNT)], "holds lists or fields"),
+    ],
+)
+def test_a_column_of_another_use_is_refused(tmp_path, name, cells, says):
+    with pytest.raises(ValueError, match=f"column {name} .*{says}"):
+        DATASETS["table"](table(tmp_path, True, **{name: cells}))
+    tar(tmp_path / "a.tar", *(record(f"{n}", n, **{name: cells[n]} if n or name == "id" else {}) for n in range(COUNT)))
+    with pytest.raises(ValueError, match=says):
+        DATASETS["wds"](tmp_path / "a.tar")
+    assert DATASETS["table"](table(tmp_path, True, **{name: cells}), attributes=["Smiling"]).attributes.names == ("Smiling",)
 
 
 def test_excels_line_about_its_delimiter_is_obeyed(tmp_path):
@@ -286,6 +350,33 @@ def test_a_folder_beside_splits_is_named_and_numbers_are_classes(tmp_path):
     plant(tmp_path / "deep", *(f"PetImages/{c}/{n}.jpg" for c in ("cat", "dog") for n in range(3)))
     with pytest.raises(ValueError, match=r"is it .*deep/PetImages that you mean\?"):
         DATASETS["folders"](tmp_path / "deep")
+
+
+@pytest.mark.parametrize("form", ["Train{}", "{}_{}", "{}-{}"])
+def test_domains_in_other_spellings_keep_their_splits(tmp_path, form):
+    form = form.replace("Train{}", "{}{}")
+    plant(tmp_path, *(f"{form.format(s, d)}/{n}.jpg" for s in ("Train", "Test") for d in "AB" for n in range(3)))
+    dataset = DATASETS["folders"](tmp_path)
+    assert classes(dataset) == ["A", "B"] and dataset.splits.count("test") == 6
+
+
+def test_splits_inside_classes_are_splits_and_what_only_looks_like_one_is_refused(tmp_path):
+    plant(tmp_path / "in", *(f"{c}/{s}/{n}.jpg" for s in ("train", "Test") for c in ("cat", "dog") for n in range(3)))
+    dataset = DATASETS["folders"](tmp_path / "in")
+    assert classes(dataset) == ["cat", "dog"]
+    assert all(("Test" in r.location) == (r.split == "test") for r in records(dataset)) and len(dataset) == 12
+    plant(tmp_path / "in", "cat/other/0.jpg", "dog/top.jpg")
+    with pytest.raises(ValueError, match="cat/other/0.jpg: it lies beside the folders test, train"):
+        DATASETS["folders"](tmp_path / "in")
+    assert len(DATASETS["folders"](tmp_path / "in", skip_bad=True)) == 12
+    plant(tmp_path / "coco", *(f"{s}2017/{c}/{n}.jpg" for s in ("train", "val") for c in ("cat", "dog") for n in range(3)))
+    with pytest.raises(ValueError, match="train2017 and val2017 are called like splits; rename them"):
+        DATASETS["folders"](tmp_path / "coco", skip_bad=True)
+    plant(tmp_path / "capitals", *(f"{s}/{n}.jpg" for s in ("train/Cat", "train/dog", "test/cat") for n in range(3)))
+    with pytest.raises(ValueError, match="classes differ in capitals alone, as Cat"):
+        DATASETS["folders"](tmp_path / "capitals")
+    plant(tmp_path / "places", *(f"{c}/{n}.jpg" for c in ("train_station", "harbour") for n in range(3)))
+    assert classes(DATASETS["folders"](tmp_path / "places")) == ["harbour", "train_station"]
 
 
 def test_linked_folders_are_followed_and_a_circle_ends(tmp_path):
