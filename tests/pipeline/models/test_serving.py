@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,9 +115,9 @@ def registered(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def serving(folder: Path, store: str, manager: str, seconds: float = 180, **extra: str):
-    """`mlflow models serve` of that model; gives what posts a request."""
-    port = free_port()
+def serving(folder: Path, store: str, manager: str, seconds: float = 180, port: int = 0, **extra: str):
+    """`mlflow models serve` of that model; gives what posts a request, with the server's process and port."""
+    port = port or free_port()
     line = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/faces@challenger", "--port", str(port)]
     env = environment(MLFLOW_TRACKING_URI=store, MLFLOW_DISABLE_TELEMETRY="true", PATH=PATH, **extra)
     with (folder / "log").open("wb") as log:
@@ -125,7 +127,9 @@ def serving(folder: Path, store: str, manager: str, seconds: float = 180, **extr
     address = f"http://127.0.0.1:{port}"
     try:
         _wait(address, server, folder / "log", seconds)
-        yield lambda body: _post(f"{address}/invocations", body)
+        post = partial(_post, f"{address}/invocations")
+        post.server, post.port = server, port
+        yield post
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
@@ -223,6 +227,34 @@ def test_fifty_people_at_once_and_a_thousand_malformed_requests(served):
         for status, said in pool.map(post, bodies):
             assert status == 400 and "Traceback" not in json.dumps(said)
     assert post({"inputs": [texts[0]]})[0] == 200
+
+
+def test_a_killed_server_gives_no_wrong_answer_and_comes_back(served, registered, tmp_path):
+    """The last that `served` is asked: whoever waits is told that the connection broke, or has the right picture."""
+    run, post = served
+    texts = [base64_picture((40, 40), (20 * number, 90, 255 - 20 * number)) for number in range(8)]
+    model, bodies = models.load(run), [{"inputs": [text]} for text in texts]
+    alone = [pixels(answer(model, [text], {})[0]).astype(int) for text in texts]
+
+    def right(number: int, said: dict) -> bool:
+        return np.abs(pixels(said["predictions"][0]) - alone[number]).max() <= 1
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert post(bodies[0])[0] == 200
+        waiting = [pool.submit(post, bodies[number % 8]) for number in range(64)]
+        next(concurrent.futures.as_completed(waiting)).result()
+        os.killpg(post.server.pid, signal.SIGKILL)
+        broken = 0
+        for number, asked in enumerate(waiting):
+            try:
+                status, said = asked.result()
+                assert status == 200 and right(number % 8, said)
+            except (OSError, http.client.HTTPException):
+                broken += 1
+    assert broken, "the kill came too late to break a request"
+    post.server.wait()
+    with serving(tmp_path, registered[1], "local", port=post.port) as again:
+        assert all(right(number, again(body)[1]) for number, body in enumerate(bodies))
 
 
 @pytest.mark.skipif("FADER_TEST_NETWORK" not in os.environ, reason="downloads torch; FADER_TEST_NETWORK=1 runs it")
