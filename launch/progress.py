@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def is_first_rank() -> bool:
     """Whether this process speaks for a launch; a launcher that starts several says which it is."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "") in ("", "0")
 
 
 def draws_bars() -> bool:

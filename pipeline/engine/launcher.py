@@ -84,6 +84,21 @@ def refuse_other_ways() -> None:
             )
 
 
+def refuse_leftovers() -> None:
+    """Raise ValueError when the environment names one process of a launch, and not the others' number or meeting place."""
+    alone = {"RANK": "0", "LOCAL_RANK": "-1", **dict.fromkeys(_SIZES, "1")}
+    said = {name: os.environ[name] for name, value in alone.items() if os.environ.get(name, "") not in ("", value)}
+    if not (os.environ.get("MASTER_PORT") or "0").isdecimal() and said:
+        said["MASTER_PORT"] = os.environ["MASTER_PORT"]
+    whole = "MASTER_ADDR" in os.environ and any(os.environ.get(name) for name in _SIZES)
+    if said and not dist.is_initialized() and not (whole and all(map(str.isdecimal, said.values()))):
+        words = " ".join(f"{name}={value}" for name, value in said.items())
+        raise ValueError(
+            f"the environment says {words}, as a launcher does, but not all that processes of a launch need (WORLD_SIZE, "
+            f"MASTER_ADDR, MASTER_PORT); if no launcher set that, it is left over: 'unset {' '.join(said)}'"
+        )
+
+
 def launched() -> bool:
     """Return whether a launcher (Accelerate's, torchrun) started this process and watches over it."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -102,7 +117,8 @@ def meeting() -> Iterator[None]:
         return
     place = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     said = " ".join(f"{name}={value}" for name, value in sizes.items())
-    unset = f"; if no launcher set that, it is left over: end this with Ctrl-C, and 'unset {' '.join(sizes)}'"
+    others = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
+    unset = f"; if no launcher set that, it is left over: end this with Ctrl-C, and 'unset {' '.join([*sizes, *others])}'"
     helps = "" if launched() else unset
     words = f"waiting at {place} for the other processes of a launch, because the environment says {said}{helps}"
     timer = threading.Timer(_PATIENCE_SECONDS[launched()], log.warning, (words,))

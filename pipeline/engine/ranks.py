@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from fader.method import Batch, ReduceSum, identity
-from pipeline.engine.launcher import PRECISION, environment, meeting, refuse_other_ways
+from pipeline.engine.launcher import PRECISION, environment, meeting, refuse_leftovers, refuse_other_ways
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Ranks:
     def _start_accelerate(self, precision: str, cpu: bool) -> None:
         """Make the process group and find the device. Accelerate is not told of DeepSpeed: it would ask for transformers."""
         refuse_other_ways()
+        refuse_leftovers()
         AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
         with environment("ACCELERATE_USE_DEEPSPEED", "false"), meeting():
             self.accelerator = Accelerator(

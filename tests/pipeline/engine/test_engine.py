@@ -16,7 +16,7 @@ from fader.attributes import Attribute, Attributes
 from fader.method import METHODS, Batch, Clock, Loss, Method, Optimizer, Phase, Stage
 from pipeline.config import EngineConfig
 from pipeline.engine import Engine, LossScale
-from pipeline.engine.launcher import OTHER_WAYS
+from pipeline.engine.launcher import OTHER_WAYS, refuse_leftovers
 from pipeline.engine.ranks import restarts_may_hang
 from tests.fader.tiny import small
 from tests.shams import SGD, SHAMS, ShamSettings, registered
@@ -234,6 +234,27 @@ def test_a_batch_without_variance_is_refused_in_words(norm):
     phase = engine.method.stages()[0].phases[-1]
     with pytest.raises(ValueError, match="raise batch_size"):
         engine.update(phase, batch(records=1), Clock())
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["RANK=1", "LOCAL_RANK=1", "RANK=0 LOCAL_RANK=0", "WORLD_SIZE=2", "PMI_SIZE=2", "OMPI_COMM_WORLD_SIZE=4 MASTER_PORT=1",
+     "MASTER_ADDR=127.0.0.1 RANK=1", "MASTER_ADDR=127.0.0.1 WORLD_SIZE=abc", "MASTER_ADDR=a WORLD_SIZE=2 RANK=0 MASTER_PORT=x"],
+)  # fmt: skip
+def test_variables_of_half_a_launch_are_refused_by_name(monkeypatch, left):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for harmless in ("MASTER_PORT=29500", "MASTER_ADDR=127.0.0.1", "WORLD_SIZE=1", "LOCAL_RANK=-1", "RANK=0"):
+        with monkeypatch.context() as patch:
+            patch.setenv(*harmless.split("="))
+            refuse_leftovers()
+    for part in left.split():
+        monkeypatch.setenv(*part.split("="))
+    with pytest.raises(ValueError, match=f"{left.split()[-1].partition('=')[0]}.*left over: 'unset .*"):
+        Engine(tiny("sham_quantised"))
+    for name, value in zip(("MASTER_ADDR", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"), ("a", "2", "0", "0", "1")):
+        monkeypatch.setenv(name, value)
+    refuse_leftovers()
 
 
 @pytest.mark.parametrize("way", OTHER_WAYS)
