@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fader.attributes import Attributes
 from pipeline.config import Experiment, build_method
 from pipeline.data.shards import ShardSet
 from pipeline.engine import Engine
@@ -50,12 +51,12 @@ class Run:
         torch.manual_seed(experiment.seed)
         method = build_method(experiment, shards.attributes)
         self.stages = method.stages()
-        _check_card(folder, resume, shards)
+        _check_card(folder, resume, shards, method.attributes)
         judges = named_judges(experiment)
         self.engine = Engine(method, precision=experiment.precision, seed=experiment.seed, settings=experiment.engine)
         _check_batch_size(experiment, self.engine.world_size)
         owner = _own(folder, self.engine, stack)
-        _check_card(folder, resume, shards)  # again, because another process may have been here until now
+        _check_card(folder, resume, shards, method.attributes)  # again, because another process may have been here until now
         point = (restore(self.engine, folder) if resume else None) or ResumePoint()
         self.loaders = Loaders(experiment, self.engine, point.quarantine)
         self.batches = Batches(experiment, self.engine, shards.split("train"), self.loaders)
@@ -97,7 +98,7 @@ class Run:
             self.best_so_far.load(point.validation)
 
 
-def _check_card(folder: Path, resume: bool, shards: ShardSet) -> None:
+def _check_card(folder: Path, resume: bool, shards: ShardSet, attributes: Attributes) -> None:
     """Check that the folder's run.json is of the run to resume, and that there is none for one that begins."""
     card = folder / "run.json"
     if not resume:
@@ -114,6 +115,12 @@ def _check_card(folder: Path, resume: bool, shards: ShardSet) -> None:
         raise ValueError(
             f"{folder} was trained on data {before['data_digest'][:12]}, {shards.path} holds "
             f"{shards.digest[:12]}: resume with the same set, or start a new run"
+        )
+    if before["attributes"] != attributes.to_list():  # networks may be of the same shape
+        learnt = ", ".join(entry["name"] for entry in before["attributes"])
+        raise ValueError(
+            f"{folder} learns {learnt}, and {', '.join(attributes.names)} cannot go on from there: leave data.attributes as "
+            "it was, or start a new run"
         )
 
 

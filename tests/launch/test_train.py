@@ -186,6 +186,9 @@ def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
     done = forked("launch.train", config, f"run.folder={run}", code=2)
     assert f"fader train --resume {run}" in done.stderr
     assert (run / "config.yaml").read_bytes() == before
+    for others in ("[Blond_Hair, Smiling]", "[Smiling, Eyeglasses]"):  # networks of the same shape
+        done = forked("launch.train", "--resume", run, f"data.attributes={others}", code=2)
+        assert "learns Smiling, Blond_Hair, and" in done.stderr and (run / "config.yaml").read_bytes() == before
 
 
 def test_a_second_training_in_a_folder_is_refused_and_told_who_has_it(config, tmp_path):
