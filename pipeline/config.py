@@ -85,6 +85,13 @@ class DataConfig(BaseModel):
             raise ValueError("this loader is no more: leave it out, and set data.window to a few shards, which are read together")
         return loader
 
+    @pydantic.field_validator("path")
+    @classmethod
+    def _no_password(cls, path: str) -> str:
+        if re.search("://[^/]*:[^/]*@|^https?://[^/]*@", path):
+            raise ValueError("it holds a password, which every run would keep; fsspec takes logins from FSSPEC_FTP, …")
+        return path
+
     @pydantic.field_validator("attributes")
     @classmethod
     def _some(cls, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,9 +16,13 @@ def asked_for() -> str | None:
     return os.environ.get(_VARIABLE) or None
 
 
+_IN_QUERY = re.compile(r"([?&][\w-]*(?:password|passwd|pwd|token|secret|key|signature|sig)=)[^&\s'\"]+", re.IGNORECASE)
+
+
 def without_password(text: str) -> str:
     """Return a text, such as an address or an error, as it may be shown and kept."""
     text = re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
+    text = _IN_QUERY.sub(r"\1***", text)
     user, at, _ = (asked_for() or "").partition("://")[2].rpartition("@")
     password = user.partition(":")[2]
     if not at or len(password) <= 3:

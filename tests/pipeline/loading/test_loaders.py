@@ -441,6 +441,14 @@ def test_an_unknown_loader_is_refused(train):
         made(("cv2", "none"), train)
 
 
+@pytest.mark.parametrize("path", ["http://me:pw@host/set", "s3://key:pw@box/set", "https://token@host/set", "zip://::ftp://a:b@c/x"])
+def test_an_address_with_a_password_is_refused_because_every_run_would_keep_it(path):
+    with pytest.raises(ValueError, match="it holds a password"):
+        DataConfig(path=path, attributes=("*",))
+    for other in ("s3://bucket/a:b@c", "sftp://me@host/set", "/data/a:b@c", "http://host:80/set"):
+        DataConfig(path=other, attributes=("*",))
+
+
 def test_a_loader_says_what_it_does(train, caplog):
     caplog.set_level(logging.INFO)
     list(made(("dali", "device"), train).batches(requests(40, range(6))))

@@ -211,7 +211,7 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("kind", ["nobody there", "refusing", "with an @ in it", "no such driver"])
+@pytest.mark.parametrize("kind", ["nobody there", "refusing", "with an @ in it", "no such driver", "in the query"])
 def test_no_password_is_written_anywhere(tmp_path, kind):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -219,6 +219,8 @@ def test_no_password_is_written_anywhere(tmp_path, kind):
     secret = f"p@{_SECRET}" if "@" in kind else _SECRET
     scheme = "postgresql" if "driver" in kind else "http"
     extra = {"MLFLOW_TRACKING_URI": f"{scheme}://me:{secret}@127.0.0.1:{port}/x"}
+    if "query" in kind:
+        extra = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}/x?user=me&password={secret}&access_token={secret}"}
     run = tmp_path / "run"
     done = subprocess.run([sys.executable, "-c", _TRAIN, run], env=environment(**extra), capture_output=True, text=True)
     synced = subprocess.run(
@@ -234,6 +236,7 @@ def test_no_password_is_written_anywhere(tmp_path, kind):
 
 def test_an_address_is_shown_without_its_password(monkeypatch):
     assert without_password("see http://me:a@b:1/x and sqlite:///y@z") == "see http://b:1/x and sqlite:///y@z"
+    assert without_password("http://b/x?user=me&password=a%2Fb&mode=1: no") == "http://b/x?user=me&password=***&mode=1: no"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:p%40ss%2Fw@h")
     assert without_password("no login with p@ss/w or p%40ss%2Fw at me:p%40ss%2Fw@h/x") == "no login with *** or *** at h/x"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pa/ss@h")
