@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
+import torch._dynamo  # torch imports it inside a function mode, and it would meet the generators that are replaced here
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -102,17 +102,23 @@ def update_all(engine: Engine, draw: int, records: int = RECORDS) -> dict[str, t
     return reports
 
 
+def tensors(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers; a state dict also holds biases that lie nowhere."""
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
 def addresses(engine: Engine) -> dict[str, int]:
     """Where everything lies that a step reads or writes and that outlives it. Gradients do not: a capture owns them."""
     found = {f"weight {name}": scalar.tensor for name, scalar in engine.weights.items()}
-    found |= {f"network {name}": value for name, value in engine.networks.state_dict(keep_vars=True).items()}
+    found |= {f"network {name}": value for name, value in tensors(engine.networks)}
     for number, step in enumerate(engine.steps.values()):
         inputs = {**vars(step.inputs), "key": step.inputs.draws.key}
         found |= {f"input {number} {k}": v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
         found[f"sums of {step.phase.name}"] = step.sums.total
     for trains, group in engine.groups.items():
         found |= {f"rate of {trains}": group.rate.tensor, f"average's weight of {trains}": group.ema_weight.tensor}
-        found |= {f"average {name} {k}": v for name, net in group.ema.items() for k, v in net.state_dict().items()}
+        found |= {f"average {name} {k}": v for name, net in group.ema.items() for k, v in tensors(net)}
         if group.loss_scale is not None:
             found |= {f"scale of {trains}": group.loss_scale.scale, f"good of {trains}": group.loss_scale.good}
         for name, parameter in zip(group.names, group.parameters):
