@@ -54,7 +54,8 @@ def read_folders(
     """
     source = Place(os.fspath(source))
     if not source.is_dir():
-        raise ValueError(f"{source} is no folder")
+        packed = source.is_file() and source.name.lower().endswith(".zip")
+        raise ValueError(f"{source} is no folder" + (f"; name what lies in it as zip://::{source}" if packed else ""))
     files, index = source.files(), Index(skip_bad)
     pictures = _pictures_of_classes(source, files, index)
     classes = sorted({label for _, _, label in pictures.values()})

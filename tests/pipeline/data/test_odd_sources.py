@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -377,6 +378,18 @@ def test_splits_inside_classes_are_splits_and_what_only_looks_like_one_is_refuse
         DATASETS["folders"](tmp_path / "capitals")
     plant(tmp_path / "places", *(f"{c}/{n}.jpg" for c in ("train_station", "harbour") for n in range(3)))
     assert classes(DATASETS["folders"](tmp_path / "places")) == ["harbour", "train_station"]
+
+
+def test_a_zip_of_folders_is_told_the_way_and_read_there(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        for name in (f"{c}/{s}/{n}.jpg" for s in ("train", "test") for c in ("cat", "dog") for n in range(3)):
+            packed.writestr(name, encoded(grey(1), "JPEG"))
+        packed.writestr("__MACOSX/cat/._0.jpg", b"x")
+    with pytest.raises(ValueError, match="is no folder; name what lies in it as zip://::.*a.zip"):
+        DATASETS["folders"](tmp_path / "a.zip")
+    dataset = DATASETS["folders"](f"zip://::{tmp_path / 'a.zip'}")
+    assert classes(dataset) == ["cat", "dog"] and dataset.splits.count("test") == 6
+    assert seen(dataset.read(dataset.locations[0])) == 1
 
 
 def test_linked_folders_are_followed_and_a_circle_ends(tmp_path):

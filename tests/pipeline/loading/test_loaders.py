@@ -441,7 +441,9 @@ def test_an_unknown_loader_is_refused(train):
         made(("cv2", "none"), train)
 
 
-@pytest.mark.parametrize("path", ["http://me:pw@host/set", "s3://key:pw@box/set", "https://token@host/set", "zip://::ftp://a:b@c/x"])
+@pytest.mark.parametrize(
+    "path", ["http://me:pw@host/set", "s3://key:pw@box/set", "https://token@host/set", "zip://::ftp://a:b@c/x"]
+)
 def test_an_address_with_a_password_is_refused_because_every_run_would_keep_it(path):
     with pytest.raises(ValueError, match="it holds a password"):
         DataConfig(path=path, attributes=("*",))
