@@ -126,4 +126,6 @@ def begin_as_dcgan(network: nn.Module) -> nn.Module:
             nn.init.normal_(module.weight, 1.0 if normalises else 0.0, 0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if normalises:
+            nn.init.zeros_(module.running_mean)
     return network

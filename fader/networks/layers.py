@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fader.networks.normalization import Norm, norm
+from fader.networks.normalization import Norm, drop_bias, norm
 
 Deconv = Literal["convtranspose", "upsampling", "pixelshuffle"]
 
@@ -61,12 +61,12 @@ def with_code(features: Tensor, code: Tensor, skip: Tensor | None = None) -> Ten
 # on the convolution wins.
 
 
-def halved_to_one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def halved_to_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 4×4 convolution of stride 2 and padding 1 of [N, C, 2, 2], [N, O, 1, 1]: only the kernel's middle meets pixels."""
     return F.linear(x.flatten(1), weight[:, :, 1:3, 1:3].flatten(1), bias)[:, :, None, None]
 
 
-def halved_to_two(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def halved_to_two(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 4×4 convolution of stride 2 and padding 1 of [N, C, 4, 4], [N, O, 2, 2]."""
     patches = F.unfold(x, 4, padding=1, stride=2).transpose(1, 2).flatten(0, 1)
     return F.linear(patches, weight.flatten(1), bias).unflatten(0, (x.shape[0], 2, 2)).permute(0, 3, 1, 2)
@@ -79,7 +79,9 @@ def doubled_to_four(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Down(nn.Module):
-    """Convolution 4×4 (stride 2, padding 1, bias), norm, LeakyReLU(0.2), dropout: [N, C, H, W] to [N, O, H/2, W/2].
+    """Convolution 4×4 (stride 2, padding 1), norm, LeakyReLU(0.2), dropout: [N, C, H, W] to [N, O, H/2, W/2].
+
+    The convolution has a bias where no norm follows.
 
     Args:
         norm_kind: None leaves the norm out, as the first layer of a network does.
@@ -93,6 +95,8 @@ class Down(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 4, stride, 1)
         self.norm = nn.Identity() if norm_kind is None else norm(norm_kind, out_channels)
+        if norm_kind is not None:
+            drop_bias(self, "conv", "norm")
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

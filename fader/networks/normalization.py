@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -116,3 +117,34 @@ def norm(kind: Norm, channels: int) -> nn.Module:
     if kind == "instance":
         return nn.InstanceNorm2d(channels, affine=True)
     raise ValueError(f"norm {kind!r} is none of {', '.join(get_args(Norm))}")
+
+
+def drop_bias(parent: nn.Module, layer: str, norm: str) -> None:
+    """Take the bias from a layer of `parent` whose norm, which follows it, takes a bias out again: nothing computes it.
+
+    Checkpoints hold it still, as zeros. The running mean is moved by the bias that was drawn, and by that of a checkpoint
+    that was written while it was computed, so that the network in eval mode stays the same.
+    """
+    bias = parent.get_submodule(layer).bias.detach()
+    size = len(bias)
+    parent.get_submodule(layer).register_parameter("bias", None)
+    if isinstance(parent.get_submodule(norm), (BatchNorm, LocalBatchNorm)):
+        parent.get_submodule(norm).running_mean.sub_(bias)
+
+    def save(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Mapping[str, Any]) -> None:
+        state[f"{prefix}{layer}.bias"] = module.get_submodule(norm).weight.new_zeros(size, requires_grad=False)
+
+    def load(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        bias, mean = state.pop(f"{prefix}{layer}.bias", None), f"{prefix}{norm}.running_mean"
+        if bias is not None and mean in state:
+            state[mean] = state[mean] - bias
+
+    parent.get_submodule(norm).kept_bias = size
+    parent.register_state_dict_post_hook(save)
+    parent.register_load_state_dict_pre_hook(load)
+
+
+def num_parameters(network: nn.Module) -> int:
+    """How many numbers the network has learnt, as publications count them: biases that `drop_bias` took are among them."""
+    dropped = sum(getattr(module, "kept_bias", 0) for module in network.modules())
+    return dropped + sum(parameter.numel() for parameter in network.parameters())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fader.attributes import Attributes
 from fader.networks.generator import Condition
 from fader.networks.layers import Deconv, channels_last, deconvolution, wide
-from fader.networks.normalization import Norm, norm
+from fader.networks.normalization import Norm, drop_bias, norm
 
 _SIDE = 8
 
@@ -54,10 +54,13 @@ class DenseGenerator(nn.Module):
             nn.LeakyReLU(0.2),
             nn.Dropout(dropout),
         )
+        drop_bias(self.dense, "3", "5")
         layers: list[nn.Module] = []
         for before, after in zip(widths, widths[1:]):
             layers += [_doubled(deconv, before, after), norm(norm_kind, after), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, _doubled(deconv, widths[-1], channels))
+        for number in range(0, len(layers), 3) if deconv == "upsampling" else ():
+            drop_bias(self.layers, f"{number}.1", str(number + 1))
 
     def forward(self, noise: Tensor, code: Tensor) -> Tensor:
         known = torch.cat([part.to(self.dense[0].weight.dtype) for part in (noise, self.condition(code))], 1)
@@ -87,6 +90,8 @@ class PooledClassifier(nn.Module):
             norms = [] if norm_kind is None else [norm(norm_kind, after)]
             layers += [nn.Conv2d(before, after, kernel, 2, (kernel - 1) // 2), *norms, nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers)
+        for number in range(0, len(layers), 3) if norm_kind is not None else ():
+            drop_bias(self.layers, str(number), str(number + 1))
         self.head = nn.Linear(widths[-1], num_logits)
 
     def features(self, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fader.method import Method
+from fader.networks.normalization import num_parameters
 from pipeline.models import editor, sampler
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def cost_of(model: Model, device: torch.device, batch_size: int, seconds: float 
     """Return parameters of each network, and of each verb floating-point operations of one image and images a second."""
     method = model.method
     cost: dict[str, Any] = {
-        "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in method.networks.items()},
+        "parameters": {name: num_parameters(net) for name, net in method.networks.items()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fader.method import Method
+from fader.networks.normalization import num_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +30,7 @@ def about_method(method: Method) -> dict[str, Any]:
     return {
         "method": method.name,
         "settings": json.loads(json.dumps(method.settings_dict())),
-        "networks": {
-            name: sum(parameter.numel() for parameter in network.parameters()) for name, network in method.networks.items()
-        },
+        "networks": {name: num_parameters(network) for name, network in method.networks.items()},
         "attributes": method.attributes.to_list(),
         "image_size": method.image_size,
         "channels": method.channels,

@@ -16,7 +16,7 @@ from fader.losses.latents import gaussian_divergences, natural_steps
 from fader.methods import CGan, CGanSettings, IcGan, IcGanSettings, VacGan, VacGanSettings
 from fader.networks.encoders import Posterior
 from fader.networks.generator import Condition
-from fader.networks.normalization import BatchNorm
+from fader.networks.normalization import BatchNorm, num_parameters
 from fader.networks.spectral import SpectralNorm, with_spectral_norm
 from tests.fader.tiny import MIXED, changed, context, loss_of, phases, planted, stand, tiny, weights
 
@@ -66,7 +66,7 @@ def test_too_small_an_image_and_no_attribute_are_refused():
 def as_keras_counts(network: nn.Module) -> int:
     """Parameters, batch norm's moving mean and variance, and one vector u for each spectral norm."""
     buffers = (b for name, b in network.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var", "u"))
-    return sum(tensor.numel() for tensor in (*network.parameters(), *buffers))
+    return num_parameters(network) + sum(buffer.numel() for buffer in buffers)
 
 
 def test_vacgans_networks_have_the_published_counts():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,15 +18,13 @@ from fader.networks.autoencoder import Decoder, Encoder, Latent, Layout
 from fader.networks.classifier import Classifier
 from fader.networks.discriminators import LatentDiscriminator, PatchDiscriminator
 from fader.networks.layers import Down, Up, deconvolution, doubled_to_four, doubling, halvings
+from fader.networks.normalization import norm, num_parameters
+from fader.networks.pooled import DenseGenerator, PooledClassifier
 from fader.networks.residual import ResidualClassifier
 from tests.fader.tiny import MIXED, planted, tiny_fader
 
 MALE = Attributes([Attribute("Male")])
 FORTY = Attributes([Attribute(f"attribute_{i}") for i in range(40)])
-
-
-def count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize(
@@ -39,18 +39,18 @@ def count(network: nn.Module) -> int:
 )
 def test_parameter_counts_are_the_published_ones(settings, image_size, latent_shape, counts):
     method = Fader(FaderSettings(**settings), MALE, image_size)
-    encoder, decoder, discriminator = (count(network) for network in method.networks.values())
+    encoder, decoder, discriminator = (num_parameters(network) for network in method.networks.values())
     assert (encoder, decoder, encoder + decoder, discriminator) == counts
     assert method.settings.layout(image_size, 3).latent_shape == latent_shape
 
 
 @pytest.mark.parametrize("image_size, parameters", [(256, 15_680_944), (128, 11_485_104), (64, 7_289_264)])
 def test_the_judge_with_40_attributes_has_the_published_count(image_size, parameters):
-    assert count(Judge(JudgeSettings(), FORTY, image_size).networks["classifier"]) == parameters
+    assert num_parameters(Judge(JudgeSettings(), FORTY, image_size).networks["classifier"]) == parameters
 
 
 def test_the_patch_discriminator_has_the_published_count():
-    assert count(PatchDiscriminator(256)) == 695_137
+    assert num_parameters(PatchDiscriminator(256)) == 695_137
 
 
 def test_the_paper_presets_encoder_channels():
@@ -65,10 +65,45 @@ def test_the_official_decoder_reads_code_planes_at_every_layer():
     assert all(layer.deconv.bias is None for layer in layers)
 
 
-def test_every_convolution_of_the_encoder_has_a_bias_and_all_but_the_first_a_norm():
+def test_the_first_convolution_of_the_encoder_has_a_bias_and_all_others_a_norm_in_its_place():
     layers = tiny_fader().networks["encoder"].layers
-    assert all(layer.conv.bias is not None for layer in layers)
+    assert [layer.conv.bias is not None for layer in layers] == [True, False, False]
     assert [isinstance(layer.norm, nn.Identity) for layer in layers] == [True, False, False]
+    assert tiny_fader().networks["encoder"].state_dict()["layers.1.conv.bias"].abs().sum() == 0, "checkpoints keep it"
+
+
+@pytest.mark.parametrize("kind", ["global", "local", "instance"])
+def test_a_bias_that_a_norm_takes_out_is_not_computed_and_one_that_was_learnt_is_read_as_before(kind):
+    """Old networks computed it: outputs in train and eval mode and gradients of the weights are theirs, in float64."""
+    torch.manual_seed(4)
+    old = nn.ModuleDict({"conv": nn.Conv2d(3, 5, 4, 2, 1), "norm": norm(kind, 5)}).double()
+    new = Down(3, 5, kind).double()
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    for _ in range(3):
+        old["norm"](old["conv"](x))
+    state = {key: value.clone() for key, value in old.state_dict().items()}
+    for _ in range(2):  # what it was given is not changed, and what it writes is read again
+        new.load_state_dict(state)
+    new.load_state_dict(copy.deepcopy(new).state_dict())
+    assert new.state_dict().keys() == state.keys() and torch.equal(state["conv.bias"], old["conv"].bias)
+    for training in (False, True):
+        whole, found = (F.leaky_relu(old.train(training)["norm"](old["conv"](x)), 0.2), new.train(training)(x))
+        torch.testing.assert_close(found, whole)
+        wanted, got = (torch.autograd.grad(y.sin().sum(), m.conv.weight) for y, m in ((whole, old), (found, new)))
+        torch.testing.assert_close(got, wanted)
+    if kind != "instance":
+        torch.testing.assert_close(new.norm.running_mean, old["norm"].running_mean - old["conv"].bias)
+
+
+@pytest.mark.parametrize("deconv", ["convtranspose", "upsampling"])
+def test_dense_and_pooled_networks_compute_no_bias_before_a_norm(deconv):
+    generator = DenseGenerator(MALE, 4, [8, 6, 4], 3, 16, deconv, "global", 0.0)
+    classifier = PooledClassifier(3, [4, 8], 5, "global", 2)
+    for network, first in ((generator, "dense.0"), (classifier, "head")):
+        before = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+        biases = {name for name, m in network.named_modules() if isinstance(m, before) and m.bias is not None}
+        assert biases == {first} | ({"layers.6.1"} if network is generator and deconv == "upsampling" else set())
+        network.load_state_dict(network.state_dict())
 
 
 def test_the_last_layer_may_double_the_sides_in_a_way_of_its_own():
@@ -278,4 +313,4 @@ def test_the_residual_judge_halves_to_four_pixels(image_size, blocks, parameters
     network = ResidualClassifier(image_size, 8).eval()
     assert len(network.blocks) == blocks and network(torch.zeros(2, 3, image_size, image_size)).shape == (2, 8)
     if parameters:  # worked by hand for 40 logits, of which 8 are left
-        assert count(network) == parameters
+        assert num_parameters(network) == parameters
