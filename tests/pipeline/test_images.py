@@ -175,6 +175,13 @@ def test_a_look_at_the_header_finds_what_is_cut_short(kind):
             images.check(part, "header")
 
 
+def test_a_comment_that_looks_like_the_beginning_of_the_pixels_does_not_end_the_header():
+    for size in ((90, 70), (70, 90)):
+        out = io.BytesIO()
+        Image.new("RGB", size).save(out, "JPEG", comment=b"\xff\xda and so on")
+        assert images.check(out.getvalue(), "header") == (*size, 1, "JPEG")
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"a word"}, {"turned": 6}, {"turned": 3}], ids=str)
 def test_the_header_alone_gives_the_size_that_decoding_gives(mode, options):
