@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import statistics
@@ -15,6 +14,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import IO, Any
 
+import psutil
 import yaml
 
 from pipeline.config import Experiment
@@ -71,8 +71,15 @@ class Start:
 
     def end(self, number: int) -> int:
         """Send a signal (SIGKILL to all of its processes) and return the exit code."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number) if number == signal.SIGKILL else self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started = psutil.Process(self.process.pid)
+                for one in [*started.children(recursive=True), started]:  # a launcher's workers are in sessions of their own
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
         code = self.process.wait(PATIENCE_SECONDS)
         self._log.close()
         return code
@@ -112,7 +119,7 @@ def recovery(out: Path, words: list[str], num_ranks: int, kills: int, interval: 
             seen = start.images()
             for images in seen[len(told) :]:
                 moments.append(time.monotonic())
-                (saving if (images - 1) // interval > told[-1] // interval else steps).append(moments[-1] - moments[-2])
+                (saving if (images - 1) // interval > (told[-1] - 1) // interval else steps).append(moments[-1] - moments[-2])
                 told.append(images)
             time.sleep(0.002)
         assert start.process.poll() is None, f"it ended by itself; see {start.log}"
