@@ -69,7 +69,7 @@ def film(path: Path) -> Path:
     return path
 
 
-def followed(page, found: list[int]) -> str:
+def followed(page, found: list[bool]) -> str:
     """Let the camera's picture follow the slider for ten seconds; return in words what was shown."""
     page.evaluate("() => { const shows = paint; window.painted = 0; paint = (picture) => { window.painted += 1; shows(picture); }; }")
     page.click("#live")
@@ -89,13 +89,14 @@ def main() -> None:
     found, find = [], session.find
     session.find = lambda *given, **options: [faces := find(*given, **options), found.append(bool(faces))][0]
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        camera = [*CAMERA, f"{FILM}{film(Path(folder) / 'film.mjpeg')}"]
         for preset, size in NETWORKS:
             method, data = {"name": "fader", "preset": preset}, {"image_size": size}
             model = models.load(make_run(Path(folder) / preset, method, attributes=ATTRIBUTES, data=data))
             editing = model.editing
             print(f"{preset} at {size}: {faster(editing)}")
             with serving(server.Service(Shelf(Opened(model, editing)))) as address:
-                browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=[*CAMERA, f"{FILM}{film(Path(folder) / 'film.mjpeg')}"])
+                browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=camera)
                 page = browser.new_context(permissions=["camera"]).new_page()
                 page.goto(f"http://{address}/")
                 page.click("#drawn")
