@@ -1,8 +1,9 @@
 """How long a move takes to show in a browser: `python -m tests.latency`, on a machine that does nothing else.
 
 For each size an untrained network is served from this process, and a slider is dragged for ten seconds in chromium. A
-move takes from its input event to the frame after its picture was drawn; moves that a newer one overtook are not shown. At 64
-pixels a camera's picture follows the slider, too: chromium films a drawn face that walks to and fro in 320 by 240 pixels.
+move takes from its input event to the frame after its picture was drawn; moves that a newer one overtook are not shown. On
+a shared machine other guests take processor time away, and each row says how much. At 64 pixels a camera's picture
+follows the slider, too: chromium films a drawn face that walks to and fro in 320 by 240 pixels.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def dragged(page) -> list[float]:
     return sorted(page.evaluate("window.took"))
 
 
+def processor() -> tuple[int, int]:
+    """Return the ticks of processor time that were taken by other guests of this machine, and all, since it started."""
+    ticks = [int(number) for number in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return ticks[7], sum(ticks)
+
+
 def film(path: Path) -> Path:
     """Write what chromium takes for a camera: MJPEG of 30 frames a second, begun anew at its end."""
     face = draw_face(0, 0).resize((120, 147))
@@ -101,10 +108,12 @@ def main() -> None:
                 page.goto(f"http://{address}/")
                 page.click("#drawn")
                 page.wait_for_selector("#save:enabled")
+                before = processor()
                 took = dragged(page)
+                stolen, ticks = (now - then for now, then in zip(processor(), before))
                 at = {share: took[int(share * (len(took) - 1))] for share in (0.5, 0.95, 1)}
                 words = ", ".join(f"{share:.0%} within {value:.0f} ms" for share, value in at.items())
-                print(f"  {len(took)} pictures in {SECONDS} seconds; {words}")
+                print(f"  {len(took)} pictures in {SECONDS} seconds; {words}; {stolen / ticks:.1%} of the processors was stolen")
                 if size == 64:
                     print(f"  {followed(page, found)}")
                 browser.close()
