@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import subprocess
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from pipeline.training.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 LABELS_KEPT = 1_000
+CARDS = ("config.yaml", "run.json")  # they say what a run is
 
 
 class Run:
@@ -78,6 +80,7 @@ class Run:
         self.watchdog = Watchdog(folder, self.engine.rank, self.engine.world_size, settings.watchdog_minutes, hung)
         self.go_to(point)
         if self.engine.is_main:
+            stack.push(self._unless_refused())
             _open_folder(self, shards)
         else:
             self.tracker.start()
@@ -90,6 +93,18 @@ class Run:
     @property
     def best_so_far(self) -> BestSoFar | None:
         return self.validation.best_so_far if self.validation else None
+
+    def _unless_refused(self) -> Callable[..., None]:
+        """Return an exit that puts the cards back as they were, where settings are refused before any update."""
+        before = {path: path.read_bytes() if path.exists() else None for path in (self.folder / name for name in CARDS)}
+        began = self.images
+
+        def leave(kind: type[BaseException] | None, *_: object) -> None:
+            if kind and issubclass(kind, ValueError) and self.images == began:
+                for path, content in before.items():
+                    path.unlink(missing_ok=True) if content is None else write_whole(path, content)
+
+        return leave
 
     def go_to(self, point: ResumePoint) -> None:
         """Stand at a point whose weights the engine holds."""

@@ -191,6 +191,17 @@ def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
         assert "learns Smiling, Blond_Hair, and" in done.stderr and (run / "config.yaml").read_bytes() == before
 
 
+def test_settings_that_the_first_update_refuses_leave_the_folder_as_it_was(config, tmp_path):
+    run = tmp_path / "run"
+    refused = forked("launch.train", config, f"run.folder={run}", "batch_size=1", code=2)
+    assert "batch norm needs two values" in refused.stderr and not (run / "run.json").exists()
+    forked("launch.train", config, f"run.folder={run}", "method.images=80")
+    before = [(run / name).read_bytes() for name in ("config.yaml", "run.json")]
+    forked("launch.train", "--resume", run, "method.images=160", "batch_size=1", code=2)
+    assert [(run / name).read_bytes() for name in ("config.yaml", "run.json")] == before
+    forked("launch.train", "--resume", run, "method.images=160")
+
+
 def test_a_second_training_in_a_folder_is_refused_and_told_who_has_it(config, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
