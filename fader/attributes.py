@@ -97,11 +97,7 @@ class Attributes(tuple[Attribute, ...]):
         return Attributes([Attribute(e["name"], e["kind"], tuple(e.get("categories", ()))) for e in entries])
 
     def index(self, name: str) -> int:  # type: ignore[override]
-        """Column of an attribute.
-
-        Raises:
-            ValueError: no such attribute; the message offers the nearest name.
-        """
+        """Column of an attribute. Raises ValueError: no such attribute; the message offers the nearest name."""
         if name in self.names:
             return self.names.index(name)
         near = difflib.get_close_matches(name, self.names, 1, 0.5)
@@ -109,11 +105,7 @@ class Attributes(tuple[Attribute, ...]):
         raise ValueError(f"unknown attribute {name!r}; {hint}")
 
     def select(self, names: Sequence[str]) -> Attributes:
-        """The named attributes, in the order named.
-
-        Raises:
-            ValueError: a name is unknown or stands twice.
-        """
+        """The named attributes, in the order named. Raises ValueError: a name is unknown or stands twice."""
         return Attributes(self[self.index(name)] for name in names)
 
     # --- labels to code ---------------------------------------------------------------------------------------------
@@ -130,9 +122,7 @@ class Attributes(tuple[Attribute, ...]):
         """Labels [N, A] to decoder code [N, code_width] float32.
 
         One-hot for a known category, (1 - v, v) for a continuous value, 1/k in every column for an unknown label.
-
-        Raises:
-            ValueError: the number of columns is wrong.
+        Raises ValueError: the number of columns is wrong.
         """
         self.check_width(labels)
         columns = []
@@ -148,10 +138,7 @@ class Attributes(tuple[Attribute, ...]):
 
     def members(self, labels: Tensor) -> Tensor:
         """The code, but with 0 in every column of an unknown label: the values that each record is known to have.
-
-        Raises:
-            ValueError: the number of columns is wrong.
-        """
+        Raises ValueError: the number of columns is wrong."""
         code = self.code(labels)
         known = [(labels[:, j : j + 1] >= 0).expand(-1, attribute.k) for j, attribute in enumerate(self)]
         return torch.where(torch.cat(known, 1), code, 0.0) if known else code
@@ -159,14 +146,10 @@ class Attributes(tuple[Attribute, ...]):
     def with_slider(self, code: Tensor, name: str, slider: float | Tensor, category: int | None = None) -> Tensor:
         """A copy of `code` with one attribute's slider moved.
 
-        Args:
-            code: [N, code_width].
-            slider: a number or [N]: -1 = absent, 1 = present, beyond = exaggerated.
-            category: which value of a k-way attribute the slider belongs to. At 1 the code is exactly that category, at
-                -1 the category is absent and the others share the weight evenly.
-
-        Raises:
-            ValueError: unknown attribute; a k-way attribute without category, or a category it does not have.
+        code: [N, code_width]. slider: a number or [N]: -1 = absent, 1 = present, beyond = exaggerated.
+        category: which value of a k-way attribute the slider belongs to. At 1 the code is exactly that category, at -1 the
+            category is absent and the others share the weight evenly.
+        Raises ValueError: unknown attribute; a k-way attribute without category, or a category it does not have.
         """
         j = self.index(name)
         attribute = self[j]
@@ -186,10 +169,7 @@ class Attributes(tuple[Attribute, ...]):
 
     def resolve(self, spec: str) -> tuple[str, int | None]:
         """`Name` or `Name.category` (its name or number) to (name, category).
-
-        Raises:
-            ValueError: unknown attribute or category.
-        """
+        Raises ValueError: unknown attribute or category."""
         if spec in self.names:
             return spec, None
         name, dot, value = spec.rpartition(".")
@@ -210,11 +190,7 @@ class Attributes(tuple[Attribute, ...]):
         return sum(attribute.logits_width(head) for attribute in self)
 
     def blocks(self, logits: Tensor, head: Head) -> list[Tensor]:
-        """[N, logits_width] to one [N, width] block an attribute.
-
-        Raises:
-            ValueError: the width is wrong.
-        """
+        """[N, logits_width] to one [N, width] block an attribute. Raises ValueError: the width is wrong."""
         widths = [attribute.logits_width(head) for attribute in self]
         if logits.ndim != 2 or logits.shape[1] != sum(widths):
             raise ValueError(f"logits are {tuple(logits.shape)}; {self!r} with a {head} head needs [N, {sum(widths)}]")
@@ -273,11 +249,9 @@ class Attributes(tuple[Attribute, ...]):
     def swaps(self, labels: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yield every change of one attribute to another of its values, for all records at once.
 
-        Step s of an attribute with k values moves each record from its label v to (v + s) mod k, so that k - 1 decodes
-        serve all ordered pairs. Records whose label is unknown are moved as if it were 0; nobody should count them.
-
-        Yields:
-            column, step, the changed labels [N, A], the value asked for [N] int64.
+        Step s of an attribute with k values moves each record from its label v to (v + s) mod k, so that k - 1 decodes serve all
+        ordered pairs. Records whose label is unknown are moved as if it were 0; nobody should count them.
+        Yields: column, step, the changed labels [N, A], the value asked for [N] int64.
         """
         for j, attribute in enumerate(self):
             start = attribute.hard(labels[:, j]).clamp(min=0)
@@ -324,11 +298,8 @@ class Attributes(tuple[Attribute, ...]):
 
 def one_changed(attributes: Attributes, labels: Tensor, shares: Tensor, draws: Draws) -> Tensor:
     """A copy of the labels [N, A] with one attribute of each record, drawn for it, moved to another value.
-
-    Args:
-        shares: [N, A], how common the value of each label is. A record's attributes are drawn in inverse proportion to
-            it, so that a rare value is changed about as often as a common one.
-    """
+    shares: [N, A], how common the value of each label is. A record's attributes are drawn in inverse proportion to it, so that a
+        rare value is changed about as often as a common one."""
     waits = -torch.log1p(-draws.uniform("changed", (len(attributes),))) * shares  # the shortest of exponential times
     chosen = waits.argmin(1, keepdim=True)
     return torch.where(chosen == torch.arange(len(attributes), device=labels.device), attributes.flipped(labels, draws), labels)

@@ -39,7 +39,6 @@ class LabelCounts(nn.Module):
         """[logits_width(head)] float32: what the frequencies of values add to logits; 0 for a continuous attribute.
 
         Logits to which it was added in training are without it those of equally likely values, and the other way round.
-
         Source: Menon et al. 2021, arXiv:2007.07314, logit adjustment with τ = 1.
         """
         parts = []

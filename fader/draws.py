@@ -52,12 +52,8 @@ def _key_of_name(name: str) -> int:
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of one batch, keyed by record.
-
-    Args:
-        key: scalar int64 on the device of `index`, see `Draws.of`.
-        index: [N] int64, the record's row in its split.
-        host_key: the key as a Python number, for the host alone: the engine seeds dropout from it, and no loss reads it.
-    """
+    key: scalar int64 on the device of `index`, see `Draws.of`. index: [N] int64, the record's row in its split.
+    host_key: the key as a Python number, for the host alone: the engine seeds dropout from it, and no loss reads it."""
 
     key: Tensor
     index: Tensor
@@ -67,11 +63,9 @@ class Draws:
     def of(seed: int, stream: str, draw: int, index: Tensor) -> Draws:
         """The numbers of one draw of a stream.
 
-        Args:
-            seed: the run's seed (with its salt mixed in by whoever makes the batch).
-            stream: the name of the sequence of batches this batch belongs to.
-            draw: how many batches of the stream came before.
-            index: [N] int64, the record's row in its split.
+        seed: the run's seed (with its salt mixed in by whoever makes the batch).
+        stream: the name of the sequence of batches this batch belongs to. draw: how many batches of the stream came before.
+        index: [N] int64, the record's row in its split.
         """
         key = key_of(seed, stream, draw)
         return Draws(torch.full((), key, dtype=torch.int64, device=index.device), index, key)

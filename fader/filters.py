@@ -13,10 +13,7 @@ REFERENCE_SIZE = 64  # pixels a side at which a blur's sigma is named; at anothe
 
 def blur_matrices(sigma: Tensor, size: int) -> Tensor:
     """Return [N, S, S] matrices whose rows are Gaussian weights that sum to 1.
-
-    Args:
-        sigma: [N] in pixels of a picture of 64 pixels a side; 0 gives the identity.
-    """
+    sigma: [N] in pixels of a picture of 64 pixels a side; 0 gives the identity."""
     place = torch.arange(size, device=sigma.device, dtype=torch.float32)
     scaled = (sigma * (size / REFERENCE_SIZE)).clamp(min=0.05)[:, None, None]  # at 0.05 the neighbours weigh 1e-87
     weights = torch.exp(-((place[:, None] - place[None, :]) ** 2) / (2 * scaled**2))

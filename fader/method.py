@@ -38,16 +38,14 @@ class SumsOverRanks(nn.Module):
 class Batch:
     """One rank's share of a global batch.
 
-    Args:
-        images: [N, C, H, W] float in [-1, 1]; None for a phase whose source is "labels".
-        attributes: [N, A] float labels as stored: 0 … k-1 for binary and k-way, [0, 1] for continuous, -1 unknown.
-        index: [N] int64 row of each record in its split.
-        draws: the batch's random numbers, keyed by record.
-        size: scalar float32, records of the global batch divided by the number of ranks. A sum over this rank's records
-            divided by `size` becomes, averaged over ranks, the mean over the global batch, also when shares are uneven.
-        known: [A] the same for each attribute, counting only the records whose label is known.
-        records: of the global batch, as a Python number, for the host alone: learning rates and moving averages follow
-            it, and no loss reads it.
+    images: [N, C, H, W] float in [-1, 1]; None for a phase whose source is "labels".
+    attributes: [N, A] float labels as stored: 0 … k-1 for binary and k-way, [0, 1] for continuous, -1 unknown.
+    index: [N] int64 row of each record in its split. draws: the batch's random numbers, keyed by record.
+    size: scalar float32, records of the global batch divided by the number of ranks. A sum over this rank's records divided by
+        `size` becomes, averaged over ranks, the mean over the global batch, also when shares are uneven.
+    known: [A] the same for each attribute, counting only the records whose label is known.
+    records: of the global batch, as a Python number, for the host alone: learning rates and moving averages follow it, and no
+        loss reads it.
     """
 
     images: Tensor | None
@@ -125,19 +123,16 @@ Source = Literal["images", "labels"]
 class Phase:
     """One update of one trained group.
 
-    Args:
-        trains: names of the networks trained: a key of the method's `optimizers()`; empty for a phase whose loss runs
-            without gradients, so that observers take note or running statistics are refreshed (others: "train").
-        loss: what to minimise.
-        source: "images" reads images and labels; "labels" reads labels only (no image is decoded); None reads nothing
-            and receives a batch of zero records of labels with `size` records of draws.
-        others: the mode in which the networks that are not trained stand.
-        repeat: updates of this phase in each step that has it.
-        every: steps from one that has this phase to the next; the run's first step has it.
-        stream: which sequence of batches it reads; by default its own. Phases that name the same stream share batches.
-        observers: names of networks without weights that take note of the batch. The engine does not undo what they noted
-            when an update is not finite, so they leave out by themselves what is not finite.
-        name: what reports and streams call it; by default the trained networks, or the observers, joined by "+".
+    trains: names of the networks trained: a key of the method's `optimizers()`; empty for a phase whose loss runs without
+        gradients, so that observers take note or running statistics are refreshed (others: "train"). loss: what to minimise.
+    source: "images" reads images and labels; "labels" reads labels only (no image is decoded); None reads nothing and receives a
+        batch of zero records of labels with `size` records of draws.
+    others: the mode in which the networks that are not trained stand. repeat: updates of this phase in each step that has it.
+    every: steps from one that has this phase to the next; the run's first step has it.
+    stream: which sequence of batches it reads; by default its own. Phases that name the same stream share batches.
+    observers: names of networks without weights that take note of the batch. The engine does not undo what they noted when an
+        update is not finite, so they leave out by themselves what is not finite.
+    name: what reports and streams call it; by default the trained networks, or the observers, joined by "+".
     """
 
     trains: tuple[str, ...]
@@ -205,14 +200,11 @@ class Optimizer:
 class Method:
     """Base of every method. Subclasses set `name` and `Settings`, build `networks`, and implement the two functions.
 
-    for_use: the networks that encoding, decoding, sampling or judging need, where that is not all of them; what only
-    training needs is left out of exports.
-
-    Args:
-        settings: an instance of the subclass's `Settings` dataclass.
-        attributes: what the decoder is conditioned on, in the order of the batch's columns.
-        image_size: pixels a side, a power of two.
-        channels: 3 for colour, 1 for grey.
+    for_use: the networks that encoding, decoding, sampling or judging need, where that is not all of them; what only training
+    needs is left out of exports.
+    settings: an instance of the subclass's `Settings` dataclass.
+    attributes: what the decoder is conditioned on, in the order of the batch's columns.
+    image_size: pixels a side, a power of two. channels: 3 for colour, 1 for grey.
     """
 
     name: ClassVar[str]

@@ -11,12 +11,8 @@ Rise = Literal["linear", "cosine", "step", "constant"]
 
 def ramp(value: float, images: int, *, over: int) -> float:
     """A weight that grows linearly from 0 to `value` in `over` images and stays there; `value` at once if over = 0.
-
-    Source: Lample et al. 2017, arXiv:1706.00409, section 4.2: λ from 0 to 1e-4 over 500,000 iterations of 32 images.
-
-    Raises:
-        ValueError: a number of images is negative.
-    """
+    Raises ValueError: a number of images is negative.
+    Source: Lample et al. 2017, arXiv:1706.00409, section 4.2: λ from 0 to 1e-4 over 500,000 iterations of 32 images."""
     if over < 0 or images < 0:
         raise ValueError(f"a ramp over {over} images, after {images}: neither can be negative")
     return value if images >= over else value * images / over
@@ -25,14 +21,10 @@ def ramp(value: float, images: int, *, over: int) -> float:
 def risen(value: float, images: int, *, rise: Rise, over: int, after: int = 0) -> float:
     """A weight that is 0 for `after` images and then rises to `value` as its shape says.
 
-    Args:
-        rise: "linear" as in `ramp`; "cosine" (1 - cos π t)/2, slow at both ends; "step" is 0 until the `over` images are
-            through, and then the whole weight; "constant" is the whole weight from their beginning.
-        over: images from 0 to `value`.
-        after: images before them.
-
-    Raises:
-        ValueError: a number of images is negative, or there is no such shape.
+    rise: "linear" as in `ramp`; "cosine" (1 - cos π t)/2, slow at both ends; "step" is 0 until the `over` images are through, and
+        then the whole weight; "constant" is the whole weight from their beginning. over: images from 0 to `value`.
+    after: images before them.
+    Raises ValueError: a number of images is negative, or there is no such shape.
     """
     if after < 0:
         raise ValueError(f"a weight that waits for {after} images; that cannot be negative")
@@ -55,12 +47,8 @@ class Schedule:
     """A weight as data: its value at the end, and how it gets there.
 
     A method names its schedules. Before every update the engine writes the value of each into `Context.weights`.
-
-    Args:
-        to: the weight at the end.
-        over: images over which it rises from 0; 0 = at once.
-        after: images before that, in which it is 0.
-        rise: the shape, see `risen`.
+    to: the weight at the end. over: images over which it rises from 0; 0 = at once. after: images before that, in which it is 0.
+    rise: the shape, see `risen`.
     """
 
     to: float
@@ -75,10 +63,7 @@ class Schedule:
 
 def ema_decay(half_life: int, images: int) -> float:
     """What an exponential moving average keeps of itself over `images` images: half after `half_life` of them.
-
-    Raises:
-        ValueError: the half-life is not positive.
-    """
+    Raises ValueError: the half-life is not positive."""
     if half_life <= 0:
         raise ValueError(f"half-life is {half_life} images; it must be positive")
     return 0.5 ** (images / half_life)

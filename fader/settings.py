@@ -9,20 +9,13 @@ from typing import Any, Literal
 
 def setting(default: Any, about: str, *, least: float | None = None, most: float | None = None) -> Any:
     """A field of a settings dataclass.
-
-    Args:
-        about: what the setting means, for who reads the code.
-        least, most: the bounds of its value, both allowed.
-    """
+    about: what the setting means, for who reads the code. least, most: the bounds of its value, both allowed."""
     return dataclasses.field(default=default, metadata={"about": about, "least": least, "most": most})
 
 
 class Settings:
     """Base of settings dataclasses: each value is held to the bounds and the choices of its field.
-
-    Raises:
-        ValueError: a value is outside its bounds, or none of its choices.
-    """
+    Raises ValueError: a value is outside its bounds, or none of its choices."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

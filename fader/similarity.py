@@ -1,8 +1,7 @@
 """Similarities of the plane: what turns, scales and shifts a picture without distorting it.
 
-Points are complex numbers x + iy, so a similarity is z → factor · z + shift: the modulus of `factor` scales, its
-argument turns (clockwise on a screen, where y grows downwards). Works on Python's complex numbers and on complex
-tensors alike.
+Points are complex numbers x + iy, so a similarity is z → factor · z + shift: the modulus of `factor` scales, its argument turns
+(clockwise on a screen, where y grows downwards). Works on Python's complex numbers and on complex tensors alike.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ class Similarity:
     @staticmethod
     def between(source: tuple[complex, complex], target: tuple[complex, complex]) -> Similarity:
         """The one that takes two points to two points.
-
-        Raises:
-            ValueError: the two points of a pair coincide, so that no turn or scale follows from them.
-        """
+        Raises ValueError: the two points of a pair coincide, so that no turn or scale follows from them."""
         if source[0] == source[1] or target[0] == target[1]:
             raise ValueError(f"{source} to {target}: two points that coincide say nothing of turn and scale")
         factor = (target[1] - target[0]) / (source[1] - source[0])

@@ -103,11 +103,7 @@ def _single(function: Callable[..., Any]) -> typer.Typer:
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """The whole numbers of an option's text, parted by commas.
-
-    Raises:
-        ValueError: it has something else, or nothing.
-    """
+    """The whole numbers of an option's text, parted by commas. Raises ValueError: it has something else, or nothing."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{option} is {text!r}; whole numbers parted by commas are needed, as 64,128")

@@ -134,10 +134,7 @@ def _train_and_evaluate(children: Sequence[Child], asked: Sweep, specification: 
 
 def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks) -> bool:
     """Train a child to its end: not at all when it is there, from its newest checkpoint when it was broken off.
-
-    Returns:
-        Whether it came to its end; False when its updates were not finite.
-    """
+    Returns: Whether it came to its end; False when its updates were not finite."""
     from pipeline.models import checkpoint
     from pipeline.training.run import train
     from pipeline.training.sweep import has_begun, with_parent

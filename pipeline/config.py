@@ -263,12 +263,9 @@ _Loader.add_implicit_resolver(
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment.
 
-    Args:
-        path: a YAML file; its `base:` names another, relative to it, whose keys it overrides.
-        overrides: `key.path=value` with the value in YAML.
-
-    Raises:
-        ValueError: unreadable file, unknown key (the nearest known one is offered), wrong type, unknown method.
+    path: a YAML file; its `base:` names another, relative to it, whose keys it overrides.
+    overrides: `key.path=value` with the value in YAML.
+    Raises ValueError: unreadable file, unknown key (the nearest known one is offered), wrong type, unknown method.
     """
     return _overridden(_read(Path(path), ()), overrides, str(path))
 
@@ -314,10 +311,7 @@ def build(tree: Mapping[str, Any], source: str) -> Experiment:
 
 def build_method(experiment: Experiment, available: Attributes) -> Method:
     """The experiment's method over the attributes it names, out of those a shard set has.
-
-    Raises:
-        ValueError: an attribute the set does not have; settings that do not fit the image size; a network kept for judges.
-    """
+    Raises ValueError: an attribute the set does not have; settings that do not fit the image size; a network kept for judges."""
     names = available.names if experiment.data.attributes == ("*",) else experiment.data.attributes
     kind = METHODS[experiment.method_name]
     method = kind(experiment.method, available.select(names), experiment.data.image_size, experiment.data.channels)

@@ -19,12 +19,9 @@ from typing import Any, BinaryIO
 def replacing(path: Path, work: Path | None = None, durable: bool = True) -> Iterator[BinaryIO]:
     """Give a binary file that takes its place under `path` when it is whole; an exception leaves what was there.
 
-    Args:
-        work: the folder for the unfinished file, on the same disk; by default it is a hidden file beside `path`.
-        durable: also survive a loss of power; what is made anew at each start does not need it.
-
-    Raises:
-        OSError: the disk is full or refuses.
+    work: the folder for the unfinished file, on the same disk; by default it is a hidden file beside `path`.
+    durable: also survive a loss of power; what is made anew at each start does not need it.
+    Raises OSError: the disk is full or refuses.
     """
     token = secrets.token_hex(4)
     temporary = work / f"{path.name}.{token}.part" if work else path.with_name(f".{path.name}.{token}.part")
@@ -44,10 +41,7 @@ def replacing(path: Path, work: Path | None = None, durable: bool = True) -> Ite
 
 def write_whole(path: Path, content: str | bytes, durable: bool = True) -> Path:
     """Write a file, and the folders it lies in; text as UTF-8. Returns its path.
-
-    Raises:
-        OSError: the disk is full or refuses; the file is as it was.
-    """
+    Raises OSError: the disk is full or refuses; the file is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -56,10 +50,7 @@ def write_whole(path: Path, content: str | bytes, durable: bool = True) -> Path:
 
 def write_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     """Write files by name into a folder, which is made where it is missing: all or none. Returns their paths.
-
-    Raises:
-        OSError: the disk is full or refuses; the folder's files are as they were.
-    """
+    Raises OSError: the disk is full or refuses; the folder's files are as they were."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as written:
         for name, content in contents.items():
@@ -79,11 +70,9 @@ def write_json(path: Path, tree: Any, indent: int | None = 1, work: Path | None 
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder that takes its place under `path` when all its files are on the disk.
 
-    A folder that stood there goes when the new one stands. A kill leaves `.NAME.….tmp`, which is unfinished, or
-    `.NAME.….old`, which is whole and was about to be replaced.
-
-    Raises:
-        OSError: the disk is full or refuses; what was there before is untouched.
+    A folder that stood there goes when the new one stands. A kill leaves `.NAME.….tmp`, which is unfinished, or `.NAME.….old`,
+    which is whole and was about to be replaced.
+    Raises OSError: the disk is full or refuses; what was there before is untouched.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     replaced = temporary.with_suffix(".old")

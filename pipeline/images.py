@@ -1,9 +1,8 @@
 """Image bytes to uint8 squares to [-1, 1] and back: decoding, crop and resize rules, flips, grids, PNG bytes.
 
-The rules are those of the official code: CelebA's 178x218 pictures lose 20 rows above and below, the 178 square is
-resized and rounded to uint8, and only then mapped to [-1, 1]. There is one kernel each way, the same in every decoder:
-Lanczos when the picture grows, an antialiased triangle when it shrinks.
-
+The rules are those of the official code: CelebA's 178x218 pictures lose 20 rows above and below, the 178 square is resized and
+rounded to uint8, and only then mapped to [-1, 1]. There is one kernel each way, the same in every decoder: Lanczos when the
+picture grows, an antialiased triangle when it shrinks.
 Source: facebookresearch/FaderNetworks data/preprocess.py (the crop); the kernels are ours, see `kernel`.
 """
 
@@ -85,14 +84,10 @@ CROPS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 class Preprocessing:
     """How a decoded picture becomes a network's input. Two models with equal values read pictures alike.
 
-    Args:
-        image_size: pixels a side of the result.
-        crop: a name in CROPS: "celeba" (rows 20:-20 of 178x218), "center" (the largest centred square), or "letterbox"
-            (the whole picture, its long side image_size, centred on black). Nothing is ever distorted.
-        channels: 3 for colour, 1 for grey.
-
-    Raises:
-        ValueError: a value is not possible.
+    image_size: pixels a side of the result.
+    crop: a name in CROPS: "celeba" (rows 20:-20 of 178x218), "center" (the largest centred square), or "letterbox" (the whole
+        picture, its long side image_size, centred on black). Nothing is ever distorted. channels: 3 for colour, 1 for grey.
+    Raises ValueError: a value is not possible.
     """
 
     image_size: int
@@ -108,12 +103,9 @@ class Preprocessing:
             raise ValueError(f"channels is {self.channels}; pictures have 3 (colour) or 1 (grey)")
 
     def boxes(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-        """What is cut out of pictures of these sizes: [N, 4] int64, (left, top, right, bottom); square, or the whole
-        picture under "letterbox".
-
-        Raises:
-            ValueError: the crop rule does not take a size; the message names it.
-        """
+        """What is cut out of pictures of these sizes: [N, 4] int64, (left, top, right, bottom); square, or the whole picture
+        under "letterbox".
+        Raises ValueError: the crop rule does not take a size; the message names it."""
         return CROPS[self.crop](np.asarray(widths, np.int64), np.asarray(heights, np.int64))
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
@@ -184,12 +176,9 @@ def decode(
 ) -> Image.Image:
     """Decode a picture wholly, turn it upright, and make it RGB.
 
-    Args:
-        orientation: how it is stored, 1 to 8, where that is known; 1 leaves it as it is stored. None: as it says itself.
-        most_pixels: that it may declare, up to MAX_PIXELS.
-
-    Raises:
-        ValueError: the bytes are not a picture of a known format, are damaged or cut short, or declare too many pixels.
+    orientation: how it is stored, 1 to 8, where that is known; 1 leaves it as it is stored. None: as it says itself.
+    most_pixels: that it may declare, up to MAX_PIXELS.
+    Raises ValueError: the bytes are not a picture of a known format, are damaged or cut short, or declare too many pixels.
     """
     try:
         image = _open(data, most_pixels)
@@ -215,12 +204,10 @@ class Checked(NamedTuple):
 def check(data: bytes, depth: Check = "full") -> Checked:
     """Prove that a picture can be decoded, and read which way up it is stored.
 
-    A JPEG is decoded at an eighth of its size: every coefficient is still read from the bit stream, which is the only
-    part that can fail; the inverse transform and the colours, which cannot, are spared.
-
-    Args:
-        depth: "header" reads of a JPEG or WebP only the header and looks for the end, at a fifth of the time: a picture
-            that was cut short is found, one that is damaged inside is not.
+    A JPEG is decoded at an eighth of its size: every coefficient is still read from the bit stream, which is the only part that
+    can fail; the inverse transform and the colours, which cannot, are spared.
+    depth: "header" reads of a JPEG or WebP only the header and looks for the end, at a fifth of the time: a picture that was cut
+        short is found, one that is damaged inside is not.
     """
     # Most pictures of a set begin with the same bytes, up to the first that may start the pixels.
     plain = _plain_jpeg_size(data[: data.find(_PIXELS) + 10]) if depth == "header" else None
@@ -249,11 +236,9 @@ _PLAIN = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # before it: Huffman and quantisation t
 
 @functools.lru_cache(maxsize=256)
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG without metadata that may turn it, in a twentieth of the time that Pillow takes to open
-    it; None for everything else.
-
-    Source: ITU-T T.81, B.1 and B.2.2.
-    """
+    """Width and height of a JPEG without metadata that may turn it, in a twentieth of the time that Pillow takes to open it; None
+    for everything else.
+    Source: ITU-T T.81, B.1 and B.2.2."""
     at, size = 2, None
     if data[:2] != b"\xff\xd8":
         return None
@@ -292,10 +277,7 @@ def _has_end(data: bytes, kind: str | None) -> bool:
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Crop, then resize with one kernel, rounded to uint8, centred on black: [image_size, image_size, channels].
-
-    Raises:
-        ValueError: the crop rule does not take the picture's size.
-    """
+    Raises ValueError: the crop rule does not take the picture's size."""
     boxes = preprocessing.boxes(np.array([image.width]), np.array([image.height]))
     sizes = preprocessing.resized(boxes)
     (box,), ((width, height),) = boxes.tolist(), sizes.tolist()

@@ -29,10 +29,7 @@ def lower_is_better(name: str) -> bool:
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `hits` in `count` answers.
-
-    Source: Wilson 1927, the score interval.
-    """
+    """The 95% interval of a share of `hits` in `count` answers. Source: Wilson 1927, the score interval."""
     share, z2 = hits / count, 1.959964**2
     middle, width = share + z2 / (2 * count), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
     return max(0.0, (middle - width) / (1 + z2 / count)), min(1.0, (middle + width) / (1 + z2 / count))
@@ -40,10 +37,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 def mse(images: Tensor, target: Tensor) -> Tensor:
     """[N] float64 mean squared difference of each image, over its channels and pixels, on [-1, 1].
-
-    Raises:
-        ValueError: shapes disagree.
-    """
+    Raises ValueError: shapes disagree."""
     _same(images, target)
     return (images.double() - target.double()).square().flatten(1).mean(1)
 
@@ -55,12 +49,8 @@ def psnr(mean_squared: Tensor) -> Tensor:
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
     """[N] structural similarity, 1 for equal images; Gaussian window of 11 pixels, sigma 1.5.
-
-    Raises:
-        ValueError: shapes disagree, or a side is under 11 pixels.
-
-    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity"; torchmetrics.
-    """
+    Raises ValueError: shapes disagree, or a side is under 11 pixels.
+    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity"; torchmetrics."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     return _similarity(structural_similarity_index_measure, "SSIM's window needs", SSIM_FROM, images, target)
@@ -68,12 +58,8 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
 
 def ms_ssim(images: Tensor, target: Tensor) -> Tensor:
     """[N] multi-scale structural similarity over five scales, 1 for equal images.
-
-    Raises:
-        ValueError: shapes disagree, or a side is under 176 pixels.
-
-    Source: Wang, Simoncelli, Bovik 2003, "Multiscale structural similarity for image quality assessment"; torchmetrics.
-    """
+    Raises ValueError: shapes disagree, or a side is under 176 pixels.
+    Source: Wang, Simoncelli, Bovik 2003, "Multiscale structural similarity for image quality assessment"; torchmetrics."""
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     return _similarity(multiscale_structural_similarity_index_measure, "MS-SSIM's five scales need", MS_SSIM_FROM, images, target)
@@ -96,9 +82,7 @@ def balanced_accuracy(preds: Tensor, labels: Tensor, k: int) -> float:
     """Mean over the values that occur of the share of their records that are right; unknown labels (-1) left out.
 
     Always guessing one value scores 1/k. Not a number when no label is known.
-
-    Args:
-        preds, labels: [N], 0 … k-1.
+    preds, labels: [N], 0 … k-1.
     """
     shares = [(preds[labels == value] == value).double().mean().item() for value in range(k) if (labels == value).any()]
     return sum(shares) / len(shares) if shares else math.nan
@@ -107,13 +91,8 @@ def balanced_accuracy(preds: Tensor, labels: Tensor, k: int) -> float:
 def auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
 
-    Args:
-        scores: [N], higher for "present".
-        labels: [N], 0 or 1, -1 = unknown (left out).
-
-    Returns:
-        0.5 when the scores tell nothing; not a number when one of the two classes is empty.
-
+    scores: [N], higher for "present". labels: [N], 0 or 1, -1 = unknown (left out).
+    Returns: 0.5 when the scores tell nothing; not a number when one of the two classes is empty.
     Source: the Mann-Whitney form, Hanley and McNeil 1982.
     """
     known = labels >= 0
@@ -132,14 +111,9 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 def calibration_error(confidence: Tensor, right: Tensor, weights: Tensor, bins: int = 15) -> float:
     """Expected calibration error: how far confidence and accuracy lie apart, over bins of equal width.
 
-    Args:
-        confidence: [N] probability of the value judged, in [0, 1].
-        right: [N] bool, whether the value judged is the label.
-        weights: [N] what each record counts for; 0 leaves it out.
-
-    Returns:
-        Σ over bins of the bin's share of the weight times |mean confidence - accuracy|; not a number without weight.
-
+    confidence: [N] probability of the value judged, in [0, 1]. right: [N] bool, whether the value judged is the label.
+    weights: [N] what each record counts for; 0 leaves it out.
+    Returns: Σ over bins of the bin's share of the weight times |mean confidence - accuracy|; not a number without weight.
     Source: Guo et al. 2017, arXiv:1706.04599, equation 3, with weights.
     """
     total = weights.double().sum()
@@ -152,11 +126,7 @@ def calibration_error(confidence: Tensor, right: Tensor, weights: Tensor, bins: 
 
 def means(values: Tensor, counted: Tensor) -> Tensor:
     """[D] float64 mean of each column over its counted records; not a number where none is counted.
-
-    Args:
-        values: [N, D].
-        counted: [N, D] bool.
-    """
+    values: [N, D]. counted: [N, D] bool."""
     counted = counted.double()
     return (torch.where(counted > 0, values.double(), 0.0)).sum(0) / counted.sum(0)
 
@@ -167,10 +137,7 @@ def bootstrap_means(values: Tensor, counted: Tensor, *, seed: int, resamples: in
     Whole records are drawn, so columns of one resample belong together: a mean over columns keeps their correlation.
     A pure function of its arguments: a torch generator on the CPU, seeded with `seed`.
 
-    Args:
-        values: [N, D].
-        counted: [N, D] bool: which records belong to the column at all.
-
+    values: [N, D]. counted: [N, D] bool: which records belong to the column at all.
     Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     num_records, num_columns = values.shape
@@ -203,11 +170,9 @@ def interval(resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
 def monotonic_share(response: Tensor, fall: float = 0.01, rise: float = 0.05) -> float:
     """Share of records whose response rises along the slider and never turns back.
 
-    A record counts when it never falls by more than `fall` from one point to the next and ends more than `rise` above
-    where it began, so a slider that changes nothing scores 0.
-
-    Args:
-        response: [N, P] the judge's probability of the attribute at each of P slider positions.
+    A record counts when it never falls by more than `fall` from one point to the next and ends more than `rise` above where it
+    began, so a slider that changes nothing scores 0.
+    response: [N, P] the judge's probability of the attribute at each of P slider positions.
     """
     steps = response.diff(dim=1)
     good = (steps >= -fall).all(1) & (response[:, -1] - response[:, 0] > rise)
@@ -217,13 +182,9 @@ def monotonic_share(response: Tensor, fall: float = 0.01, rise: float = 0.05) ->
 def effective_range(response: Tensor, positions: Sequence[float]) -> tuple[float, float]:
     """Between which slider positions the mean response does the middle 80% of what it does from end to end.
 
-    Args:
-        response: [P] mean probability at each position.
-        positions: [P] rising.
-
-    Returns:
-        The positions (interpolated) at which the response first stands at 10% and at 90% of the way from its first to
-        its last value; not numbers when it does not rise by at least 0.01 in all.
+    response: [P] mean probability at each position. positions: [P] rising.
+    Returns: The positions (interpolated) at which the response first stands at 10% and at 90% of the way from its first to its
+    last value; not numbers when it does not rise by at least 0.01 in all.
     """
     travel = float(response[-1] - response[0])
     if not travel >= 0.01:
@@ -252,11 +213,7 @@ class Gaussian:
 
     @staticmethod
     def fit(features: Tensor, correction: int = 1) -> Gaussian:
-        """Of [N, F] features; the covariance divides by N - correction.
-
-        Raises:
-            ValueError: fewer than two features.
-        """
+        """Of [N, F] features; the covariance divides by N - correction. Raises ValueError: fewer than two features."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features are {tuple(features.shape)}; a covariance needs [N, F] with N at least 2")
         features = features.double()
@@ -283,17 +240,11 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def kernel_distance(a: Tensor, b: Tensor, *, seed: int, subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
     """Kernel distance (KID) of two sets of features: unbiased squared MMD with the kernel (x·y / F + 1)³.
 
-    Args:
-        a, b: [N, F] and [M, F].
-        subsets, subset_size: the mean is over so many draws, without replacement, of so many features of each set (of
-            all, where there are fewer).
-
-    Returns:
-        Mean and standard deviation over subsets. The mean may be a little below 0.
-
-    Raises:
-        ValueError: fewer than two features in a set.
-
+    a, b: [N, F] and [M, F].
+    subsets, subset_size: the mean is over so many draws, without replacement, of so many features of each set (of all, where
+        there are fewer).
+    Returns: Mean and standard deviation over subsets. The mean may be a little below 0.
+    Raises ValueError: fewer than two features in a set.
     Source: Bińkowski et al. 2018, arXiv:1801.01401.
     """
     size = min(subset_size, len(a), len(b))
@@ -313,13 +264,9 @@ def kernel_distance(a: Tensor, b: Tensor, *, seed: int, subsets: int = 100, subs
 def inception_scores(probabilities: Tensor, classes: Tensor) -> tuple[float, float, float]:
     """(IS, BCIS, WCIS): how much a classifier's answers vary over all images, between classes, and within a class.
 
-    IS = exp E KL(p(y|x) ‖ p(y)); BCIS = exp E KL(p(y|c) ‖ p(y)), more is better; WCIS = exp E KL(p(y|x) ‖ p(y|c)), less
-    is better. Classes weigh as many as they have images, so IS = BCIS · WCIS.
-
-    Args:
-        probabilities: [N, K], rows that sum to 1.
-        classes: [N] the class each image was made for (any integers).
-
+    IS = exp E KL(p(y|x) ‖ p(y)); BCIS = exp E KL(p(y|c) ‖ p(y)), more is better; WCIS = exp E KL(p(y|x) ‖ p(y|c)), less is
+    better. Classes weigh as many as they have images, so IS = BCIS · WCIS.
+    probabilities: [N, K], rows that sum to 1. classes: [N] the class each image was made for (any integers).
     Source: Salimans et al. 2016, arXiv:1606.03498; Benny et al. 2021, arXiv:2004.12361.
     """
     p = probabilities.double()
@@ -340,13 +287,10 @@ def inception_scores(probabilities: Tensor, classes: Tensor) -> tuple[float, flo
 def conditional_frechet(real: Sequence[Tensor], generated: Sequence[Tensor], correction: int = 1) -> tuple[float, float]:
     """(BCFID, WCFID): Fréchet distance between the classes' means, and within a class averaged over classes.
 
-    Every class weighs alike. BCFID compares the normal distributions of the class means (covariance over classes,
-    divided by their number); WCFID is the mean over classes of the Fréchet distance of their features. With equally
-    large classes and `correction` 0, FID ≤ BCFID + WCFID.
-
-    Args:
-        real, generated: for each class [N, F] features, at least two.
-
+    Every class weighs alike. BCFID compares the normal distributions of the class means (covariance over classes, divided by
+    their number); WCFID is the mean over classes of the Fréchet distance of their features. With equally large classes and
+    `correction` 0, FID ≤ BCFID + WCFID.
+    real, generated: for each class [N, F] features, at least two.
     Source: Benny et al. 2021, arXiv:2004.12361.
     """
     if len(real) != len(generated) or not real:

@@ -61,10 +61,7 @@ def whither(method: str, key: str) -> str | None:
 
 def translated(method: str, settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The settings of a run or an export as this version writes them; those of this version stay as they are.
-
-    Raises:
-        ValueError: they ask for what was taken back.
-    """
+    Raises ValueError: they ask for what was taken back."""
     moved, gone, tree = MOVED.get(method, {}), GONE.get(method, {}), {}
     for key, value in settings.items():
         if value == "feedback" and key == "lambda_shape" or key in gone and gone[key] not in (..., value):

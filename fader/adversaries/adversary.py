@@ -38,12 +38,10 @@ class AdversarySettings(Settings):
 class Autoencoder:
     """What an adversary must know of the autoencoder that it presses on.
 
-    Args:
-        layout: sizes of encoder and decoder.
-        norm: of the discriminators.
-        optimizer: of the autoencoder; an adversary's own takes from it what its settings leave open.
-        others: the mode of encoder and decoder while an adversary learns.
-        stream: the stream of batches that all phases share; empty where each phase reads its own.
+    layout: sizes of encoder and decoder. norm: of the discriminators.
+    optimizer: of the autoencoder; an adversary's own takes from it what its settings leave open.
+    others: the mode of encoder and decoder while an adversary learns.
+    stream: the stream of batches that all phases share; empty where each phase reads its own.
     """
 
     attributes: Attributes

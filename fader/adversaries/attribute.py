@@ -20,7 +20,6 @@ class AttributeAdversary(Adversary):
     """Reads the attributes of swaps, as it has learnt to from real images.
 
     The classifier sees real images only, so a decoder can learn to draw what this one network reads and no person sees.
-
     Source: the option `lambda_clf_dis` of facebookresearch/FaderNetworks.
     """
 

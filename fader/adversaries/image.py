@@ -48,11 +48,10 @@ class ImageSettings(AdversarySettings):
 class ImageAdversary(Adversary):
     """Tells real images from swaps and reads the attributes of both; the autoencoder is asked to pass on both counts.
 
-    The attributes are learnt from real images, and from swaps, of which the discriminator learns the attributes that they
-    had before (`traces`): a swap that only a network would take for changed is told from one that shows the new value.
-    Frequencies are taken out of the logits, so that a swap is asked to show a rare value as clearly as a common one (Menon
-    et al. 2021, arXiv:2007.07314, logit adjustment).
-
+    The attributes are learnt from real images, and from swaps, of which the discriminator learns the attributes that they had
+    before (`traces`): a swap that only a network would take for changed is told from one that shows the new value. Frequencies
+    are taken out of the logits, so that a swap is asked to show a rare value as clearly as a common one (Menon et al. 2021,
+    arXiv:2007.07314, logit adjustment).
     Source: the classifier and the discriminator share a trunk as in Odena et al. 2017, arXiv:1610.09585, and He et al. 2019,
     "AttGAN", arXiv:1711.10678; the penalty comes every few steps as in Karras et al. 2020, arXiv:1912.04958, appendix B.
     """

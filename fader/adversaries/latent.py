@@ -29,12 +29,8 @@ class LatentSettings(AdversarySettings):
 
 class LatentAdversary(Adversary):
     """Reads the attributes off the latent; the encoder learns to leave it nothing to read.
-
-    Args:
-        observers: they take note of the batches that the discriminator learns from.
-
-    Source: Lample et al. 2017, arXiv:1706.00409, equations 2 and 3.
-    """
+    observers: they take note of the batches that the discriminator learns from.
+    Source: Lample et al. 2017, arXiv:1706.00409, equations 2 and 3."""
 
     name, network = "latent", "latent_discriminator"
     settings: LatentSettings

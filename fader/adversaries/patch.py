@@ -20,9 +20,7 @@ class PatchSettings(AdversarySettings):
 
 class PatchAdversary(Adversary):
     """Tells patches of real images from patches of swaps.
-
-    Source: the option `lambda_ptc_dis` of facebookresearch/FaderNetworks.
-    """
+    Source: the option `lambda_ptc_dis` of facebookresearch/FaderNetworks."""
 
     name, network = "patch", "patch_discriminator"
     settings: PatchSettings

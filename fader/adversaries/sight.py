@@ -35,10 +35,7 @@ class SightSettings(Settings):
 
 def seen(images: Tensor, draws: Draws, name: str, settings: SightSettings) -> Tensor:
     """Return images [N, C, S, S] moved, blurred and in other colours, at least as float32. It is differentiable.
-
-    Args:
-        name: which random numbers of a record to use; images under different names are changed differently.
-    """
+    name: which random numbers of a record to use; images under different names are changed differently."""
     s, size, images = settings, images.shape[-1], wide(images)
 
     def around(what: str, most: float, shape: tuple[int, ...] = (1, 1, 1)) -> Tensor:
@@ -67,10 +64,7 @@ def seen(images: Tensor, draws: Draws, name: str, settings: SightSettings) -> Te
 
 def _weights(size: int, shift: Tensor, sigma: Tensor) -> Tensor:
     """Return [N, size, size]: the weights by which shifted and blurred lines are made of the old ones. Edges are repeated.
-
-    Args:
-        shift: [N, 1], in pixels. sigma: [N, 1, 1], of the blur, in pixels.
-    """
+    shift: [N, 1], in pixels. sigma: [N, 1, 1], of the blur, in pixels."""
     place = torch.arange(size, device=shift.device, dtype=shift.dtype)
     source = (place - shift).clamp(0, size - 1)
     far = ((source[:, :, None] - place) / sigma).square() / 2

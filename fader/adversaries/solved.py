@@ -33,34 +33,26 @@ class Solution(NamedTuple):
 class FisherCritic(nn.Module):
     """Measures how far apart the means of an attribute's values lie in a latent, by Fisher's linear discriminant.
 
-    A discriminator that learns by gradient steps is late, because the encoder moves away from it: on CelebA at 64×64 a
-    fresh linear probe read Male with balanced accuracy 0.85 from latents of which the run's own discriminator, with four
-    updates a step, read 0.72. Means and covariance settle within a few hundred records, and the best linear reader is
-    the solution of linear equations in them.
+    A discriminator that learns by gradient steps is late, because the encoder moves away from it: on CelebA at 64×64 a fresh
+    linear probe read Male with balanced accuracy 0.85 from latents of which the run's own discriminator, with four updates a
+    step, read 0.72. Means and covariance settle within a few hundred records, and the best linear reader is the solution of
+    linear equations in them.
 
-    The separation of an attribute with k values is J = 1/k Σ_v (μ_v - μ̄)ᵀ Σ⁻¹ (μ_v - μ̄). μ_v is the mean latent of the
-    records with value v. μ̄ is the mean of all μ_v, so that rare values count as much as common ones. Σ is the covariance
-    of all records. J is 0 when no linear reader can tell the values. For a binary attribute with equally likely values and
-    Gaussian latents, a reader is right in 84 of 100 cases at J = 0.5, and in 63 at J = 0.1. A continuous attribute counts
-    as its two ends, each record in proportion.
+    The separation of an attribute with k values is J = 1/k Σ_v (μ_v - μ̄)ᵀ Σ⁻¹ (μ_v - μ̄). μ_v is the mean latent of the records
+    with value v. μ̄ is the mean of all μ_v, so that rare values count as much as common ones. Σ is the covariance of all records.
+    J is 0 when no linear reader can tell the values. For a binary attribute with equally likely values and Gaussian latents, a
+    reader is right in 84 of 100 cases at J = 0.5, and in 63 at J = 0.1. A continuous attribute counts as its two ends, each
+    record in proportion.
 
-    Fixed random features of a latent z, max(0, (z - mean) R), stand beside z, because a reader with one hidden layer
-    starts from such features and sees more than a linear one.
+    Fixed random features of a latent z, max(0, (z - mean) R), stand beside z, because a reader with one hidden layer starts from
+    such features and sees more than a linear one.
 
-    The critic has no weights. Its state is sums that fade; they are buffers, equal on every rank and part of every
-    checkpoint.
-
-    Args:
-        size: numbers of a latent.
-        num_hidden: random features beside them.
-        half_life: images after which an old one counts half.
-        shrinkage: this times the mean variance is added to each number's own.
-
-    Raises:
-        ValueError: latent and features are too many for their covariance; half_life or shrinkage is not positive.
-
-    Source: Fisher 1936, doi:10.1111/j.1469-1809.1936.tb02137.x; several values: Rao 1948, section 7; random features:
-    Rahimi, Recht 2008, "Weighted sums of random kitchen sinks".
+    The critic has no weights. Its state is sums that fade; they are buffers, equal on every rank and part of every checkpoint.
+    size: numbers of a latent. num_hidden: random features beside them. half_life: images after which an old one counts half.
+    shrinkage: this times the mean variance is added to each number's own.
+    Raises ValueError: latent and features are too many for their covariance; half_life or shrinkage is not positive.
+    Source: Fisher 1936, doi:10.1111/j.1469-1809.1936.tb02137.x; several values: Rao 1948, section 7; random features: Rahimi,
+    Recht 2008, "Weighted sums of random kitchen sinks".
     """
 
     def __init__(
@@ -88,10 +80,7 @@ class FisherCritic(nn.Module):
     @torch.no_grad()
     def observe(self, attributes: Attributes, latent: Tensor, labels: Tensor, reduce_sum: ReduceSum) -> None:
         """Add a batch of all ranks to the sums, unless any number of it is not finite.
-
-        Args:
-            latent: [N, size]. labels: [N, A], -1 = unknown.
-        """
+        latent: [N, size]. labels: [N, A], -1 = unknown."""
         latent = self._features(latent).double()
         members = attributes.members(labels).double()
         sums = (
@@ -138,12 +127,8 @@ class FisherCritic(nn.Module):
         """Each record's part of the sum of all separations, as far as its own latent decides it.
 
         The mean over a batch is an unbiased estimate of the sum, and its gradient moves the means of the values together.
-
-        Args:
-            latent: [N, size], with gradients. labels: [N, A].
-
-        Returns:
-            [N], float64 where the latent is and float32 else; of either sign.
+        latent: [N, size], with gradients. labels: [N, A].
+        Returns: [N], float64 where the latent is and float32 else; of either sign.
         """
         latent = self._features(latent)
         mean, directions, _ = (part.to(latent.dtype) for part in solution)

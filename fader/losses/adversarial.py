@@ -33,9 +33,7 @@ class Game:
 
 def non_saturating_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
     """Cross-entropy in nats: -log σ(real) - log(1 - σ(decoded)). 2 ln 2 when the logits tell nothing.
-
-    Source: Goodfellow et al. 2014, arXiv:1406.2661, equation 1.
-    """
+    Source: Goodfellow et al. 2014, arXiv:1406.2661, equation 1."""
     return F.softplus(-wide(real)) + F.softplus(wide(decoded))
 
 
@@ -49,9 +47,7 @@ def non_saturating_maker(real: Tensor, decoded: Tensor) -> Tensor:
 
 def hinge_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
     """max(0, 1 - real) + max(0, 1 + decoded): nothing more is gained beyond a margin of 1.
-
-    Source: Lim, Ye 2017, "Geometric GAN", arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, equation 16.
-    """
+    Source: Lim, Ye 2017, "Geometric GAN", arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, equation 16."""
     return F.relu(1 - wide(real)) + F.relu(1 + wide(decoded))
 
 
@@ -83,16 +79,10 @@ GAMES = {
 def r1_penalties(logits: Tensor, images: Tensor) -> Tensor:
     """Squared length of the logits' gradient with respect to each image; differentiable once more.
 
-    A discriminator adds (γ / 2) times their mean over real images to its loss. Its logits must not mix records (no batch
-    norm), because the gradient of their sum is taken.
-
-    Args:
-        logits: [N], or [N, …] whose sum a record is meant, computed from `images`.
-        images: [N, C, H, W], which require gradients.
-
-    Returns:
-        [N], summed over channels and pixels.
-
+    A discriminator adds (γ / 2) times their mean over real images to its loss. Its logits must not mix records (no batch norm),
+    because the gradient of their sum is taken.
+    logits: [N], or [N, …] whose sum a record is meant, computed from `images`. images: [N, C, H, W], which require gradients.
+    Returns: [N], summed over channels and pixels.
     Source: Mescheder, Geiger, Nowozin 2018, arXiv:1801.04406, section 4.1.
     """
     (gradient,) = torch.autograd.grad(wide(logits).sum(), images, create_graph=True)
@@ -107,13 +97,9 @@ def patch_probabilities(logits: Tensor) -> Tensor:
 def patch_losses(probabilities: Tensor, target: float) -> Tensor:
     """Binary cross-entropy of each image's probability of being real, in nats.
 
-    Args:
-        probabilities: [N], as `patch_probabilities` gives them; kept 1e-6 away from the ends, where the logarithm has none.
-        target: 1 = real, 0 = decoded; 1 - s and s under label smoothing s.
-
-    Raises:
-        ValueError: the target is outside [0, 1].
-
+    probabilities: [N], as `patch_probabilities` gives them; kept 1e-6 away from the ends, where the logarithm has none.
+    target: 1 = real, 0 = decoded; 1 - s and s under label smoothing s.
+    Raises ValueError: the target is outside [0, 1].
     Source: the patch discriminator of facebookresearch/FaderNetworks, with s = 0.2.
     """
     if not 0 <= target <= 1:
@@ -126,11 +112,8 @@ def multi_hinges(logits: Tensor, classes: Tensor) -> Tensor:
     """max(0, 1 + max over k ≠ t of logits_k - logits_t) of each record, [N], where t is its class.
 
     A class that is unknown means any but the last: max(0, 1 + logits_K - max over k < K of logits_k).
-
-    Args:
-        logits: [N, K + 1]; the last is of images that are not real.
-        classes: [N] int64, 0 … K, or -1 = real, of a class that is unknown.
-
+    logits: [N, K + 1]; the last is of images that are not real.
+    classes: [N] int64, 0 … K, or -1 = real, of a class that is unknown.
     Source: Crammer, Singer 2001; Kavalerov et al. 2019, arXiv:1912.04216, equation 3.
     """
     logits = wide(logits)

@@ -22,15 +22,9 @@ def attribute_losses(
     """Cross-entropy of each attribute, [A], in nats (mean squared error for a continuous one).
 
     The reduction is a sum over the known records divided by `known`; see `Batch.known`.
-
-    Args:
-        logits: [N, attributes.logits_width(head)].
-        labels: [N, A]; -1 = unknown, left out.
-        known: [A] divisors.
-        weights: [N, A], what each label counts; by default 1.
-
-    Raises:
-        ValueError: shapes disagree.
+    logits: [N, attributes.logits_width(head)]. labels: [N, A]; -1 = unknown, left out. known: [A] divisors.
+    weights: [N, A], what each label counts; by default 1.
+    Raises ValueError: shapes disagree.
     """
     attributes.check_width(labels)
     if len(logits) != len(labels):
@@ -52,18 +46,10 @@ def attribute_losses(
 def attribute_loss(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head) -> Tensor:
     """Cross-entropy of attribute logits against labels: what a discriminator or classifier minimises.
 
-    Args:
-        logits: [N, attributes.logits_width(head)].
-        labels: [N, A]; -1 = unknown, left out.
-        known: [A] divisors, see `Batch.known`.
-
-    Returns:
-        Scalar in nats: the sum over attributes of the mean over known records. A · ln 2 for A binary attributes that
-        the logits say nothing about.
-
-    Raises:
-        ValueError: shapes disagree.
-
+    logits: [N, attributes.logits_width(head)]. labels: [N, A]; -1 = unknown, left out. known: [A] divisors, see `Batch.known`.
+    Returns: Scalar in nats: the sum over attributes of the mean over known records. A · ln 2 for A binary attributes that the
+    logits say nothing about.
+    Raises ValueError: shapes disagree.
     Source: Lample et al. 2017, arXiv:1706.00409, equation 2.
     """
     return attribute_losses(attributes, logits, labels, known, head).sum()
@@ -73,12 +59,8 @@ def condition_loss(attributes: Attributes, found: Tensor, labels: Tensor, known:
     """Squared error of what an encoder says the attributes are, as a generator reads them (`Condition`).
 
     The reduction is the sum over columns of the mean over records whose label is known.
-
-    Args:
-        found: [N, width], 1 where a value is present and -1 where it is absent; one column a binary or continuous attribute.
-        labels: [N, A]; -1 = unknown, left out.
-        known: [A] divisors, see `Batch.known`.
-
+    found: [N, width], 1 where a value is present and -1 where it is absent; one column a binary or continuous attribute.
+    labels: [N, A]; -1 = unknown, left out. known: [A] divisors, see `Batch.known`.
     Source: Perarnau et al. 2016, arXiv:1611.06355, equation 3.
     """
     code, errors, start = attributes.code(labels), [], 0
@@ -93,9 +75,7 @@ def condition_loss(attributes: Attributes, found: Tensor, labels: Tensor, known:
 
 def smoothed(attributes: Attributes, labels: Tensor, share: float) -> Tensor:
     """Labels [N, A] in which a binary attribute that is present is 1 - share instead of 1; for the sigmoid head.
-
-    Source: Salimans et al. 2016, arXiv:1606.03498, section 3.4, one-sided label smoothing.
-    """
+    Source: Salimans et al. 2016, arXiv:1606.03498, section 3.4, one-sided label smoothing."""
     columns = [labels[:, j] * (1 - share if a.kind == "binary" else 1) for j, a in enumerate(attributes)]
     return torch.stack(columns, 1)
 
@@ -105,9 +85,8 @@ def fool_loss(
 ) -> Tensor:
     """Cross-entropy of the latent discriminator's logits against wrong labels: the encoder minimises it.
 
-    Low when the latent makes the discriminator say the opposite (of a k-way attribute: a random other category).
-    Arguments and reduction as in `attribute_loss`.
-
+    Low when the latent makes the discriminator say the opposite (of a k-way attribute: a random other category). Arguments and
+    reduction as in `attribute_loss`.
     Source: Lample et al. 2017, arXiv:1706.00409, equation 3.
     """
     return attribute_loss(attributes, logits, attributes.flipped(labels, draws), known, head)

@@ -10,15 +10,9 @@ from fader.networks.layers import wide
 def squared_errors(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Mean squared error of each image.
 
-    Args:
-        reconstruction, images: [N, C, H, W] in [-1, 1].
-
-    Returns:
-        [N], mean over channels and pixels; 4 at most.
-
-    Raises:
-        ValueError: shapes disagree.
-
+    reconstruction, images: [N, C, H, W] in [-1, 1].
+    Returns: [N], mean over channels and pixels; 4 at most.
+    Raises ValueError: shapes disagree.
     Source: Lample et al. 2017, arXiv:1706.00409, equation 1 (there a sum; a mean in the authors' code).
     """
     return _differences(reconstruction, images).square().flatten(1).mean(1)
@@ -26,9 +20,7 @@ def squared_errors(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 def absolute_errors(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error of each image; arguments and errors as in `squared_errors`, at most 2.
-
-    Source: He et al. 2019, "AttGAN", arXiv:1711.10678, the reconstruction loss.
-    """
+    Source: He et al. 2019, "AttGAN", arXiv:1711.10678, the reconstruction loss."""
     return _differences(reconstruction, images).abs().flatten(1).mean(1)
 
 

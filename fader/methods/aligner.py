@@ -1,8 +1,7 @@
 """The aligner: a network that sees a face framed nearly as in training, and says by which similarity it is off.
 
-It needs no landmarks. Any set whose pictures are aligned teaches it, because a similarity is drawn, applied to the
-picture, and asked back. Applied again to the window that it has corrected, it comes nearer each time.
-
+It needs no landmarks. Any set whose pictures are aligned teaches it, because a similarity is drawn, applied to the picture, and
+asked back. Applied again to the window that it has corrected, it comes nearer each time.
 Source: iterated regression of a residual warp, Lin, Lucey 2017, arXiv:1612.03897 (here trained on planted warps).
 """
 

@@ -4,7 +4,6 @@
 
 x are images, y their labels, y' labels that are wrong in one attribute, z is noise, and d is the discriminator's side of the
 game. With the logarithms of the non-saturating game these are the weights 1, 1/2 and 1/2 of the authors' code.
-
 Source: Mirza, Osindero 2014, arXiv:1411.1784; networks and wrong labels as in Perarnau et al. 2016, arXiv:1611.06355
 (Guim3/IcGAN, there with labels of another record).
 """
@@ -73,10 +72,8 @@ def matching_loss(
     """What a conditional discriminator minimises: real images with their labels are real, all else is not.
 
     A record whose wrong labels are not known to be wrong is compared with made images only.
-
-    Args:
-        made: images [N, C, S, S] that are not real, each with the batch's labels.
-        wrong_labels: share of the comparisons with real images whose labels are wrong, the rest is with made ones.
+    made: images [N, C, S, S] that are not real, each with the batch's labels.
+    wrong_labels: share of the comparisons with real images whose labels are wrong, the rest is with made ones.
     """
     code = attributes.code(batch.attributes)
     fakes = [discriminator(images, code) for images in made]

@@ -3,11 +3,10 @@
     encoder+decoder   min over E, D of E [‖D(z, y) - x‖² + β KL(N(μ, σ²) ‖ N(0, 1))]
     where             (μ, σ) = E(x, y), z = μ + σ ε
 
-x are images, y their labels, ε is noise. The first term is a mean over pixels, the second a sum over the latent's numbers.
-A picture is made by decoding noise with any labels, and edited by decoding its μ with other labels.
-
-Source: Sohn et al. 2015, "Learning structured output representation using deep conditional generative models"; settings as
-in AntixK/PyTorch-VAE (configs/cvae.yaml), whose decoder begins at 2×2 and ends in a further convolution.
+x are images, y their labels, ε is noise. The first term is a mean over pixels, the second a sum over the latent's numbers. A
+picture is made by decoding noise with any labels, and edited by decoding its μ with other labels.
+Source: Sohn et al. 2015, "Learning structured output representation using deep conditional generative models"; settings as in
+AntixK/PyTorch-VAE (configs/cvae.yaml), whose decoder begins at 2×2 and ends in a further convolution.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@
 
 x are images, y their labels, E the encoder, D the decoder, P the latent discriminator, and λ_E rises from 0. These are the
 paper's equations, and the default list is the paper's: the latent adversary alone. Other recipes are other lists.
-
-Source: Lample et al. 2017, arXiv:1706.00409. Where the paper and the authors' code (facebookresearch/FaderNetworks) differ,
-the defaults follow the code.
+Source: Lample et al. 2017, arXiv:1706.00409. Where the paper and the authors' code (facebookresearch/FaderNetworks) differ, the
+defaults follow the code.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@
 
 Variants: "ind" has two encoders; "ind_cond" has two, and E_z reads what E_y says beside the image, so that E_y learns first;
 "sng" has one encoder with two heads. An image is edited by G(E_z(x), y).
-
 Source: Perarnau et al. 2016, arXiv:1611.06355, sections 3 and 4; settings as in Guim3/IcGAN.
 """
 

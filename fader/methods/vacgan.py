@@ -6,7 +6,6 @@
 
 x are images, y their labels, z is noise, d and m are the sides of the game, CE is cross-entropy. The discriminator sees no
 labels. The classifier learns from real images only, with targets of 1 - s for attributes that are present.
-
 Source: Bazrafkan, Corcoran 2018, arXiv:1806.07751; networks and settings as in the document "Generate Faces with Specific
 Attributes" (Said, Colagrande), which takes the two terms of the generator in two steps of Adam, one after the other.
 """

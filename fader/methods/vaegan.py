@@ -7,7 +7,6 @@
 x are images, y their labels, y' labels that are wrong in one attribute, x̃ = D(z, y) reconstructions, x_p = D(ε, y) images of
 noise, f the features that the discriminator's last layer reads (a mean over them), d and m the sides of the game. x̃' is x̃
 without a gradient to the encoder, which learns from the other terms alone.
-
 Source: Larsen et al. 2016, arXiv:1512.09300, algorithm 1, there without labels and without the pixels' error (λ_x = 0).
 """
 

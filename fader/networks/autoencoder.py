@@ -1,8 +1,5 @@
 """Encoder and decoder of a Fader network: the attributes enter the decoder at every layer.
-
-Source: Lample et al. 2017, arXiv:1706.00409, section 4.1; sizes as in the authors' code
-(facebookresearch/FaderNetworks).
-"""
+Source: Lample et al. 2017, arXiv:1706.00409, section 4.1; sizes as in the authors' code (facebookresearch/FaderNetworks)."""
 
 from __future__ import annotations
 
@@ -41,15 +38,10 @@ class Latent(NamedTuple):
 class Layout:
     """Sizes of an encoder and of everything that fits it.
 
-    Args:
-        image_size: pixels a side, a power of two.
-        channels: of the images.
-        init_channels: of the first layer; they double with each, up to `max_channels`.
-        num_layers: each halves the sides.
-        num_skips: encoder maps handed to the decoder beside the latent.
-
-    Raises:
-        ValueError: the image is too small for the layers, or there are not enough layers to skip.
+    image_size: pixels a side, a power of two. channels: of the images.
+    init_channels: of the first layer; they double with each, up to `max_channels`. num_layers: each halves the sides.
+    num_skips: encoder maps handed to the decoder beside the latent.
+    Raises ValueError: the image is too small for the layers, or there are not enough layers to skip.
     """
 
     image_size: int
@@ -117,15 +109,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A `Latent` and a code [N, K] to images [N, C, S, S] in [-1, 1].
 
-    Every layer reads [features, code planes, skip]. Layers 1 to num_skips have a skip: layer i the encoder's map that
-    is i above the latent.
-
-    Args:
-        deconv, last: how the layers double the sides, and how the last of them does (None: as the others).
-        dropout: in the first three layers, except the last of all.
-        skip: "plain" takes encoder maps as they are; "selective" scales each of their numbers by a gate in (0, 1) that
-            is computed from features, code and the map, so that a swap need not keep what it should change. Source of
-            the idea: Liu et al. 2019, "STGAN", arXiv:1904.09709 (there a recurrent unit).
+    Every layer reads [features, code planes, skip]. Layers 1 to num_skips have a skip: layer i the encoder's map that is i above
+    the latent.
+    deconv, last: how the layers double the sides, and how the last of them does (None: as the others).
+    dropout: in the first three layers, except the last of all.
+    skip: "plain" takes encoder maps as they are; "selective" scales each of their numbers by a gate in (0, 1) that is computed
+        from features, code and the map, so that a swap need not keep what it should change. Source of the idea: Liu et al. 2019,
+        "STGAN", arXiv:1904.09709 (there a recurrent unit).
     """
 
     def __init__(

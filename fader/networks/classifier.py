@@ -1,7 +1,5 @@
 """The attribute classifier: a judge of swaps, and optionally an adversary of a Fader network.
-
-Source: the classifier of facebookresearch/FaderNetworks (32 to 512 channels, hidden layer 512).
-"""
+Source: the classifier of facebookresearch/FaderNetworks (32 to 512 channels, hidden layer 512)."""
 
 from __future__ import annotations
 

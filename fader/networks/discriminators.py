@@ -1,7 +1,5 @@
 """The discriminators of a Fader network: of latents (which attributes?), of patches and of images (real or decoded?).
-
-Source: Lample et al. 2017, arXiv:1706.00409; sizes as in the authors' code (facebookresearch/FaderNetworks).
-"""
+Source: Lample et al. 2017, arXiv:1706.00409; sizes as in the authors' code (facebookresearch/FaderNetworks)."""
 
 from __future__ import annotations
 
@@ -82,10 +80,7 @@ class ImageDiscriminator(nn.Module):
 
 class PatchDiscriminator(nn.Module):
     """Images [N, C, S, S] to a map [N, 1, H, W] of logits, above 0 where a patch looks real.
-
-    Raises:
-        ValueError: images are smaller than 32 pixels, too small for one patch.
-    """
+    Raises ValueError: images are smaller than 32 pixels, too small for one patch."""
 
     def __init__(
         self,

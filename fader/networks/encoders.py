@@ -1,8 +1,6 @@
 """Encoders to a vector: a conditional VAE's, which gives a distribution of latents, and IcGAN's, which invert a generator.
-
 Source: the variational encoder follows AntixK/PyTorch-VAE (models/cvae.py); IcGAN's is table 2 of Perarnau et al. 2016,
-arXiv:1611.06355.
-"""
+arXiv:1611.06355."""
 
 from __future__ import annotations
 
@@ -62,12 +60,9 @@ class VariationalEncoder(nn.Module):
 class InvertingEncoder(nn.Module):
     """Images [N, C, S, S], and beside them what is known already [N, K], to one vector for each head.
 
-    Convolutions 5×5 of stride 2 halve the image down to 4×4; each head is a hidden layer and a linear one. All but the last
-    layer have batch norm and ReLU.
-
-    Args:
-        heads: the width of the hidden layer and of the vector, by name.
-        known_width: K.
+    Convolutions 5×5 of stride 2 halve the image down to 4×4; each head is a hidden layer and a linear one. All but the last layer
+    have batch norm and ReLU.
+    heads: the width of the hidden layer and of the vector, by name. known_width: K.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """The conditional generator and discriminator of the GAN family, in the sizes of DCGAN.
-
-Source: Radford et al. 2016, arXiv:1511.06434; Perarnau et al. 2016, arXiv:1611.06355, table 1.
-"""
+Source: Radford et al. 2016, arXiv:1511.06434; Perarnau et al. 2016, arXiv:1611.06355, table 1."""
 
 from __future__ import annotations
 
@@ -37,10 +35,8 @@ class Generator(nn.Module):
     """Noise [N, noise_width] and a code [N, code_width] to images [N, C, S, S] in [-1, 1].
 
     A full convolution makes maps of 4×4 of them; each further layer doubles the sides and halves the channels.
-
-    Args:
-        init_channels: of the last maps before the image; going back they double, up to `max_channels`.
-        dropout: probability of zeroing an element, in every layer between the first and the last.
+    init_channels: of the last maps before the image; going back they double, up to `max_channels`.
+    dropout: probability of zeroing an element, in every layer between the first and the last.
     """
 
     def __init__(
@@ -73,9 +69,7 @@ class ConditionalDiscriminator(nn.Module):
     """Images [N, C, S, S] and a code [N, code_width] to logits [N], above 0 where an image is real and shows the code.
 
     The code is spread over planes beside the first layer's maps.
-
-    Args:
-        norm_kind: of all layers but the first; None leaves it out.
+    norm_kind: of all layers but the first; None leaves it out.
     """
 
     def __init__(
@@ -105,10 +99,7 @@ class ConditionalDiscriminator(nn.Module):
 
 def widths_of(image_size: int, init_channels: int, max_channels: int, least: int = 16) -> list[int]:
     """Channels of the layers between an image and maps of 4×4.
-
-    Raises:
-        ValueError: the image is smaller than `least` pixels, or its side is no power of two.
-    """
+    Raises ValueError: the image is smaller than `least` pixels, or its side is no power of two."""
     count = halvings(image_size) - halvings(_SIDE)
     if image_size < least:
         raise ValueError(f"image_size is {image_size}; a generator needs at least {least}")
@@ -117,9 +108,7 @@ def widths_of(image_size: int, init_channels: int, max_channels: int, least: int
 
 def begin_as_dcgan(network: nn.Module) -> nn.Module:
     """The network itself with weights drawn from N(0, 0.02²), scales of batch norm from N(1, 0.02²), and biases of 0.
-
-    Source: Radford et al. 2016, arXiv:1511.06434, section 4.
-    """
+    Source: Radford et al. 2016, arXiv:1511.06434, section 4."""
     for module in network.modules():
         normalises = isinstance(module, (BatchNorm, LocalBatchNorm))
         if normalises or isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):

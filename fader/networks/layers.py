@@ -27,11 +27,7 @@ def channels_last(maps: Tensor) -> Tensor:
 
 
 def halvings(image_size: int) -> int:
-    """How often a square image halves until it is one pixel: log2 of its side.
-
-    Raises:
-        ValueError: the side is no power of two.
-    """
+    """How often a square image halves until it is one pixel: log2 of its side. Raises ValueError: the side is no power of two."""
     count = image_size.bit_length() - 1
     if image_size < 2 or image_size != 1 << count:
         raise ValueError(f"image_size is {image_size}; it must be a power of two, such as 64, 128 or 256")
@@ -40,10 +36,7 @@ def halvings(image_size: int) -> int:
 
 def doubling(first: int, most: int, count: int) -> list[int]:
     """Channels that double from `first` up to `most`: (16, 512, 7) gives 16 32 64 128 256 512 512.
-
-    Raises:
-        ValueError: a number is not positive, or `first` is above `most`.
-    """
+    Raises ValueError: a number is not positive, or `first` is above `most`."""
     if not 1 <= first <= most or count < 1:
         raise ValueError(f"{count} layers of {first} up to {most} channels do not exist")
     return [min(first << i, most) for i in range(count)]
@@ -82,11 +75,9 @@ class Down(nn.Module):
     """Convolution 4×4 (stride 2, padding 1), norm, LeakyReLU(0.2), dropout: [N, C, H, W] to [N, O, H/2, W/2].
 
     The convolution has a bias where no norm follows.
-
-    Args:
-        norm_kind: None leaves the norm out, as the first layer of a network does.
-        dropout: probability of zeroing an element (not a whole channel).
-        stride: 1 keeps the sides (less one) instead of halving them.
+    norm_kind: None leaves the norm out, as the first layer of a network does.
+    dropout: probability of zeroing an element (not a whole channel).
+    stride: 1 keeps the sides (less one) instead of halving them.
     """
 
     def __init__(
@@ -113,11 +104,9 @@ class Down(nn.Module):
 class Up(nn.Module):
     """Doubles the sides, then norm, dropout, ReLU; or, as the last layer, tanh alone: [N, C, H, W] to [N, O, 2H, 2W].
 
-    Args:
-        deconv: "convtranspose" is a transposed convolution 4×4 (stride 2, padding 1); "upsampling" repeats each pixel
-            and convolves 3×3; "pixelshuffle" convolves 3×3 to 4·O channels and rearranges them. None has a bias.
-        norm_kind: None makes this the last layer.
-        dropout: probability of zeroing an element, before the ReLU.
+    deconv: "convtranspose" is a transposed convolution 4×4 (stride 2, padding 1); "upsampling" repeats each pixel and convolves
+        3×3; "pixelshuffle" convolves 3×3 to 4·O channels and rearranges them. None has a bias.
+    norm_kind: None makes this the last layer. dropout: probability of zeroing an element, before the ReLU.
     """
 
     def __init__(
@@ -137,11 +126,7 @@ class Up(nn.Module):
 
 
 def deconvolution(kind: Deconv, in_channels: int, out_channels: int) -> nn.Module:
-    """The layer that doubles the sides; see `Up`.
-
-    Raises:
-        ValueError: there is no such kind.
-    """
+    """The layer that doubles the sides; see `Up`. Raises ValueError: there is no such kind."""
     if kind == "convtranspose":
         return nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1, bias=False)
     if kind == "upsampling":

@@ -23,11 +23,7 @@ class BatchNorm(SumsOverRanks):
     float64 for float64 input. Parameters and buffers are named as in torch.nn.BatchNorm2d; the running variance is the
     unbiased one, as there.
 
-    Args:
-        channels: C of inputs [N, C, ...].
-        momentum: weight of the newest batch in the running statistics.
-        eps: added to the variance.
-
+    channels: C of inputs [N, C, ...]. momentum: weight of the newest batch in the running statistics. eps: added to the variance.
     Source: Ioffe, Szegedy 2015, arXiv:1502.03167, algorithm 1; shifted sums: Chan, Golub, LeVeque 1983, eq. 1.7.
     """
 
@@ -46,10 +42,7 @@ class BatchNorm(SumsOverRanks):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] to the same shape, each channel with mean `bias` and standard deviation `weight`.
-
-        Raises:
-            ValueError: the number of channels is wrong; or, on one process, a channel has one value, so no variance.
-        """
+        Raises ValueError: the number of channels is wrong; or, on one process, a channel has one value, so no variance."""
         if x.ndim < 2 or x.shape[1] != len(self.weight):
             raise ValueError(f"input is {tuple(x.shape)}; this batch norm takes [N, {len(self.weight)}, ...]")
         if self.training:
@@ -104,11 +97,9 @@ def check_variance(x: Tensor) -> None:
 def norm(kind: Norm, channels: int) -> nn.Module:
     """The normalisation layer of [N, channels, H, W] called `kind`.
 
-    global: batch norm over all ranks. local: batch norm over this rank's records; its running statistics differ from
-    rank to rank, so whoever reads them averages. instance: each image alone, with a scale and an offset a channel.
-
-    Raises:
-        ValueError: there is no such kind.
+    global: batch norm over all ranks. local: batch norm over this rank's records; its running statistics differ from rank to
+    rank, so whoever reads them averages. instance: each image alone, with a scale and an offset a channel.
+    Raises ValueError: there is no such kind.
     """
     if kind == "global":
         return BatchNorm(channels)

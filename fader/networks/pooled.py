@@ -23,11 +23,8 @@ class DenseGenerator(nn.Module):
     """Noise [N, noise_width] and a code [N, code_width] to images [N, C, S, S] in [-1, 1].
 
     Two dense layers make maps of 8×8; each further layer doubles the sides and convolves 5×5.
-
-    Args:
-        widths: channels from the maps of 8×8 on, one for each doubling but the last, which makes the image.
-        deconv: "upsampling" repeats each pixel and convolves 5×5; the others are as in `Up`.
-        dropout: after the dense layers.
+    widths: channels from the maps of 8×8 on, one for each doubling but the last, which makes the image.
+    deconv: "upsampling" repeats each pixel and convolves 5×5; the others are as in `Up`. dropout: after the dense layers.
     """
 
     def __init__(
@@ -76,12 +73,8 @@ def _doubled(deconv: Deconv, before: int, after: int) -> nn.Module:
 
 class PooledClassifier(nn.Module):
     """Images [N, C, S, S] to logits [N, num_logits]: convolutions of stride 2, the mean over pixels, a linear layer.
-
-    Args:
-        widths: channels after each convolution.
-        kernel: side of the convolutions' kernels.
-        norm_kind: after each convolution; None leaves it out.
-    """
+    widths: channels after each convolution. kernel: side of the convolutions' kernels.
+    norm_kind: after each convolution; None leaves it out."""
 
     def __init__(self, channels: int, widths: Sequence[int], kernel: int, norm_kind: Norm | None, num_logits: int) -> None:
         super().__init__()

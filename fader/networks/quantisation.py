@@ -15,16 +15,11 @@ class Quantisation(SumsOverRanks):
         n_k, m_k   ←  γ n_k + (1 - γ) #{h: k nearest},  γ m_k + (1 - γ) Σ{h: k nearest}     in train mode, over all ranks
         e_k        =  m_k / ((n_k + ε) / (Σ n + K ε) · Σ n)
 
-    Each pass leaves in `costs` how far its features lie from their keys, [N]: the mean over pixels and channels of
-    (h - e)², whose gradient moves h alone. Whoever runs the network takes them from there (`taken_costs`).
+    Each pass leaves in `costs` how far its features lie from their keys, [N]: the mean over pixels and channels of (h - e)²,
+    whose gradient moves h alone. Whoever runs the network takes them from there (`taken_costs`).
 
     Counts begin at 1, so that a key that nothing is near to begins where it was drawn and goes to 0 slowly.
-
-    Args:
-        channels: of the features [N, channels, H, W].
-        keys: K.
-        decay: γ.
-
+    channels: of the features [N, channels, H, W]. keys: K. decay: γ.
     Source: Zhao et al. 2020, arXiv:2004.02088, section 3; ε as in YangNaruto/FQ-GAN.
     """
 

@@ -14,10 +14,8 @@ _LAST_SIDE = 2  # log2 of the side of the last maps, over which features are ave
 
 class ResidualBlock(nn.Module):
     """Norm, ReLU, convolution 3×3, twice, beside a shortcut: [N, C, H, W] to [N, O, H/stride, W/stride].
-
-    Source: He et al. 2016, arXiv:1603.05027, pre-activation; the shortcut's mean over 2×2 as in He et al. 2019,
-    arXiv:1812.01187, ResNet-D.
-    """
+    Source: He et al. 2016, arXiv:1603.05027, pre-activation; the shortcut's mean over 2×2 as in He et al. 2019, arXiv:1812.01187,
+    ResNet-D."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm_kind: Norm) -> None:
         super().__init__()

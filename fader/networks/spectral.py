@@ -15,15 +15,10 @@ class SpectralNorm(nn.Module):
 
         v = Wᵀu / ‖Wᵀu‖,   σ = ‖W v‖,   u ← W v / σ
 
-    W is the weight as a matrix, one row an output. The gradient passes through v, too, so that the quotient is an exact
-    function of W and u and has the second derivatives that a gradient penalty needs. Ranks hold the same u, because they
-    hold the same weights. u moves only in train mode.
-
-    Args:
-        weight: the one that is divided.
-        outputs: its dimension of outputs.
-        iterations: of u before the first pass.
-
+    W is the weight as a matrix, one row an output. The gradient passes through v, too, so that the quotient is an exact function
+    of W and u and has the second derivatives that a gradient penalty needs. Ranks hold the same u, because they hold the same
+    weights. u moves only in train mode.
+    weight: the one that is divided. outputs: its dimension of outputs. iterations: of u before the first pass.
     Source: Miyato et al. 2018, arXiv:1802.05957, algorithm 1.
     """
 

@@ -111,11 +111,7 @@ _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator=
 
 
 def read(data: str | bytes) -> tuple[Message, bytes]:
-    """Return a message and the bytes that follow it.
-
-    Raises:
-        ValueError: it is none of these messages.
-    """
+    """Return a message and the bytes that follow it. Raises ValueError: it is none of these messages."""
     rest = b""
     if isinstance(data, bytes):
         end = 4 + int.from_bytes(data[:4], "big")

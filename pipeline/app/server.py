@@ -219,10 +219,7 @@ def _failure(error: ValueError) -> dict[str, str]:
 
 def listener(host: str, port: int) -> sockets.socket:
     """Return a socket that listens there; port 0 takes any that is free.
-
-    Raises:
-        ValueError: the address is not free, or is none of this machine.
-    """
+    Raises ValueError: the address is not free, or is none of this machine."""
     try:
         kind = sockets.AF_INET6 if ":" in host else sockets.AF_INET
         return sockets.create_server((host, port), family=kind)

@@ -42,10 +42,7 @@ class Encoded:
 
 class Session:
     """Answers one person. Its state is replaced whole, so that a move may be decoded while a photo is read.
-
-    Args:
-        editing: what the model does, perhaps by ONNX Runtime; a sampler's face is its seed.
-        pixels: the most that a photo may have.
+    editing: what the model does, perhaps by ONNX Runtime; a sampler's face is its seed. pixels: the most that a photo may have.
     """
 
     def __init__(self, model: Model, editing: Editing | Sampling, aligner: Model | None, pixels: int) -> None:
@@ -71,10 +68,7 @@ class Session:
 
     def answer(self, message: Message, data: bytes) -> dict[str, Any] | bytes:
         """Answer anything but a move.
-
-        Raises:
-            ValueError: an unknown slider or face, no photo yet, or a photo that cannot be taken.
-        """
+        Raises ValueError: an unknown slider or face, no photo yet, or a photo that cannot be taken."""
         match message:
             case Photo():
                 return self.open(message.name, data, message.align)

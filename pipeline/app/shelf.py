@@ -36,10 +36,7 @@ def opened(source: str, **options: Any) -> Opened:
 
 class Shelf:
     """Models to choose from. Only what is listed can be opened, so that no page reaches other folders.
-
-    Args:
-        first: the model that the page begins with.
-        runs: the folder whose runs are listed; None lists neither runs nor the registry.
+    first: the model that the page begins with. runs: the folder whose runs are listed; None lists neither runs nor the registry.
     """
 
     def __init__(self, first: Opened, runs: Path | None = None) -> None:
@@ -57,10 +54,7 @@ class Shelf:
 
     def open(self, address: str) -> Opened:
         """Open a model that is listed; the one that nobody asked for the longest leaves the memory.
-
-        Raises:
-            ValueError: it is not listed, or has no sliders.
-        """
+        Raises ValueError: it is not listed, or has no sliders."""
         if address not in (listed := [a for group in self.listing()["groups"].values() for a in group]):
             raise ValueError(f"{address} is none of the models here: {', '.join(listed)}")
         chosen = self._open.pop(address, None) or (self.first if address == self.first.model.source else opened(address))

@@ -1,7 +1,5 @@
 """A study: people say of blinded pictures whether they look natural and which value they show; a CSV holds the answers.
-
-Source: Lample et al. 2017, arXiv:1706.00409, section 5.2: naturalness and accuracy as people see them.
-"""
+Source: Lample et al. 2017, arXiv:1706.00409, section 5.2: naturalness and accuracy as people see them."""
 
 from __future__ import annotations
 
@@ -32,10 +30,7 @@ COLUMNS = ("time", "rater", "model", "key", "kind", "attribute", "value", "natur
 
 class Study:
     """Makes pictures of records to be rated, and keeps the answers.
-
-    Raises:
-        ValueError: no attribute has values to choose from, the split is empty, or the file holds something else.
-    """
+    Raises ValueError: no attribute has values to choose from, the split is empty, or the file holds something else."""
 
     def __init__(self, model: Model, editing: Editing, split: Split, answers: Path) -> None:
         self.model, self.editing, self.split, self.answers = model, editing, split, answers
@@ -95,10 +90,7 @@ class Rater:
 
     def answer(self, message: Message, data: bytes) -> dict[str, Any] | bytes:
         """Keep what a person said of the picture, and show the next.
-
-        Raises:
-            ValueError: a message that is none of a study's, or a value that the attribute does not have.
-        """
+        Raises ValueError: a message that is none of a study's, or a value that the attribute does not have."""
         match message:
             case Next():
                 return self.next()

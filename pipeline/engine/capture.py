@@ -42,10 +42,7 @@ class CudaGraphs:
 
     def record(self, step: Callable[[], Report]) -> tuple[Callable[[], Any], Report]:
         """Return what replays a step, and the report that every replay writes. The step itself is not run.
-
-        Raises:
-            RuntimeError: the step does what a recording cannot hold.
-        """
+        Raises RuntimeError: the step does what a recording cannot hold."""
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local, because the loader's threads allocate memory meanwhile.
@@ -101,11 +98,7 @@ class CapturedSteps:
 
 def captured_steps(wanted: str, backend: str, device: torch.device, is_main: bool) -> CapturedSteps | None:
     """What runs steps from CUDA graphs, where `engine.step` and the machine let it.
-
-    Args:
-        wanted: "auto", "eager" or "captured".
-        backend: "single", "ddp" or "deepspeed".
-    """
+    wanted: "auto", "eager" or "captured". backend: "single", "ddp" or "deepspeed"."""
     cuda = device.type == "cuda"
     if wanted == "captured" and (backend == "deepspeed" or not cuda) and is_main:
         why = "DeepSpeed steps its own way" if backend == "deepspeed" else "there is no CUDA here"
@@ -119,11 +112,9 @@ def captured_steps(wanted: str, backend: str, device: torch.device, is_main: boo
 def compile_networks(networks: nn.ModuleDict, twice: Sequence[str], world_size: int, is_main: bool) -> set[str]:
     """Let torch.compile make fewer kernels of the networks that it can take. It compiles each at its first use.
 
-    Networks that are differentiated twice stay as they are, because torch.compile knows first derivatives only; and so do
-    those that sum over several ranks, because each sum would break the compiled code in two.
-
-    Returns:
-        The names of the networks that will be compiled.
+    Networks that are differentiated twice stay as they are, because torch.compile knows first derivatives only; and so do those
+    that sum over several ranks, because each sum would break the compiled code in two.
+    Returns: The names of the networks that will be compiled.
     """
     left = dict.fromkeys(twice, "it is differentiated twice")
     for name, network in networks.items() if world_size > 1 else ():

@@ -32,18 +32,13 @@ _LR_POWER = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 class Engine(Ranks):
     """Trains a method's phases on one process or many.
 
-    With `accumulation` k a rank takes its share of each batch in k parts, one after another: k times less memory, the
-    same gradient. Batch norm's statistics are then those of each part over all ranks, so only a method without batch
-    norm ends with the same weights for every k; running statistics move k times an update.
-
-    Args:
-        method: its networks are moved to the device and trained in place. Every rank must have built them alike.
-        precision: "fp32", "bf16" or "fp16" (autocast around the whole loss; weights and optimizer stay float32).
-        seed: of dropout, which is keyed by (seed, stream, draw, rank).
-        settings: back end and what goes with it.
-
-    Raises:
-        ValueError: launcher and experiment disagree; fp16 without CUDA; a network stands in two groups.
+    With `accumulation` k a rank takes its share of each batch in k parts, one after another: k times less memory, the same
+    gradient. Batch norm's statistics are then those of each part over all ranks, so only a method without batch norm ends with
+    the same weights for every k; running statistics move k times an update.
+    method: its networks are moved to the device and trained in place. Every rank must have built them alike.
+    precision: "fp32", "bf16" or "fp16" (autocast around the whole loss; weights and optimizer stay float32).
+    seed: of dropout, which is keyed by (seed, stream, draw, rank). settings: back end and what goes with it.
+    Raises ValueError: launcher and experiment disagree; fp16 without CUDA; a network stands in two groups.
     """
 
     def __init__(
@@ -138,17 +133,13 @@ class Engine(Ranks):
     def update(self, phase: Phase, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Make one update of one phase, in which its networks move and nothing else does.
 
-        The host writes what changes from update to update into the prepared step's memory; then the step runs. A loss
-        or gradient that is not finite changes nothing, and the host does not wait to learn of it.
-
-        Returns:
-            The loss's report as detached scalars, which are this rank's parts of means over the global batch; with
-            NAME/gradient_norm and NAME/skipped (1 when the update was left out; under fp16, where a scale that is too
-            large costs an update now and then, only when none was too large), and NAME/loss_scale under fp16. They are
-            valid until the next update, and summed on the device for `read_report`.
-
-        Raises:
-            ValueError: a rank has fewer records than parts to take them in.
+        The host writes what changes from update to update into the prepared step's memory; then the step runs. A loss or gradient
+        that is not finite changes nothing, and the host does not wait to learn of it.
+        Returns: The loss's report as detached scalars, which are this rank's parts of means over the global batch; with
+        NAME/gradient_norm and NAME/skipped (1 when the update was left out; under fp16, where a scale that is too large costs an
+        update now and then, only when none was too large), and NAME/loss_scale under fp16. They are valid until the next update,
+        and summed on the device for `read_report`.
+        Raises ValueError: a rank has fewer records than parts to take them in.
         """
         step = self._prepared(phase, batch)
         if self.captured is None or not self.captured.holds(step):
@@ -251,11 +242,7 @@ class Engine(Ranks):
         return State(networks, ema, optimizers)
 
     def load(self, state: State) -> None:
-        """Restore what `state` gave, on any back end and number of ranks.
-
-        Raises:
-            ValueError: the state is of other networks.
-        """
+        """Restore what `state` gave, on any back end and number of ranks. Raises ValueError: the state is of other networks."""
         self.steps.clear()  # the optimizers' moments get other memory
         if self.captured is not None:
             self.captured.forget()

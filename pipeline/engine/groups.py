@@ -62,7 +62,6 @@ class LossScale:
     """fp16's factor on one group's loss: halved when a gradient overflows, doubled after 2,000 updates without that.
 
     It lives on the device, and the host never waits for it.
-
     Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
     """
 
@@ -122,10 +121,7 @@ class Group:
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Clip the gradients, and move the weights unless a gradient is not finite.
-
-        Returns:
-            The gradients' norm before clipping; and 1 for an update that was finite, 0 for one that was left out.
-        """
+        Returns: The gradients' norm before clipping; and 1 for an update that was finite, 0 for one that was left out."""
         self._unscale()
         norm, finite = clip(self.parameters, self.settings.clip_norm)
         self.optimizer.found_inf = 1.0 - finite

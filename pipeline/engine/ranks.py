@@ -45,11 +45,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 class Ranks:
     """The processes of a launch: which of them this one is, where it computes, and what all of them know together.
-
-    Args:
-        precision: of autocast, for those that train.
-        cpu: compute on the CPU where there is a GPU, too.
-    """
+    precision: of autocast, for those that train. cpu: compute on the CPU where there is a GPU, too."""
 
     def __init__(self, precision: str = "fp32", cpu: bool = False) -> None:
         self._start_accelerate(precision, cpu)
@@ -132,10 +128,7 @@ class Ranks:
 
 def open_ranks(device: str) -> Ranks:
     """The processes of this launch, on the device asked for: auto, cpu, cuda or cuda:N.
-
-    Raises:
-        ValueError: there is no such device; one GPU for several ranks.
-    """
+    Raises ValueError: there is no such device; one GPU for several ranks."""
     if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
         raise ValueError(f"device {device!r} is none of auto, cpu, cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -36,10 +36,7 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
 
 def load_networks(networks: nn.ModuleDict, state: Mapping[str, Tensor], what: str) -> None:
     """Load what a state holds of each network.
-
-    Raises:
-        ValueError: a tensor is missing, or has another shape, or no network has it. No network was changed.
-    """
+    Raises ValueError: a tensor is missing, or has another shape, or no network has it. No network was changed."""
     own = {f"{name}/{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
     for key in sorted(own.keys() | state.keys()):
         there, here = _shape(state.get(key)), _shape(own.get(key))

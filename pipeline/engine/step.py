@@ -91,16 +91,11 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 class Step:
     """One update of a phase on batches of one shape.
 
-    Args:
-        phase: what to do.
-        group: what it trains; None for a phase that only refreshes statistics.
-        inputs: the memory that batches are copied to.
-        networks: all of the method's, standing as the phase asks when the step runs.
-        context: what the loss may know of the world.
-        sums: where the reports go.
-        autocast: for a phase without a group, whose loss is not wrapped.
-        accumulation: parts in which the batch is taken.
-        average: makes running statistics that each rank keeps of its own share their mean over ranks.
+    phase: what to do. group: what it trains; None for a phase that only refreshes statistics.
+    inputs: the memory that batches are copied to. networks: all of the method's, standing as the phase asks when the step runs.
+    context: what the loss may know of the world. sums: where the reports go.
+    autocast: for a phase without a group, whose loss is not wrapped. accumulation: parts in which the batch is taken.
+    average: makes running statistics that each rank keeps of its own share their mean over ranks.
     """
 
     phase: Phase

@@ -146,10 +146,7 @@ def zero_settings(
     launched: Mapping[str, Any], settings: EngineConfig, clip_norms: Iterable[float]
 ) -> dict[str, Any]:
     """Return DeepSpeed's settings that are the same for all groups.
-
-    Raises:
-        ValueError: the launcher says something that the experiment says otherwise, or that cannot be.
-    """
+    Raises ValueError: the launcher says something that the experiment says otherwise, or that cannot be."""
     zero = {key: value for key, value in launched.get("zero_optimization", {}).items() if value != "auto"}
     stage = zero.pop("stage", None)
     if stage is not None and settings.zero_stage not in (None, stage):

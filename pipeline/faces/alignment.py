@@ -55,12 +55,7 @@ Detector = Callable[[np.ndarray], "list[Face]"]
 
 @dataclass(frozen=True)
 class Face:
-    """A face in a photo.
-
-    Args:
-        frame: from CelebA's pixels to the photo's.
-        sure: the detector saw it clearly.
-    """
+    """A face in a photo. frame: from CelebA's pixels to the photo's. sure: the detector saw it clearly."""
 
     frame: Similarity
     sure: bool = True
@@ -77,10 +72,7 @@ class Face:
 
 def opencv() -> ModuleType:
     """Return OpenCV, which works on this thread alone.
-
-    Raises:
-        ValueError: it is not installed, or is a version without cascades.
-    """
+    Raises ValueError: it is not installed, or is a version without cascades."""
     try:
         import cv2
     except ImportError as error:
@@ -94,13 +86,9 @@ def opencv() -> ModuleType:
 def find(photo: np.ndarray, aligner: Model | None = None, detector: Detector | None = None) -> list[Face]:
     """Find the faces of a photo, largest first.
 
-    Args:
-        photo: uint8 [H, W, 3].
-        aligner: a model that can align, to refine what the detector found.
-        detector: finds faces; by default `cascade`.
-
-    Raises:
-        ValueError: the photo is too long for OpenCV, or the model does not align.
+    photo: uint8 [H, W, 3]. aligner: a model that can align, to refine what the detector found.
+    detector: finds faces; by default `cascade`.
+    Raises ValueError: the photo is too long for OpenCV, or the model does not align.
     """
     if max(photo.shape[:2]) > _MAX_SIDE:
         raise ValueError(f"it is {photo.shape[1]}x{photo.shape[0]}; up to {_MAX_SIDE:,} pixels a side can be aligned")
@@ -188,8 +176,7 @@ def _boxes(grey: np.ndarray, degrees: float, step: float) -> list[_Box]:
 def _groups(grey: np.ndarray, step: float, turns: Sequence[float] = _TURNS) -> list[list[_Box]]:
     """Group the boxes of each face, over all turns; the face of most votes comes first.
 
-    A group around or inside a face of more votes is left out, because a cascade also takes an eye or a whole head for a
-    face.
+    A group around or inside a face of more votes is left out, because a cascade also takes an eye or a whole head for a face.
     """
     boxes = [box for turn in turns for box in _boxes(grey, turn, step)]
     groups: list[list[_Box]] = []
@@ -253,10 +240,7 @@ def load_aligner(source: str | None) -> Model | None:
 
 def check_aligner(aligner: Model) -> Aligns:
     """Return the method that aligns.
-
-    Raises:
-        ValueError: it does not align, or was trained on pictures that were not cut as CelebA's are.
-    """
+    Raises ValueError: it does not align, or was trained on pictures that were not cut as CelebA's are."""
     method = aligner.aligning.method
     if aligner.preprocessing.channels != 3:
         raise ValueError(f"{aligner.source} reads grey pictures; an aligner of photos reads colour")
@@ -282,13 +266,9 @@ def _pixels_of(size: int) -> Similarity:
 def crop(photo: np.ndarray, frame: Similarity, size: tuple[int, int] = CELEBA_SIZE) -> np.ndarray:
     """Cut a face out by one warp of the photo's pixels: uint8 [height, width, 3].
 
-    Where the picture shrinks, samples are averaged, enough of them that no pixel of the photo is skipped. Where it grows,
-    they are cubic. Beyond the photo's edge the crop shows its mirror image.
-
-    Args:
-        photo: uint8 [H, W, 3] or [H, W].
-        frame: from the crop's pixels to the photo's.
-        size: of the crop, (width, height).
+    Where the picture shrinks, samples are averaged, enough of them that no pixel of the photo is skipped. Where it grows, they
+    are cubic. Beyond the photo's edge the crop shows its mirror image.
+    photo: uint8 [H, W, 3] or [H, W]. frame: from the crop's pixels to the photo's. size: of the crop, (width, height).
     """
     cv2 = opencv()
     fine = max(1, math.ceil(abs(frame.factor) - 1e-6))

@@ -22,12 +22,7 @@ _JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Cut:
-    """What became of a photo.
-
-    Args:
-        files: one for each of the faces that were cut out.
-        error: why there is none.
-    """
+    """What became of a photo. files: one for each of the faces that were cut out. error: why there is none."""
 
     photo: Path
     faces: Sequence[Face] = ()
@@ -37,13 +32,8 @@ class Cut:
 
 class Cutter:
     """Cuts photos into a folder.
-
-    Args:
-        out: the folder; made when the first photo is cut.
-        kind: "png" or "jpg".
-        every_face: cut out every face of a photo, not the largest alone.
-        overwrite: replace pictures that are in `out` already.
-    """
+    out: the folder; made when the first photo is cut. kind: "png" or "jpg".
+    every_face: cut out every face of a photo, not the largest alone. overwrite: replace pictures that are in `out` already."""
 
     def __init__(self, out: Path, kind: str, aligner: Model | None, every_face: bool, overwrite: bool) -> None:
         self.out, self.kind, self.aligner = out, kind, aligner
@@ -54,10 +44,7 @@ class Cutter:
 
     def cut(self, photos: Sequence[Path]) -> Iterator[Cut]:
         """Cut one photo after another; one that cannot be cut does not stop the others.
-
-        Raises:
-            ValueError: a picture of that name is there already; nothing is written then.
-        """
+        Raises ValueError: a picture of that name is there already; nothing is written then."""
         files = [self._file(photo.stem) for photo in photos]
         self._refuse_existing([*files, self.sheet])
         opencv()

@@ -54,12 +54,9 @@ class Errors:
 def plant(picture: np.ndarray, draws: Draws) -> tuple[np.ndarray, Similarity]:
     """Plant an aligned picture in a larger canvas; return both the canvas and the similarity from picture to canvas.
 
-    The picture is turned by up to MAX_TURN degrees and scaled within ZOOMS, and lies wholly in the canvas. Around it the
-    canvas shows the picture's own colours, blurred beyond recognition.
-
-    Args:
-        picture: uint8 [218, 178, 3].
-        draws: of one record; the same draws give the same canvas.
+    The picture is turned by up to MAX_TURN degrees and scaled within ZOOMS, and lies wholly in the canvas. Around it the canvas
+    shows the picture's own colours, blurred beyond recognition.
+    picture: uint8 [218, 178, 3]. draws: of one record; the same draws give the same canvas.
     """
     height, width = picture.shape[:2]
     turn, zoom, across, down = draws.uniform("canvas", (4,))[0].tolist()
@@ -94,10 +91,7 @@ def measure(
     watch: Callable[[int], None] = lambda done: None,
 ) -> list[Errors]:
     """Measure the detector alone, and refined where there is an aligner, on `count` records spread evenly over a split.
-
-    Raises:
-        ValueError: a record is not 178x218, and so not aligned as CelebA's are.
-    """
+    Raises ValueError: a record is not 178x218, and so not aligned as CelebA's are."""
     rows = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int)).tolist()
     alone, refined = [], []
     for done, row in enumerate(rows):

@@ -25,10 +25,7 @@ SOFT_EDGE = 0.15  # share of the square's side over which a pasted face fades in
 
 def listed(paths: Sequence[Path]) -> list[Path]:
     """Return the pictures that were named, and those in folders that were named.
-
-    Raises:
-        ValueError: something is not there, or a folder holds no picture.
-    """
+    Raises ValueError: something is not there, or a folder holds no picture."""
     photos: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -58,13 +55,10 @@ class NoFace(ValueError):
 class Portrait:
     """A face cut out of a photo as a model reads it.
 
-    Args:
-        name: what messages call the photo, its path.
-        photo: the whole picture, upright.
-        pixels: uint8 [S, S, C].
-        frame: from the pixels of the square to the photo's.
-        shown: the part of the square that shows the photo, not margins: its first and its last pixel, as x + iy.
-        notes: what a person should know of how it was cut.
+    name: what messages call the photo, its path. photo: the whole picture, upright. pixels: uint8 [S, S, C].
+    frame: from the pixels of the square to the photo's.
+    shown: the part of the square that shows the photo, not margins: its first and its last pixel, as x + iy.
+    notes: what a person should know of how it was cut.
     """
 
     name: str
@@ -79,10 +73,7 @@ def portraits(
     name: str, photo: Image.Image, rule: Preprocessing, align: bool, aligner: Model | None = None
 ) -> list[Portrait]:
     """Cut a photo to a model's squares: one around each of its faces, the largest first, or the one of `portrait`.
-
-    Raises:
-        NoFace: the photo shows none; its name stands in the message.
-    """
+    Raises NoFace: the photo shows none; its name stands in the message."""
     if not align:
         return [portrait(name, photo, rule)]
     faces = find(np.asarray(photo), aligner)

@@ -38,13 +38,9 @@ class Run:
     """What one rank's part of a run is made of, ready to go on from its newest sound checkpoint, or to begin.
 
     point: where it stands. writer: None on all ranks but the main one.
-
-    Args:
-        stack: holds the run's folder for this process until it is closed.
-
-    Raises:
-        ValueError: what the user gave does not fit together, or another process trains in the folder; nothing was
-            written then.
+    stack: holds the run's folder for this process until it is closed.
+    Raises ValueError: what the user gave does not fit together, or another process trains in the folder; nothing was written
+    then.
     """
 
     def __init__(self, experiment: Experiment, folder: Path, resume: bool, listener: Listener, stack: ExitStack) -> None:

@@ -20,10 +20,7 @@ from pipeline.training.steps import ResumePoint, Turn, steps
 
 class Loaders:
     """Opens a run's splits, each with a quarantine for records that do not decode.
-
-    Args:
-        known: keys of those that are known already.
-    """
+    known: keys of those that are known already."""
 
     def __init__(self, experiment: Experiment, engine: Engine, known: Iterable[str]) -> None:
         self.experiment, self.engine, self.known = experiment, engine, list(known)
@@ -64,10 +61,7 @@ class Loaders:
 
 class Batches:
     """The batches of a run's training split, in the order in which updates read them.
-
-    Raises:
-        ValueError: data.balance or data.window does not fit the split.
-    """
+    Raises ValueError: data.balance or data.window does not fit the split."""
 
     def __init__(self, experiment: Experiment, engine: Engine, split: Split, loaders: Loaders) -> None:
         self.experiment, self.engine, self.split, self.loaders = experiment, engine, split, loaders

@@ -81,10 +81,7 @@ class Listener:
 
     def look_for(self, stop_file: Path) -> None:
         """From now on this file ends the run; one that is left from before is removed. For one rank only.
-
-        Raises:
-            OSError: there is one, and it cannot be removed.
-        """
+        Raises OSError: there is one, and it cannot be removed."""
         stop_file.unlink(missing_ok=True)
         self._stop_file = stop_file
 

@@ -36,13 +36,9 @@ def panel_of(
     """Return the judges of all models: those named, else those that the first model with judges brings, else a panel.
 
     There are none where all models are judges, and where no table needs one and none is named.
-
-    Args:
-        ranks: all of them train a missing judge together.
-
-    Raises:
-        ValueError: a judge named cannot be loaded; the models do not say what they see; the training fails.
-        Interrupted: as `train`; the same call goes on with it.
+    ranks: all of them train a missing judge together.
+    Raises ValueError: a judge named cannot be loaded; the models do not say what they see; the training fails. Interrupted: as
+    `train`; the same call goes on with it.
     """
     judged = [model for model in evaluated if makes_pictures(model.method)]
     if judged and specification.judges:

@@ -128,11 +128,7 @@ class Loop:
 
     def _save(self, better: bool = False, finished: bool = False) -> None:
         """Write a checkpoint, with what validation measured of this very state where it did.
-
-        Args:
-            better: validation found it the best so far.
-            finished: nothing comes after it.
-        """
+        better: validation found it the best so far. finished: nothing comes after it."""
         run, point, best_so_far = self.run, self.run.point, self.run.best_so_far
         run.watchdog.at("its checkpoint", slow=True)
         point.quarantine = run.loaders.left_out(point.quarantine)

@@ -34,10 +34,7 @@ class Recovery:
 
     def check(self, metrics: Mapping[str, float], counts: Mapping[str, int]) -> None:
         """Count the updates left out since the last interval at which all were finite.
-
-        Raises:
-            NonFinite: they are too many. Ranks see the same means, so all of them raise it.
-        """
+        Raises NonFinite: they are too many. Ranks see the same means, so all of them raise it."""
         run, left_out = self.run, {name: share for name, share in metrics.items() if name.endswith("/skipped") and share > 0}
         self._skipped = {name: self._skipped.get(name, 0) + round(share * counts[name]) for name, share in left_out.items()}
         for name, number in self._skipped.items():
@@ -54,10 +51,7 @@ class Recovery:
 
     def go_back(self, fault: NonFinite) -> None:
         """Go to the last checkpoint from before the trouble, or to the start; from there on the run sees other batches.
-
-        Raises:
-            NonFinite: the run went back too often already.
-        """
+        Raises NonFinite: the run went back too often already."""
         run, salt, came_to = self.run, self.run.point.salt + 1, self.run.images
         if run.writer:
             run.writer.wait()

@@ -19,13 +19,8 @@ log = logging.getLogger(__name__)
 
 def restore(engine: Engine, run: Path, up_to: float = math.inf) -> ResumePoint | None:
     """Load the newest sound checkpoint of at most `up_to` images seen, which the main rank chooses for all.
-
-    Returns:
-        Where the run stood, or None when there is no such checkpoint.
-
-    Raises:
-        ValueError: this rank does not see what the main rank chose.
-    """
+    Returns: Where the run stood, or None when there is no such checkpoint.
+    Raises ValueError: this rank does not see what the main rank chose."""
     newest = checkpoint.latest(run, up_to) if engine.is_main else None
     images = int(engine.largest(-1 if newest is None else checkpoint.images_of(newest)))
     if images < 0:
@@ -47,12 +42,8 @@ class CheckpointWriter:
     """Writes checkpoints one at a time while training goes on.
 
     A failed write is reported and training goes on with the older ones intact; `close` raises when the last one failed.
-
-    Args:
-        keep: how many of the newest are kept.
-        every_images: beside them the first one of each so many images is kept; 0 = none.
-        best: beside them the best by each of these metrics is kept.
-        owner: this process as the owner of the run's folder.
+    keep: how many of the newest are kept. every_images: beside them the first one of each so many images is kept; 0 = none.
+    best: beside them the best by each of these metrics is kept. owner: this process as the owner of the run's folder.
     """
 
     def __init__(
@@ -81,13 +72,9 @@ class CheckpointWriter:
     ) -> None:
         """Take a state (a copy that nobody changes) and write it in the background; wait for the one before.
 
-        Args:
-            extra, metrics: as `checkpoint.write` takes them.
-            validated_best: what is known of it when validation found it the best so far; it is then kept until a better
-                one comes.
-
-        Raises:
-            ValueError: another process took the folder over while this one stood still.
+        extra, metrics: as `checkpoint.write` takes them.
+        validated_best: what is known of it when validation found it the best so far; it is then kept until a better one comes.
+        Raises ValueError: another process took the folder over while this one stood still.
         """
 
         def write() -> Path:

@@ -15,19 +15,13 @@ from pipeline.training.loop import Loop, Progress
 def train(experiment: Experiment, run: Path, *, resume: bool = False, watch: Callable[[Progress], None] | None = None) -> Path:
     """Train an experiment to its end. Every rank calls it and makes the same steps.
 
-    Args:
-        run: the run's folder. It must not hold a run yet, unless `resume`.
-        resume: go on from the newest sound checkpoint (from the start when there is none yet).
-        watch: called on the main rank at each log interval.
-
-    Returns:
-        The run's folder.
-
-    Raises:
-        ValueError: what the user gave does not fit together; another process trains in the folder.
-        Interrupted: a signal or a stop file ended it (see `pipeline.training.interruption`); everything is saved.
-        FloatingPointError: updates were not finite, again and again after the run went back to a checkpoint.
-        OSError: the last checkpoint could not be saved.
+    run: the run's folder. It must not hold a run yet, unless `resume`.
+    resume: go on from the newest sound checkpoint (from the start when there is none yet).
+    watch: called on the main rank at each log interval.
+    Returns: The run's folder.
+    Raises ValueError: what the user gave does not fit together; another process trains in the folder. Interrupted: a signal or a
+    stop file ended it (see `pipeline.training.interruption`); everything is saved. FloatingPointError: updates were not finite,
+    again and again after the run went back to a checkpoint. OSError: the last checkpoint could not be saved.
     """
     with Listener() as listener, ExitStack() as stack:
         return complete(Run(experiment, run, resume, listener, stack), watch)

@@ -37,7 +37,6 @@ class Links:
             2 (i - 1) / i · size / inside + 2 (m - 1) / m · size / i / between + 2 (⌈log₂ i⌉ + ⌈log₂ m⌉) · latency
 
         i is the number of ranks of a node and m that of nodes.
-
         Source: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH", section 4.5.
         """
         i = min(ranks, self.per_node)

@@ -56,14 +56,10 @@ class Sweep:
 def plan(path: str | Path, words: Sequence[str], folder: Path | None = None) -> Sweep:
     """The children of a sweep, in order: the first key's values change slowest.
 
-    Args:
-        path: the experiment's config file.
-        words: `key.path=value`, or `key.path=value,value…` for a key that is swept; lists keep their brackets.
-        folder: where the children's runs go; runs/NAME_sweep by default.
-
-    Raises:
-        ValueError: nothing is swept, a key stands twice, two children are the same experiment, or what `config.load`
-            refuses.
+    path: the experiment's config file.
+    words: `key.path=value`, or `key.path=value,value…` for a key that is swept; lists keep their brackets.
+    folder: where the children's runs go; runs/NAME_sweep by default.
+    Raises ValueError: nothing is swept, a key stands twice, two children are the same experiment, or what `config.load` refuses.
     """
     given: dict[str, tuple[str, ...]] = {}
     for word in words:
@@ -145,10 +141,7 @@ def report_of(child: Child, specification: Specification) -> Path:
 
 def evaluate_child(child: Child, specification: Specification, ranks: Ranks, progress: Callable[[int, int], None]) -> list[Path]:
     """Evaluate a child and keep its report; return the files, or none when that was done for these weights.
-
-    Raises:
-        Interrupted: while a judge was trained; the same call goes on with it.
-    """
+    Raises Interrupted: while a judge was trained; the same call goes on with it."""
     data = Path(child.experiment.data.path)
     own = dataclasses.replace(specification, models=(str(child.folder),), data=data, device=str(ranks.device))
     [model] = own.load()

@@ -192,11 +192,7 @@ class _Counter(TorchDispatchMode):
 def measure(
     experiment: Experiment, attributes: Attributes, batch_size: int, ways: Sequence[str], rounds: int, seconds: float
 ) -> dict[str, Speed]:
-    """Measure the ways in turns.
-
-    Raises:
-        ValueError: a way is none of WAYS, or needs CUDA where there is none.
-    """
+    """Measure the ways in turns. Raises ValueError: a way is none of WAYS, or needs CUDA where there is none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for way in ways:
         if way not in WAYS:

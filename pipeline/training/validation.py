@@ -59,17 +59,12 @@ class Measured:
 class BestSoFar:
     """The best validation so far, and for how long none was better.
 
-    A validation is better than the best when its MSE is inside the bound and the best's is not, or when both are or both
-    are not and its metric is better. The bound is `best_mse`, or `best_mse_factor` times the lowest MSE so far: a run's own
-    way of saying "no worse than". A best whose MSE is above the bound is replaced by the next one within it.
-
-    Args:
-        settings: the run's; `best`, `best_mse`, `best_mse_factor`, `patience_metric` and `patience_images` are read.
-        usual: the metric that an empty `best` means.
-        known: the names of the metrics that are measured; others are refused.
-
-    Raises:
-        ValueError: a metric that is not measured.
+    A validation is better than the best when its MSE is inside the bound and the best's is not, or when both are or both are not
+    and its metric is better. The bound is `best_mse`, or `best_mse_factor` times the lowest MSE so far: a run's own way of saying
+    "no worse than". A best whose MSE is above the bound is replaced by the next one within it.
+    settings: the run's; `best`, `best_mse`, `best_mse_factor`, `patience_metric` and `patience_images` are read.
+    usual: the metric that an empty `best` means. known: the names of the metrics that are measured; others are refused.
+    Raises ValueError: a metric that is not measured.
     """
 
     def __init__(self, settings: RunConfig, usual: str, known: list[str]) -> None:
@@ -156,15 +151,11 @@ class Validation:
     """Measures the run's networks (their moving averages where they are kept, as `fader evaluate` takes them).
 
     best_so_far: None where the run does not measure (run.evaluate_images is 0) and only shows pictures.
-
-    Args:
-        judges: say what an image shows; none leaves reconstructions only. A run that trains a judge needs none.
-        shards: the set trained on; its validation split is measured.
-        open_loader: opens a split as the run reads it, each batch whole.
-
-    Raises:
-        ValueError: a judge does not fit, or starts as the run does; a table that cannot be had; a metric that is not
-            measured; no validation split.
+    judges: say what an image shows; none leaves reconstructions only. A run that trains a judge needs none.
+    shards: the set trained on; its validation split is measured.
+    open_loader: opens a split as the run reads it, each batch whole.
+    Raises ValueError: a judge does not fit, or starts as the run does; a table that cannot be had; a metric that is not measured;
+    no validation split.
     """
 
     def __init__(
@@ -234,10 +225,7 @@ class Validation:
 
 def tables(named: tuple[str, ...], method: Method, judges: Sequence[Model]) -> tuple[str, ...]:
     """Return the tables that a run's validation makes: those that are named, else swaps and squared errors.
-
-    Raises:
-        ValueError: a table that a run cannot have while it trains.
-    """
+    Raises ValueError: a table that a run cannot have while it trains."""
     for table in named:
         if table not in ("swap", "fidelity", "leak"):
             raise ValueError(f"run.evaluate_tables: {table!r} is none of swap, fidelity, leak")
@@ -249,10 +237,7 @@ def tables(named: tuple[str, ...], method: Method, judges: Sequence[Model]) -> t
 
 def named_judges(experiment: Experiment) -> tuple[Model, ...]:
     """Load the judges that an experiment names, if its validation needs them.
-
-    Raises:
-        ValueError: one has the seed of the experiment, whether it is needed now or only later; or it cannot be loaded.
-    """
+    Raises ValueError: one has the seed of the experiment, whether it is needed now or only later; or it cannot be loaded."""
     needed = bool(experiment.run.evaluate_images)
     judges = tuple(models.load(address) for address in experiment.judges if needed or Path(address).exists())
     for judge in judges:

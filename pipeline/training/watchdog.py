@@ -1,12 +1,11 @@
 """End a run that hangs, and say which rank it is: a thread a rank, which the loop tells what it begins.
 
-When one rank of several stands still, all do: the others wait for it in their next collective. So each rank's thread
-keeps a small file, `RUN/ranks/00000.json`, with how far its loop has come; it needs no collective and no launcher's
-store for that. The thread whose loop has not moved for too long reads them all. A rank whose file is old runs no more
-(stopped, or its machine is gone); of those that run, the ones that are behind hold up the others. What hangs is
-named, every thread's stack goes to `RUN/ranks/00000.stack`, and the process ends with `EXIT_HUNG`, so that a launcher
-or a batch system can start the run again. A rank of the same machine that runs no more is killed first: a launcher
-would wait 30 seconds for it to heed a SIGTERM.
+When one rank of several stands still, all do: the others wait for it in their next collective. So each rank's thread keeps a
+small file, `RUN/ranks/00000.json`, with how far its loop has come; it needs no collective and no launcher's store for that. The
+thread whose loop has not moved for too long reads them all. A rank whose file is old runs no more (stopped, or its machine is
+gone); of those that run, the ones that are behind hold up the others. What hangs is named, every thread's stack goes to
+`RUN/ranks/00000.stack`, and the process ends with `EXIT_HUNG`, so that a launcher or a batch system can start the run again. A
+rank of the same machine that runs no more is killed first: a launcher would wait 30 seconds for it to heed a SIGTERM.
 """
 
 from __future__ import annotations
@@ -60,10 +59,9 @@ class _Rank:
 class Watchdog:
     """Watches, while entered, that `at` is called.
 
-    Args:
-        run: the run's folder, which all ranks see.
-        minutes: without a call of `at` after which the run hangs; `SLOW` times that after a slow one. 0 = never.
-        tell: called once with the verdict, before the process ends.
+    run: the run's folder, which all ranks see.
+    minutes: without a call of `at` after which the run hangs; `SLOW` times that after a slow one. 0 = never.
+    tell: called once with the verdict, before the process ends.
     """
 
     def __init__(
