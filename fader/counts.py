@@ -1,7 +1,5 @@
 """Counts how often training saw each value of each attribute."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -8,8 +8,6 @@ The mixer is the 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast 
 generators", OOPSLA), applied once for each part of the key.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math
@@ -60,7 +58,7 @@ class Draws:
     host_key: int
 
     @staticmethod
-    def of(seed: int, stream: str, draw: int, index: Tensor) -> Draws:
+    def of(seed: int, stream: str, draw: int, index: Tensor) -> "Draws":
         """The numbers of one draw of a stream.
 
         seed: the run's seed (with its salt mixed in by whoever makes the batch).

@@ -1,7 +1,5 @@
 """Blur, rescaling and reduction of square pictures: each is a product with one matrix from the left and from the right."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -4,8 +4,6 @@ A method owns networks and says, as data, which of them each phase trains, with 
 engine freezes the others, wraps the whole loss for its back end, and steps. Nothing here knows of ranks, files or time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -61,7 +59,7 @@ class Batch:
         return values.sum() / self.size
 
     @staticmethod
-    def alone(images: Tensor | None, attributes: Tensor, seed: int = 0, stream: str = "alone", draw: int = 0) -> Batch:
+    def alone(images: Tensor | None, attributes: Tensor, seed: int = 0, stream: str = "alone", draw: int = 0) -> "Batch":
         """A batch that is the whole global batch, its records numbered from 0: for tests, tools and one-off use."""
         records, device = len(attributes), attributes.device
         index, size = torch.arange(records, device=device), torch.full((), float(records), device=device)
@@ -90,10 +88,10 @@ class Clock:
     updates: int = 0
     stage: int = 0
 
-    def after(self, images: int) -> Clock:
+    def after(self, images: int) -> "Clock":
         return Clock(self.images + images, self.stage_images + images, self.updates + 1, self.stage)
 
-    def next_stage(self) -> Clock:
+    def next_stage(self) -> "Clock":
         return Clock(self.images, 0, self.updates, self.stage + 1)
 
 
@@ -186,7 +184,7 @@ class Optimizer:
     decay_images: int = 0
 
     @classmethod
-    def of(cls, settings: Any) -> Optimizer:
+    def of(cls, settings: Any) -> "Optimizer":
         """What a method's settings say of it, by the same names; the rest as here."""
         return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls) if hasattr(settings, f.name)})
 

@@ -1,7 +1,5 @@
 """Weights and decays as functions of images seen alone, so that a resumed run reads them off its clock."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Settings that say beside each field what it means and which values it takes."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from typing import Any, Literal

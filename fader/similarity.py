@@ -4,8 +4,6 @@ Points are complex numbers x + iy, so a similarity is z → factor · z + shift:
 (clockwise on a screen, where y grows downwards). Works on Python's complex numbers and on complex tensors alike.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +23,15 @@ class Similarity:
         """Complex points to complex points; a tensor of similarities [N] takes points [N] or one point."""
         return self.factor * points + self.shift
 
-    def __matmul__(self, first: Similarity) -> Similarity:
+    def __matmul__(self, first: "Similarity") -> "Similarity":
         """(a @ b)(z) = a(b(z))."""
         return Similarity(self.factor * first.factor, self.factor * first.shift + self.shift)
 
-    def inverse(self) -> Similarity:
+    def inverse(self) -> "Similarity":
         return Similarity(1 / self.factor, -self.shift / self.factor)
 
     @staticmethod
-    def between(source: tuple[complex, complex], target: tuple[complex, complex]) -> Similarity:
+    def between(source: tuple[complex, complex], target: tuple[complex, complex]) -> "Similarity":
         """The one that takes two points to two points.
         Raises ValueError: the two points of a pair coincide, so that no turn or scale follows from them."""
         if source[0] == source[1] or target[0] == target[1]:

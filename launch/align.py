@@ -1,7 +1,5 @@
 """`fader align PHOTO… OUT`: faces cut out of photos as CelebA's are; `--measure SHARDS`: how well that works."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -53,7 +51,7 @@ def align(
     _cut(photos, Cutter(out, format_, load_aligner(model), every_face, overwrite))
 
 
-def _cut(photos: list[Path], cutter: Cutter) -> None:
+def _cut(photos: list[Path], cutter: "Cutter") -> None:
     """Cut photos, and say of each what became of it."""
     from pipeline.faces.cutting import SHEET_PAIRS
 
@@ -73,7 +71,7 @@ def _cut(photos: list[Path], cutter: Cutter) -> None:
     say_next("edit", first, "--model", "MODEL", "--set", "Smiling=1.5", "--out", "edited")
 
 
-def _about(face: Face, number: int, faces: int, every_face: bool) -> str:
+def _about(face: "Face", number: int, faces: int, every_face: bool) -> str:
     left, right = face.eyes
     words = f"eyes at ({left.real:.0f}, {left.imag:.0f}) and ({right.real:.0f}, {right.imag:.0f})"
     if faces > 1:
@@ -108,7 +106,7 @@ def _measure(shards: Path, split: str, count: int, model: str | None) -> None:
         say_next("train", "configs/celeba_aligner.yaml")
 
 
-def _table(rows: list[Errors]) -> list[str]:
+def _table(rows: list["Errors"]) -> list[str]:
     from pipeline.faces.misalignment import RIGHT_WITHIN
 
     right = f"within {RIGHT_WITHIN:.1f} px"

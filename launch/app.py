@@ -1,7 +1,5 @@
 """`fader app --model MODEL`: a page in the browser with a photo and the model's sliders."""
 
-from __future__ import annotations
-
 import secrets
 from pathlib import Path
 from typing import Annotated

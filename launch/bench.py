@@ -1,7 +1,5 @@
 """`fader bench`: how fast data comes and a step is, measured on this machine beside what others offer and bare loops."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys
@@ -128,7 +126,7 @@ def _prepare_line(seconds: dict[str, list[float]], count: int) -> str:
     return f"tar cf {count / statistics.median(seconds['tar']):,.0f} records/s; " + "; ".join(shown)
 
 
-def _line(size: int, rates: Rates) -> str:
+def _line(size: int, rates: "Rates") -> str:
     from pipeline.loading.throughput import median_ratio
 
     shown = " ".join(f"{statistics.median(rates[name]):>11,.0f}" for name in COLUMNS)

@@ -1,7 +1,5 @@
 """`fader bench scale`: what a training step would take on up to 1,024 GPUs, from this machine's step and given links."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`fader`: one command line over the thin modules beside this file, each imported only when it is called."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

@@ -1,7 +1,5 @@
 """How every command ends: one clear line and exit code 2 for what a user can mend, 130 for Ctrl-C, a traceback for a bug."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
@@ -63,7 +61,7 @@ def _is_elsewhere(error: BaseException) -> bool:
     return isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ours
 
 
-def show(table: Table) -> None:
+def show(table: "Table") -> None:
     """Draw a table in the terminal."""
     from rich import box
     from rich.console import Console

@@ -1,7 +1,5 @@
 """`fader compare RUN RUN…`: runs side by side, and what their swaps cost in reconstruction."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

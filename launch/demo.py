@@ -1,7 +1,5 @@
 """`fader demo`: the whole way in minutes, by the commands a user would type, on faces it draws itself."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

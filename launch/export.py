@@ -1,7 +1,5 @@
 """`fader export MODEL --out DIR`: a model as a folder of plain tensors and a card, or as ONNX."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`fader inspect`: what a shard set holds, in text and pictures."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,7 +61,7 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _log(report: Inspection, to: Path, experiment: str, name: str) -> None:
+def _log(report: "Inspection", to: Path, experiment: str, name: str) -> None:
     from pipeline import tracking
 
     tracker = tracking.open_tracker(True, to, experiment, f"inspect {name}", True)

@@ -1,7 +1,5 @@
 """Give a command a standard output and error that cannot end it: a closed pipe, a full disk or a gone terminal costs words."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

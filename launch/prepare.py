@@ -1,7 +1,5 @@
 """`fader prepare`: a data set becomes WebDataset shards."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Callable
@@ -222,7 +220,7 @@ def _draw(
     if _part.get() != Part():
         raise ValueError(f"{name} are drawn by one command; what it drew can be cut up then: fader prepare {instead}")
 
-    def draw() -> Dataset:
+    def draw() -> "Dataset":
         with progress_bar(f"drawing {name}") as progress:
             drawn = DATASETS[name](out / "source", count=count, seed=seed, workers=workers, progress=progress)
         if twins:
@@ -260,7 +258,7 @@ def _prepare(
     _write(lambda: DATASETS[name](**options, skip_bad=skip_bad), out, workers, skip_bad, shard_records)
 
 
-def _write(read: Callable[[], Dataset], out: Path, workers: int | None, skip_bad: bool, shard_records: int) -> None:
+def _write(read: Callable[[], "Dataset"], out: Path, workers: int | None, skip_bad: bool, shard_records: int) -> None:
     from pipeline.data import shards
 
     part = _part.get()
@@ -299,7 +297,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= _MOST_SHOWN else f"{names[0]} … {names[-1]}"
 
 
-def _tell(written: ShardSet) -> None:
+def _tell(written: "ShardSet") -> None:
     info = written.info
     counts = ", ".join(f"{name} {split['records']:,}" for name, split in info["splits"].items())
     typer.echo(f"{written.path} is complete: {counts}; data digest {written.digest[:16]}")

@@ -1,7 +1,5 @@
 """Show how far long work is: a bar on a terminal, on standard error."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -43,11 +41,11 @@ def progress_bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 @contextlib.contextmanager
-def watching_training() -> Iterator[Callable[[Progress], None]]:
+def watching_training() -> Iterator[Callable[["Progress"], None]]:
     """Give the function that `train` tells of each interval: a bar on a terminal, a line an interval elsewhere."""
     with progress_bar("images") as bar:
 
-        def watch(progress: Progress) -> None:
+        def watch(progress: "Progress") -> None:
             clock, total = progress.clock.images, progress.total_images
             text = f"{progress.images_per_second:,.0f} images/s  {_duration(progress.seconds_left)} left  {_losses(progress)}"
             if draws_bars():
@@ -58,7 +56,7 @@ def watching_training() -> Iterator[Callable[[Progress], None]]:
         yield watch
 
 
-def _losses(progress: Progress) -> str:
+def _losses(progress: "Progress") -> str:
     """Losses and weights; the rest goes to the tracker."""
     hidden = ("/gradient_norm", "/skipped")
     shown = {k: v for k, v in progress.metrics.items() if not k.endswith(hidden) and "." not in k}

@@ -1,7 +1,5 @@
 """`fader promote NAME --min smiling.swap=0.9 --better-than champion`: make a registered version the champion, if it holds."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,7 +71,7 @@ def _address(name: str, version: str) -> str:
 
 
 def _promote(
-    name: str, candidate: str, beaten: str | None, specification: Specification, words: list[tuple[str, str]], by: str | None
+    name: str, candidate: str, beaten: str | None, specification: "Specification", words: list[tuple[str, str]], by: str | None
 ) -> None:
     """Evaluate, decide, and move the alias."""
     from pipeline.engine import leave, open_ranks

@@ -1,7 +1,5 @@
 """`fader register RUN --name NAME`: export a run and make it a version in MLflow's registry."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

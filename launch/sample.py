@@ -1,7 +1,5 @@
 """`fader sample MODEL --set Smiling=1 --count 16 --out DIR`: pictures of faces that nobody has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`fader study ANSWERS.csv`: how natural a study's pictures look to people, and how often they show what was asked for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

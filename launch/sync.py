@@ -1,7 +1,5 @@
 """Deliver to MLflow what tracking could not deliver while a run was trained: `fader sync RUN`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

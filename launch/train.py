@@ -3,8 +3,6 @@
 The same words follow `accelerate launch … -m launch.train`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
@@ -67,7 +65,7 @@ def train(
         _leave_word(0)
 
 
-def _what_to_train(words: list[str], resume: Path | None, go_on: bool) -> tuple[Experiment, Path, bool]:
+def _what_to_train(words: list[str], resume: Path | None, go_on: bool) -> tuple["Experiment", Path, bool]:
     """Return the experiment, its run's folder, and whether that holds a run to go on with."""
     from pipeline.config import load, load_run
 
@@ -93,7 +91,7 @@ def _leave_word(code: int | None) -> None:
         Path(place).write_text(f"{code}\n")
 
 
-def stop(stopped: Interrupted, advice: str) -> NoReturn:
+def stop(stopped: "Interrupted", advice: str) -> NoReturn:
     """Say that a run was asked to end and how to go on, and end this process with the code of the reason.
 
     A launcher takes any code but 0 for a crash, which it would mend by starting the workers again: a run that wants to

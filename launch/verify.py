@@ -1,7 +1,5 @@
 """`fader verify`: a shard set is read back whole and compared with its manifest and digests."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

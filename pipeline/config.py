@@ -1,7 +1,5 @@
 """One YAML file is one experiment: typed, frozen, strict, with one `base:` and key=value overrides."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -102,7 +100,7 @@ class DataConfig(BaseModel):
         return names
 
     @pydantic.model_validator(mode="after")
-    def _fits_together(self) -> DataConfig:
+    def _fits_together(self) -> "DataConfig":
         self.preprocessing()  # refuses a crop that it does not know
         return self
 
@@ -143,7 +141,7 @@ class RunConfig(BaseModel):
     )
 
     @pydantic.model_validator(mode="after")
-    def _best_needs_validation(self) -> RunConfig:
+    def _best_needs_validation(self) -> "RunConfig":
         if self.keep_best and not self.evaluate_images:
             raise ValueError("keep_best goes by what validation finds: set run.evaluate_images, too")
         return self

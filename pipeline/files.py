@@ -1,7 +1,5 @@
 """Write a file or a folder whole: under another name first, flushed to the disk, then renamed into place."""
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import hashlib

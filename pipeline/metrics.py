@@ -3,8 +3,6 @@
 Nothing here knows of files, ranks or networks. Images are [N, C, H, W] in [-1, 1], so the peak-to-peak range is 2.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -212,7 +210,7 @@ class Gaussian:
     factor: Tensor
 
     @staticmethod
-    def fit(features: Tensor, correction: int = 1) -> Gaussian:
+    def fit(features: Tensor, correction: int = 1) -> "Gaussian":
         """Of [N, F] features; the covariance divides by N - correction. Raises ValueError: fewer than two features."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features are {tuple(features.shape)}; a covariance needs [N, F] with N at least 2")

@@ -5,8 +5,6 @@ shared file system carries it to other machines. So the owner also writes its na
 touches the file every few seconds: whoever finds the name of another machine watches whether the file is still touched.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Reads a method's settings from a plain tree: strictly, with nested keys, and with what earlier versions called them."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

@@ -1,7 +1,5 @@
 """The interface of every adversary, and what an adversary is shown of an autoencoder's work."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass

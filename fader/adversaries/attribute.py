@@ -1,7 +1,5 @@
 """A classifier of real images says whether a swap shows the attributes that were asked for."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fader.adversaries.adversary import Adversary, AdversarySettings, View

@@ -1,7 +1,5 @@
 """The adversary that makes edits visible: one discriminator of images, which also reads their attributes."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from functools import partial

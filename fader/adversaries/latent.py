@@ -1,7 +1,5 @@
 """The published adversary: a discriminator looks for the attributes in the latent, and the encoder learns to fool it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

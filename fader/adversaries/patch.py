@@ -1,7 +1,5 @@
 """The published discriminator of images: it tells patches of real images from patches of decoded ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ training images by heart. Source: Zhao et al. 2020, "Differentiable augmentation
 arXiv:2006.10738; Karras et al. 2020, arXiv:2006.06676.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A critic of latents that is solved for in closed form, not trained: what a linear reader could tell, by running moments."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Every loss is one number a record, so that a mean over the global batch can be t
 says "real".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

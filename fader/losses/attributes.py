@@ -1,7 +1,5 @@
 """How far attribute logits are from labels, from wrong labels, and how often they are right."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

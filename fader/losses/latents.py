@@ -1,7 +1,5 @@
 """Losses of latents: how far they are from noise, and a step of noise by which a discriminator finds its image more real."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from fader.networks.layers import wide

@@ -1,7 +1,5 @@
 """How far a reconstruction is from its image."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from fader.networks.layers import wide

@@ -1,7 +1,5 @@
 """Every method, one file each. Importing this package fills `fader.method.METHODS`."""
 
-from __future__ import annotations
-
 from fader.method import METHODS
 from fader.methods.aligner import Aligner, AlignerSettings
 from fader.methods.cgan import CGan, CGanSettings

@@ -5,8 +5,6 @@ asked back. Applied again to the window that it has corrected, it comes nearer e
 Source: iterated regression of a residual warp, Lin, Lucey 2017, arXiv:1612.03897 (here trained on planted warps).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

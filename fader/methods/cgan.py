@@ -8,8 +8,6 @@ Source: Mirza, Osindero 2014, arXiv:1411.1784; networks and wrong labels as in P
 (Guim3/IcGAN, there with labels of another record).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ Source: Sohn et al. 2015, "Learning structured output representation using deep 
 AntixK/PyTorch-VAE (configs/cvae.yaml), whose decoder begins at 2×2 and ends in a further convolution.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -10,8 +10,6 @@ Source: Lample et al. 2017, arXiv:1706.00409. Where the paper and the authors' c
 defaults follow the code.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """What all GANs here share: a generator that makes images of noise and attributes, and a discriminator that it must please."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -10,8 +10,6 @@ Variants: "ind" has two encoders; "ind_cond" has two, and E_z reads what E_y say
 Source: Perarnau et al. 2016, arXiv:1611.06355, sections 3 and 4; settings as in Guim3/IcGAN.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -4,8 +4,6 @@ Source of the official presets: the evaluation classifier of facebookresearch/Fa
 another build, because a decoder that learnt to please one build seldom pleases both.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -10,8 +10,6 @@ Source: Bazrafkan, Corcoran 2018, arXiv:1806.07751; networks and settings as in 
 Attributes" (Said, Colagrande), which takes the two terms of the generator in two steps of Adam, one after the other.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -10,8 +10,6 @@ without a gradient to the encoder, which learns from the other terms alone.
 Source: Larsen et al. 2016, arXiv:1512.09300, algorithm 1, there without labels and without the pixels' error (λ_x = 0).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

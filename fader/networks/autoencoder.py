@@ -1,8 +1,6 @@
 """Encoder and decoder of a Fader network: the attributes enter the decoder at every layer.
 Source: Lample et al. 2017, arXiv:1706.00409, section 4.1; sizes as in the authors' code (facebookresearch/FaderNetworks)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 

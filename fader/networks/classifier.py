@@ -1,8 +1,6 @@
 """The attribute classifier: a judge of swaps, and optionally an adversary of a Fader network.
 Source: the classifier of facebookresearch/FaderNetworks (32 to 512 channels, hidden layer 512)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from fader.networks.layers import Down, channels_last, doubling, halvings

@@ -1,8 +1,6 @@
 """The discriminators of a Fader network: of latents (which attributes?), of patches and of images (real or decoded?).
 Source: Lample et al. 2017, arXiv:1706.00409; sizes as in the authors' code (facebookresearch/FaderNetworks)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor, nn

@@ -2,8 +2,6 @@
 Source: the variational encoder follows AntixK/PyTorch-VAE (models/cvae.py); IcGAN's is table 2 of Perarnau et al. 2016,
 arXiv:1611.06355."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

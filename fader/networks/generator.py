@@ -1,8 +1,6 @@
 """The conditional generator and discriminator of the GAN family, in the sizes of DCGAN.
 Source: Radford et al. 2016, arXiv:1511.06434; Perarnau et al. 2016, arXiv:1611.06355, table 1."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The two building blocks of every network here: one that halves the sides of its input, one that doubles them."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import torch

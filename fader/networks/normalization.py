@@ -1,7 +1,5 @@
 """Normalisation over the global batch, this rank's share of it, or each image alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 

@@ -4,8 +4,6 @@ Sizes as in the document "Generate Faces with Specific Attributes" (Said, Colagr
 1,078,817 and 715,176 numbers, batch norm's statistics and spectral norm's vectors among them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Feature quantisation: a discriminator reads the nearest keys of a dictionary in place of its own features."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

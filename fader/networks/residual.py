@@ -1,7 +1,5 @@
 """A residual attribute classifier: a judge of another build than the official one, which no loss uses."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Spectral norm: a weight divided by its largest singular value, so that a layer stretches no input by more than 1."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

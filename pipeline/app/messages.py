@@ -3,8 +3,6 @@
 Text is JSON. A binary message is the length of its JSON (4 bytes, big-endian), that JSON, then a picture's bytes.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """The page as a folder of files: ONNX Runtime decodes in the browser, and no photo leaves the machine."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page's files, one WebSocket a person, and who may open one."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ipaddress

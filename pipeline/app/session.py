@@ -1,7 +1,5 @@
 """One person's session: their photo, encoded once, and its pictures as sliders move. Nothing of it reaches a disk."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """What the page may open beside its first model: versions in the registry, runs and their checkpoints, runs that train."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import math

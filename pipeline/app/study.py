@@ -1,8 +1,6 @@
 """A study: people say of blinded pictures whether they look natural and which value they show; a CSV holds the answers.
 Source: Lample et al. 2017, arXiv:1706.00409, section 5.2: naturalness and accuracy as people see them."""
 
-from __future__ import annotations
-
 import csv
 import random
 import secrets

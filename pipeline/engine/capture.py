@@ -4,8 +4,6 @@ A step is run as it is a few times, because optimizers make their moments and cu
 recorded once, and every later update replays the record. Sources: https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The engine: a method's phases, each an update of one trained group on whatever back end."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import warnings

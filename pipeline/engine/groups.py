@@ -3,8 +3,6 @@
 All that changes from one update to the next lies in tensors that stay where they are.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import inspect

@@ -1,7 +1,5 @@
 """Read what a launcher left in the environment, and meet the other processes of a launch."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -36,7 +34,7 @@ class Launcher:
     deepspeed: dict[str, Any] | None
 
     @staticmethod
-    def read() -> Launcher:
+    def read() -> "Launcher":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") or "no"
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
             return Launcher(precision, None)

@@ -1,7 +1,5 @@
 """The processes of a launch, and the sums, means and agreements that they make together."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import logging

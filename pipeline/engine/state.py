@@ -1,7 +1,5 @@
 """What a run must restore of weights and optimizers, and how tensors come back to where they belong."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ What changes from update to update is a tensor that stays where it is: the batch
 The host writes them, and seeds dropout, before the step runs; the step itself asks nothing of the host.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """DeepSpeed's ZeRO-0, 1, 2 behind a trained group, and its settings. DeepSpeed is imported only when it is asked for."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

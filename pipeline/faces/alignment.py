@@ -10,8 +10,6 @@ Coordinates are pixels as OpenCV and CelebA's landmark file count them: 0 is the
 Source of the cascade: Viola, Jones 2001; Lienhart, Maydt 2002; as OpenCV ships it (frontalface_alt2).
 """
 
-from __future__ import annotations
-
 import cmath
 import functools
 import math

@@ -1,7 +1,5 @@
 """Cut the faces of photos out as CelebA's are, into a folder of pictures with a contact sheet."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Pictures of edited faces: a picture of each photo, rows of steps and swaps, grids of two sliders, as files of a folder."""
 
-from __future__ import annotations
-
 import io
 import time
 from collections.abc import Mapping, Sequence

@@ -1,12 +1,9 @@
 """Measure how well faces are aligned: plant aligned pictures in a larger canvas, turned and scaled, and find them again."""
 
-from __future__ import annotations
-
 import cmath
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,12 +11,10 @@ from PIL import Image
 
 from fader.draws import Draws
 from fader.similarity import Similarity
+from pipeline.data.shards import Split
 from pipeline.faces.alignment import EYES, Detector, Face, cascade, crop, find, refine
 from pipeline.images import CELEBA_SIZE
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
-    from pipeline.models import Model
+from pipeline.models import Model
 
 CANVAS = 480
 MAX_TURN = 30.0

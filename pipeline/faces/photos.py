@@ -1,7 +1,5 @@
 """One road from a photo to an edited photo: read it, find the face, cut it square, edit it, paste it back."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Put a run together: its data, method, engine, loaders, validation, tracker and folder. Every rank does it alike."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

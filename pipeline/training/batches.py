@@ -1,7 +1,5 @@
 """Say which batches the updates of a run read, and open the loaders that make them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Iterator
 

@@ -4,8 +4,6 @@ Ranks hear of these things at different moments, or not all of them do. So each 
 boundary the ranks agree on the largest `Reason` that any of them knows, save the same step and end together.
 """
 
-from __future__ import annotations
-
 import enum
 import os
 import signal
@@ -69,7 +67,7 @@ class Listener:
         self._stop_file: Path | None = None
         self._looked = -_LOOK_SECONDS
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> "Listener":
         if threading.current_thread() is threading.main_thread():
             heeded = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores it
             self._previous = {number: signal.signal(number, self._note) for number in heeded}

@@ -1,7 +1,5 @@
 """The judges of an evaluation: those a user names, the model's own, or a panel that is trained and kept for next time."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Train a run from where it stands to its end: its steps, and what happens between them."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

@@ -1,7 +1,5 @@
 """Watch for updates that were not finite, and take the run back to a checkpoint from before them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 

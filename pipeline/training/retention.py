@@ -1,7 +1,5 @@
 """Write a run's checkpoints in the background, remove those that need not be kept, and go back to one."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Train an experiment to its end, or go on with a run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path

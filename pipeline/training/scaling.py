@@ -1,7 +1,5 @@
 """How a training step would take on many ranks: counted all-reduces, a model of their time, and a check on this machine."""
 
-from __future__ import annotations
-
 import os
 import socket
 import statistics

@@ -1,7 +1,5 @@
 """Say where a run stands, and unroll its stages and phases into every update that is left, as a pure function."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,7 +75,7 @@ class ResumePoint:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def from_dict(tree: Mapping[str, Any]) -> ResumePoint:
+    def from_dict(tree: Mapping[str, Any]) -> "ResumePoint":
         known = {entry.name: tree[entry.name] for entry in dataclasses.fields(ResumePoint) if entry.name in tree}
         position = Position(Clock(**tree["position"]["clock"]), tree["position"]["counters"])
         return ResumePoint(**{**known, "position": position})

@@ -1,7 +1,5 @@
 """A sweep: one experiment at every point of a grid of settings; what its children are, and what came of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

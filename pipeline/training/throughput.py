@@ -4,8 +4,6 @@ A bare loop has the method's networks, losses, backward, clipping and fused Adam
 no report, no moving average. All take turns, round after round, so that what else the machine does meets all of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import statistics

@@ -5,8 +5,6 @@ numbers, so all of them come to the same decision. What was measured so far is a
 go into every checkpoint, so that a resumed run decides as an unbroken one does.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -8,8 +8,6 @@ gone); of those that run, the ones that are behind hold up the others. What hang
 rank of the same machine that runs no more is killed first: a launcher would wait 30 seconds for it to heed a SIGTERM.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import logging
@@ -81,7 +79,7 @@ class Watchdog:
         """Note that the loop begins something. All ranks must call it alike, because one that has called it less is behind."""
         self._mark = (self._mark[0] + 1, what, slow)
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> "Watchdog":
         if self.patience:
             self._thread.start()
         return self
