@@ -64,21 +64,11 @@ def evaluate(
     from pipeline.evaluation import Specification
 
     specification = Specification(
-        models=tuple(models),
-        checkpoint=checkpoint,
-        averaged=not raw,
-        judges=addresses(",".join(judge or ())),
-        judge_images=judge_images,
-        data=data,
-        split=split,
-        limit=limit,
-        tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
-        inception=inception,
-        classes=tuple(tuple(names.split("+")) for names in classes.split(",")) if classes else (),
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        threads=threads,
+        models=tuple(models), checkpoint=checkpoint, averaged=not raw, judges=addresses(",".join(judge or ())),
+        judge_images=judge_images, data=data, split=split, limit=limit,
+        tables=tuple(name.strip() for name in tables.split(",") if name.strip()), inception=inception,
+        classes=tuple(tuple(names.split("+")) for names in classes.split(",")) if classes else (), seed=seed,
+        batch_size=batch_size, device=device, threads=threads,
     )
     _evaluate(specification, report_page, json_file, markdown_file)
 
@@ -140,12 +130,7 @@ def measure(model: Model, judges: Sequence[Model], shards: ShardSet, specificati
 
 
 def keep(
-    model: Model,
-    report: Report,
-    judges: Sequence[Model],
-    shards: ShardSet,
-    specification: Specification,
-    page: bool = False,
+    model: Model, report: Report, judges: Sequence[Model], shards: ShardSet, specification: Specification, page: bool = False
 ) -> list[Path]:
     """Write a run's report and page, add them to its MLflow run, and say so; return the files."""
     from pipeline.evaluation import keeping

@@ -16,8 +16,7 @@ def export(
     page: Annotated[bool, typer.Option("--page", help="the same, and a page for onnxruntime-web beside it")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="with --onnx or --page: weights in a quarter of the space")] = False,
     judge: Annotated[str | None, typer.Option(help="put this judge in, not the model's own; not as ONNX")] = None,
-    checkpoint: values.Checkpoint = "latest",
-    raw: values.Raw = False,
+    checkpoint: values.Checkpoint = "latest", raw: values.Raw = False,
 ) -> None:
     """Write a model for use elsewhere: all of it or nothing."""
     if (onnx or page) and judge:

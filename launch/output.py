@@ -35,10 +35,8 @@ def make_tolerant() -> None:
         with contextlib.suppress(OSError):
             stream and stream.flush()
         tolerant = io.TextIOWrapper(
-            io.BufferedWriter(_Tolerant(number, "w", closefd=False)),
-            encoding=stream.encoding if stream else "utf-8",
-            errors="replace",
-            line_buffering=number == 2 or os.isatty(number),
+            io.BufferedWriter(_Tolerant(number, "w", closefd=False)), encoding=stream.encoding if stream else "utf-8",
+            errors="replace", line_buffering=number == 2 or os.isatty(number),
             write_through=bool(stream) and stream.write_through,
         )
         setattr(sys, name, tolerant)

@@ -93,12 +93,9 @@ def celeba(
 
 @app.command()
 def mnist(
-    source: Annotated[str, typer.Argument(help="Folder with the four idx files, gzipped or not.")],
-    out: Out,
-    attribute: Annotated[str, typer.Option(help="What to call the label.")] = "digit",
-    split: Split = None,
-    workers: Workers = None,
-    shard_records: ShardRecords = 4096,
+    source: Annotated[str, typer.Argument(help="Folder with the four idx files, gzipped or not.")], out: Out,
+    attribute: Annotated[str, typer.Option(help="What to call the label.")] = "digit", split: Split = None,
+    workers: Workers = None, shard_records: ShardRecords = 4096,
 ) -> None:
     """MNIST, and sets in its file format: one k-way attribute."""
     options = {"source": source, "attribute": attribute, "shares": split}
@@ -131,14 +128,10 @@ def folders(
 
 @app.command()
 def daynight(
-    source: Annotated[str, typer.Argument(help="Folder with labels.csv (path, label, camera) or day/ and night/.")],
-    out: Out,
+    source: Annotated[str, typer.Argument(help="Folder with labels.csv (path, label, camera) or day/ and night/.")], out: Out,
     labels: Annotated[str, typer.Option(help="Column that says day or night.")] = "label",
     camera: Annotated[str | None, typer.Option(help="Column of cameras; by default one that is called so.")] = None,
-    split: Split = None,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    shard_records: ShardRecords = 4096,
+    split: Split = None, workers: Workers = None, skip_bad: SkipBad = False, shard_records: ShardRecords = 4096,
 ) -> None:
     """Webcam photos by day and by night: no camera stands on both sides of a split, where cameras are known."""
     options = {"source": source, "labels": labels, "camera": camera, "shares": split}
@@ -147,19 +140,11 @@ def daynight(
 
 @app.command()
 def table(
-    source: Annotated[str, typer.Argument(help="CSV or Parquet file with a column of picture paths.")],
-    out: Out,
+    source: Annotated[str, typer.Argument(help="CSV or Parquet file with a column of picture paths.")], out: Out,
     images: Annotated[str | None, typer.Option(help="Where the paths start; by default beside the file.")] = None,
-    path: Annotated[str, typer.Option(help="Column of picture paths.")] = "path",
-    key: KeyColumn = None,
-    split_column: SplitColumn = None,
-    group: Group = None,
-    attributes: Columns = "",
-    kind: KindOf = None,
-    split: Split = None,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    shard_records: ShardRecords = 4096,
+    path: Annotated[str, typer.Option(help="Column of picture paths.")] = "path", key: KeyColumn = None,
+    split_column: SplitColumn = None, group: Group = None, attributes: Columns = "", kind: KindOf = None, split: Split = None,
+    workers: Workers = None, skip_bad: SkipBad = False, shard_records: ShardRecords = 4096,
 ) -> None:
     """Any CSV or Parquet file with a column of paths; binary, k-way and continuous attributes."""
     columns = {"key": key, "split": split_column, "group": group, "attributes": _parts(attributes), "kinds": kind or ()}
@@ -169,17 +154,9 @@ def table(
 
 @app.command()
 def wds(
-    source: Annotated[str, typer.Argument(help="Folder of WebDataset tars, or one tar; img2dataset's output.")],
-    out: Out,
-    key: KeyColumn = None,
-    split_column: SplitColumn = None,
-    group: Group = None,
-    attributes: Columns = "",
-    kind: KindOf = None,
-    split: Split = None,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    shard_records: ShardRecords = 4096,
+    source: Annotated[str, typer.Argument(help="Folder of WebDataset tars, or one tar; img2dataset's output.")], out: Out,
+    key: KeyColumn = None, split_column: SplitColumn = None, group: Group = None, attributes: Columns = "", kind: KindOf = None,
+    split: Split = None, workers: Workers = None, skip_bad: SkipBad = False, shard_records: ShardRecords = 4096,
 ) -> None:
     """WebDataset tars that exist already: a picture and a JSON file a record; fields of the JSON are the columns."""
     columns = {"key": key, "split": split_column, "group": group, "attributes": _parts(attributes), "kinds": kind or ()}

@@ -53,14 +53,8 @@ def promote(
     candidate = _address(name, version)
     beaten = _address(name, better_than) if better_than else None
     specification = Specification(
-        models=(candidate,),
-        judges=addresses(judge),
-        data=data,
-        split=split,
-        limit=limit,
-        tables=("swap", "fidelity"),
-        batch_size=batch_size,
-        device=device,
+        models=(candidate,), judges=addresses(judge), data=data, split=split, limit=limit, tables=("swap", "fidelity"),
+        batch_size=batch_size, device=device,
     )
     bounds = [*((word, "--min") for word in least or []), *((word, "--max") for word in most or [])]
     _promote(name, candidate, beaten, specification, bounds, by)

@@ -10,12 +10,7 @@ from fader.networks.layers import wide
 
 
 def attribute_losses(
-    attributes: Attributes,
-    logits: Tensor,
-    labels: Tensor,
-    known: Tensor,
-    head: Head = "softmax",
-    weights: Tensor | None = None,
+    attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head = "softmax", weights: Tensor | None = None
 ) -> Tensor:
     """Cross-entropy of each attribute, [A], in nats (mean squared error for a continuous one).
 

@@ -76,12 +76,7 @@ class Regressor(nn.Module):
     def __init__(self, size: int, channels: int, settings: AlignerSettings) -> None:
         super().__init__()
         self.layers = Classifier(
-            size,
-            _PARAMETERS,
-            channels,
-            settings.init_channels,
-            settings.max_channels,
-            settings.hidden_channels,
+            size, _PARAMETERS, channels, settings.init_channels, settings.max_channels, settings.hidden_channels,
             norm=settings.norm,
         )
 

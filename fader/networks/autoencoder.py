@@ -117,14 +117,8 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        code_width: int,
-        norm: Norm = "global",
-        deconv: Deconv = "convtranspose",
-        dropout: float = 0.0,
-        skip: Skip = "plain",
-        last: Deconv | None = None,
+        self, layout: Layout, code_width: int, norm: Norm = "global", deconv: Deconv = "convtranspose", dropout: float = 0.0,
+        skip: Skip = "plain", last: Deconv | None = None,
     ) -> None:
         super().__init__()
         widths = [layout.channels, *layout.widths[: layout.num_layers]][::-1]
@@ -133,10 +127,7 @@ class Decoder(nn.Module):
         self.num_skips = layout.num_skips
         self.layers = nn.ModuleList(
             Up(
-                a + code_width + (a if 0 < i <= layout.num_skips else 0),
-                b,
-                kind,
-                norm if i < len(kinds) - 1 else None,
+                a + code_width + (a if 0 < i <= layout.num_skips else 0), b, kind, norm if i < len(kinds) - 1 else None,
                 dropout if i < 3 else 0.0,
             )
             for i, (a, b, kind) in enumerate(zip(widths, widths[1:], kinds))

@@ -14,15 +14,8 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self,
-        image_size: int,
-        num_logits: int,
-        channels: int = 3,
-        init_channels: int = 32,
-        max_channels: int = 512,
-        hidden_channels: int = 512,
-        dropout: float = 0.0,
-        norm: Norm = "global",
+        self, image_size: int, num_logits: int, channels: int = 3, init_channels: int = 32, max_channels: int = 512,
+        hidden_channels: int = 512, dropout: float = 0.0, norm: Norm = "global",
     ) -> None:
         super().__init__()
         widths = [channels, *doubling(init_channels, max_channels, halvings(image_size))]

@@ -20,12 +20,7 @@ class LatentDiscriminator(nn.Module):
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        num_logits: int,
-        hidden_channels: int = 512,
-        dropout: float = 0.3,
-        norm: Norm = "global",
+        self, layout: Layout, num_logits: int, hidden_channels: int = 512, dropout: float = 0.3, norm: Norm = "global"
     ) -> None:
         super().__init__()
         widths = layout.widths[layout.num_layers - layout.num_skips - 1 :]
@@ -53,14 +48,8 @@ class ImageDiscriminator(nn.Module):
     """
 
     def __init__(
-        self,
-        image_size: int,
-        attributes: Attributes,
-        head: Head,
-        channels: int = 3,
-        init_channels: int = 24,
-        max_channels: int = 144,
-        hidden_channels: int = 256,
+        self, image_size: int, attributes: Attributes, head: Head, channels: int = 3, init_channels: int = 24,
+        max_channels: int = 144, hidden_channels: int = 256,
     ) -> None:
         super().__init__()
         if image_size < 8:
@@ -81,12 +70,7 @@ class PatchDiscriminator(nn.Module):
     Raises ValueError: images are smaller than 32 pixels, too small for one patch."""
 
     def __init__(
-        self,
-        image_size: int,
-        channels: int = 3,
-        init_channels: int = 32,
-        max_channels: int = 512,
-        norm: Norm = "global",
+        self, image_size: int, channels: int = 3, init_channels: int = 32, max_channels: int = 512, norm: Norm = "global"
     ) -> None:
         super().__init__()
         if image_size < 32:

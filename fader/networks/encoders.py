@@ -31,14 +31,8 @@ class VariationalEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        attributes: Attributes,
-        latent_width: int,
-        image_size: int,
-        channels: int = 3,
-        init_channels: int = 32,
-        max_channels: int = 512,
-        norm_kind: Norm = "global",
+        self, attributes: Attributes, latent_width: int, image_size: int, channels: int = 3, init_channels: int = 32,
+        max_channels: int = 512, norm_kind: Norm = "global",
     ) -> None:
         super().__init__()
         widths = doubling(init_channels, max_channels, halvings(image_size) - 1)
@@ -64,14 +58,8 @@ class InvertingEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        heads: Mapping[str, tuple[int, int]],
-        image_size: int,
-        channels: int = 3,
-        init_channels: int = 32,
-        max_channels: int = 256,
-        norm_kind: Norm = "global",
-        known_width: int = 0,
+        self, heads: Mapping[str, tuple[int, int]], image_size: int, channels: int = 3, init_channels: int = 32,
+        max_channels: int = 256, norm_kind: Norm = "global", known_width: int = 0,
     ) -> None:
         super().__init__()
         widths = widths_of(image_size, init_channels, max_channels)

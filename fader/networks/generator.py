@@ -38,16 +38,8 @@ class Generator(nn.Module):
     """
 
     def __init__(
-        self,
-        attributes: Attributes,
-        noise_width: int,
-        image_size: int,
-        channels: int = 3,
-        init_channels: int = 64,
-        max_channels: int = 512,
-        deconv: Deconv = "convtranspose",
-        norm_kind: Norm = "global",
-        dropout: float = 0.0,
+        self, attributes: Attributes, noise_width: int, image_size: int, channels: int = 3, init_channels: int = 64,
+        max_channels: int = 512, deconv: Deconv = "convtranspose", norm_kind: Norm = "global", dropout: float = 0.0,
     ) -> None:
         super().__init__()
         widths = widths_of(image_size, init_channels, max_channels)[::-1]
@@ -71,12 +63,7 @@ class ConditionalDiscriminator(nn.Module):
     """
 
     def __init__(
-        self,
-        attributes: Attributes,
-        image_size: int,
-        channels: int = 3,
-        init_channels: int = 64,
-        max_channels: int = 512,
+        self, attributes: Attributes, image_size: int, channels: int = 3, init_channels: int = 64, max_channels: int = 512,
         norm_kind: Norm | None = "global",
     ) -> None:
         super().__init__()

@@ -26,15 +26,8 @@ class DenseGenerator(nn.Module):
     """
 
     def __init__(
-        self,
-        attributes: Attributes,
-        noise_width: int,
-        widths: Sequence[int],
-        channels: int,
-        hidden_channels: int,
-        deconv: Deconv,
-        norm_kind: Norm,
-        dropout: float,
+        self, attributes: Attributes, noise_width: int, widths: Sequence[int], channels: int, hidden_channels: int,
+        deconv: Deconv, norm_kind: Norm, dropout: float,
     ) -> None:
         super().__init__()
         self.condition = Condition(attributes)

@@ -39,14 +39,8 @@ class ResidualClassifier(nn.Module):
     """
 
     def __init__(
-        self,
-        image_size: int,
-        num_logits: int,
-        channels: int = 3,
-        init_channels: int = 32,
-        max_channels: int = 256,
-        dropout: float = 0.0,
-        norm: Norm = "global",
+        self, image_size: int, num_logits: int, channels: int = 3, init_channels: int = 32, max_channels: int = 256,
+        dropout: float = 0.0, norm: Norm = "global",
     ) -> None:
         super().__init__()
         count = max(halvings(image_size) - 1 - _LAST_SIDE, 0)  # halvings that are left to the blocks after the first

@@ -228,13 +228,7 @@ def listener(host: str, port: int) -> sockets.socket:
 def server(service: Service) -> uvicorn.Server:
     """Return what serves the page; `run(sockets=[…])` does until it is told to stop."""
     config = uvicorn.Config(
-        build(service),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        ws="websockets-sansio",
-        ws_max_size=service.limits.upload_bytes + 4_096,
-        ws_per_message_deflate=False,
-        timeout_graceful_shutdown=2,
+        build(service), log_level="warning", access_log=False, server_header=False, ws="websockets-sansio",
+        ws_max_size=service.limits.upload_bytes + 4_096, ws_per_message_deflate=False, timeout_graceful_shutdown=2,
     )
     return uvicorn.Server(config)

@@ -172,15 +172,9 @@ class Engine(Ranks):
             if shape not in self.inputs:
                 self.inputs[shape] = like(batch, self.device)
             self.steps[phase, shape] = Step(
-                phase=phase,
-                group=self.groups.get(phase.trains),
-                inputs=self.inputs[shape],
-                networks=self.networks,
-                context=self.context,
-                sums=self.sums.setdefault(phase, Sums(self.device)),
-                autocast=self.accelerator.autocast,
-                accumulation=self.settings.accumulation,
-                average=self._average_own_statistics,
+                phase=phase, group=self.groups.get(phase.trains), inputs=self.inputs[shape], networks=self.networks,
+                context=self.context, sums=self.sums.setdefault(phase, Sums(self.device)), autocast=self.accelerator.autocast,
+                accumulation=self.settings.accumulation, average=self._average_own_statistics,
             )
         return self.steps[phase, shape]
 

@@ -153,12 +153,8 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
     cuts = [slice(records * k // count, records * (k + 1) // count) for k in range(count)]
     return [
         dataclasses.replace(
-            batch,
-            images=None if batch.images is None else batch.images[cut],
-            attributes=batch.attributes[cut],
-            index=batch.index[cut],
-            draws=dataclasses.replace(batch.draws, index=batch.draws.index[cut]),
-            size=batch.size / count,
+            batch, images=None if batch.images is None else batch.images[cut], attributes=batch.attributes[cut],
+            index=batch.index[cut], draws=dataclasses.replace(batch.draws, index=batch.draws.index[cut]), size=batch.size / count,
             known=batch.known / count,
         )
         for cut in cuts

@@ -39,11 +39,7 @@ class ZeroGroup(Group):
         if self.stage:
             self.optimizer.state.clear()  # it belongs to the flat vector
         self.wrapped, *_ = deepspeed.initialize(
-            model=loss,
-            optimizer=self.optimizer,
-            model_parameters=self.parameters,
-            config=settings,
-            dist_init_required=False,
+            model=loss, optimizer=self.optimizer, model_parameters=self.parameters, config=settings, dist_init_required=False
         )
         if self.stage:
             with torch.no_grad():

@@ -77,12 +77,7 @@ def eye_error(faces: Sequence[Face], place: Similarity) -> float:
 
 
 def measure(
-    split: Split,
-    count: int,
-    aligner: Model | None = None,
-    *,
-    seed: int = 0,
-    detector: Detector = cascade,
+    split: Split, count: int, aligner: Model | None = None, *, seed: int = 0, detector: Detector = cascade,
     watch: Callable[[int], None] = lambda done: None,
 ) -> list[Errors]:
     """Measure the detector alone, and refined where there is an aligner, on `count` records spread evenly over a split.

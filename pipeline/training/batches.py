@@ -30,15 +30,8 @@ class Loaders:
         if split.name not in self.quarantines:
             self.quarantines[split.name] = Quarantine(split, data.quarantine_share, self.known)
         return open_loader(
-            data.loader,
-            cache,
-            split=split,
-            attributes=engine.method.attributes,
-            preprocessing=data.preprocessing(),
-            seed=self.experiment.seed,
-            device=engine.device,
-            threads=data.threads,
-            prefetch=data.prefetch,
+            data.loader, cache, split=split, attributes=engine.method.attributes, preprocessing=data.preprocessing(),
+            seed=self.experiment.seed, device=engine.device, threads=data.threads, prefetch=data.prefetch,
             quarantine=self.quarantines[split.name],
             **({} if whole else {"rank": engine.rank, "world_size": engine.world_size, "on_node": engine.on_node}),
         )
@@ -102,14 +95,8 @@ class Batches:
         data, seed = self.experiment.data, self.experiment.seed
         weights, groups = self._weights
         return Plan(
-            len(self.split),
-            seed,
-            salt,
-            window=data.window,
-            shard_of=self.split.shard,
-            replacement=data.replacement,
-            weights=weights,
-            groups=groups,
+            len(self.split), seed, salt, window=data.window, shard_of=self.split.shard, replacement=data.replacement,
+            weights=weights, groups=groups,
         )
 
     def _as_asked(self, phase: Phase, batch: Batch) -> Batch:

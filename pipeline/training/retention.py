@@ -45,12 +45,7 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        run: Path,
-        keep: int,
-        *,
-        every_images: int = 0,
-        best: Mapping[str, Literal["max", "min"]] | None = None,
+        self, run: Path, keep: int, *, every_images: int = 0, best: Mapping[str, Literal["max", "min"]] | None = None,
         owner: Owner | None = None,
     ) -> None:
         self.run, self.owner = run, owner
@@ -61,11 +56,7 @@ class CheckpointWriter:
         checkpoint.clear_unfinished(run)
 
     def save(
-        self,
-        images: int,
-        state: State,
-        extra: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
+        self, images: int, state: State, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None,
         validated_best: Mapping[str, Any] | None = None,
     ) -> None:
         """Take a state (a copy that nobody changes) and write it in the background; wait for the one before.

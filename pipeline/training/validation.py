@@ -157,11 +157,7 @@ class Validation:
     """
 
     def __init__(
-        self,
-        experiment: Experiment,
-        engine: Engine,
-        judges: Sequence[Model],
-        shards: ShardSet,
+        self, experiment: Experiment, engine: Engine, judges: Sequence[Model], shards: ShardSet,
         open_loader: Callable[[Split], Loader],
     ) -> None:
         self.engine, self.judges, self.shards, self.split = engine, judges, shards, shards.split("valid")
@@ -169,13 +165,8 @@ class Validation:
         run, method, preprocessing = experiment.run, engine.method, experiment.data.preprocessing()
         self.model = Model(method, {"config": {"seed": experiment.seed}}, method.attributes, preprocessing, (), experiment.name)
         self.specification = evaluation.Specification(
-            split="valid",
-            limit=run.evaluate_records,
-            tables=tables(run.evaluate_tables, method, judges),
-            resamples=0,
-            seed=experiment.seed,
-            batch_size=BATCH_SIZE,
-            device=str(engine.device),
+            split="valid", limit=run.evaluate_records, tables=tables(run.evaluate_tables, method, judges), resamples=0,
+            seed=experiment.seed, batch_size=BATCH_SIZE, device=str(engine.device),
         )
         self.best_so_far: BestSoFar | None = None
         if run.evaluate_images:
