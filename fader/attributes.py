@@ -108,8 +108,6 @@ class Attributes(tuple[Attribute, ...]):
         """The named attributes, in the order named. Raises ValueError: a name is unknown or stands twice."""
         return Attributes(self[self.index(name)] for name in names)
 
-    # --- labels to code ---------------------------------------------------------------------------------------------
-
     @property
     def code_width(self) -> int:
         return sum(attribute.k for attribute in self)
@@ -184,8 +182,6 @@ class Attributes(tuple[Attribute, ...]):
             return name, int(value)
         raise ValueError(f"{name} has no value {value!r}; it has {', '.join(attribute.categories)}")
 
-    # --- logits -----------------------------------------------------------------------------------------------------
-
     def logits_width(self, head: Head) -> int:
         return sum(attribute.logits_width(head) for attribute in self)
 
@@ -211,8 +207,6 @@ class Attributes(tuple[Attribute, ...]):
         """[N, A] float labels: the most probable value; the number itself for a continuous attribute."""
         both = zip(self, self.probabilities(logits, head))
         return torch.stack([p[:, 1] if a.kind == "continuous" else p.argmax(1).float() for a, p in both], 1)
-
-    # --- other labels -----------------------------------------------------------------------------------------------
 
     def flipped(self, labels: Tensor, draws: Draws) -> Tensor:
         """The wrong labels the encoder aims for: 1 - y if binary or continuous, a random other category if k-way.

@@ -196,7 +196,7 @@ class Optimizer:
 
 
 class Method:
-    """Base of every method. Subclasses set `name` and `Settings`, build `networks`, and implement the two functions.
+    """Base of every method. Subclasses set `name` and `Settings`, and implement `build`, `stages` and `optimizers`.
 
     for_use: the networks that encoding, decoding, sampling or judging need, where that is not all of them; what only training
     needs is left out of exports.
@@ -214,11 +214,15 @@ class Method:
     def __init__(self, settings: Any, attributes: Attributes, image_size: int, channels: int = 3) -> None:
         if not isinstance(settings, self.Settings):
             raise TypeError(f"{self.name} takes {self.Settings.__name__}, got {type(settings).__name__}")
-        self.settings = settings
-        self.attributes = attributes
-        self.image_size = image_size
-        self.channels = channels
-        self.networks: dict[str, nn.Module] = {}
+        if not attributes and not self.learns_geometry:
+            raise ValueError(f"{self.name} needs at least one attribute; name some")
+        self.settings, self.attributes = settings, attributes
+        self.image_size, self.channels = image_size, channels
+        self.networks = self.build()
+
+    def build(self) -> dict[str, nn.Module]:
+        """Make the networks, by name."""
+        return {}
 
     def stages(self) -> tuple[Stage, ...]:
         raise NotImplementedError

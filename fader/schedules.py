@@ -16,37 +16,14 @@ def ramp(value: float, images: int, *, over: int) -> float:
     return value if images >= over else value * images / over
 
 
-def risen(value: float, images: int, *, rise: Rise, over: int, after: int = 0) -> float:
-    """A weight that is 0 for `after` images and then rises to `value` as its shape says.
-
-    rise: "linear" as in `ramp`; "cosine" (1 - cos π t)/2, slow at both ends; "step" is 0 until the `over` images are through, and
-        then the whole weight; "constant" is the whole weight from their beginning. over: images from 0 to `value`.
-    after: images before them.
-    Raises ValueError: a number of images is negative, or there is no such shape.
-    """
-    if after < 0:
-        raise ValueError(f"a weight that waits for {after} images; that cannot be negative")
-    since = images - after
-    if since < 0:
-        return 0.0
-    if rise == "linear":
-        return ramp(value, since, over=over)
-    if rise == "cosine":
-        return value * (1 - math.cos(math.pi * ramp(1.0, since, over=over))) / 2
-    if rise == "step":
-        return value if since >= over else 0.0
-    if rise == "constant":
-        return value
-    raise ValueError(f"rise {rise!r} is none of linear, cosine, step, constant")
-
-
 @dataclass(frozen=True)
 class Schedule:
     """A weight as data: its value at the end, and how it gets there.
 
     A method names its schedules. Before every update the engine writes the value of each into `Context.weights`.
     to: the weight at the end. over: images over which it rises from 0; 0 = at once. after: images before that, in which it is 0.
-    rise: the shape, see `risen`.
+    rise: "linear" as in `ramp`; "cosine" (1 - cos π t)/2, slow at both ends; "step" is 0 until the `over` images are through, and
+        then the whole weight; "constant" is the whole weight from their beginning.
     """
 
     to: float
@@ -56,7 +33,14 @@ class Schedule:
 
     def at(self, images: int) -> float:
         """The weight after so many images of the run."""
-        return risen(self.to, images, rise=self.rise, over=self.over, after=self.after)
+        since = images - self.after
+        if since < 0 or (self.rise == "step" and since < self.over):
+            return 0.0
+        if self.rise == "linear":
+            return ramp(self.to, since, over=self.over)
+        if self.rise == "cosine":
+            return self.to * (1 - math.cos(math.pi * ramp(1.0, since, over=self.over))) / 2
+        return self.to
 
 
 def ema_decay(half_life: int, images: int) -> float:

@@ -29,48 +29,22 @@ class Game:
     compares: bool = False
 
 
-def non_saturating_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
-    """Cross-entropy in nats: -log σ(real) - log(1 - σ(decoded)). 2 ln 2 when the logits tell nothing.
-    Source: Goodfellow et al. 2014, arXiv:1406.2661, equation 1."""
-    return F.softplus(-wide(real)) + F.softplus(wide(decoded))
-
-
-def non_saturating_maker(real: Tensor, decoded: Tensor) -> Tensor:
-    """-log σ(decoded), whose gradient does not vanish where the discriminator is sure. ln 2 when it cannot tell.
-
-    Source: Goodfellow et al. 2014, arXiv:1406.2661, section 3.
-    """
-    return F.softplus(-wide(decoded))
-
-
-def hinge_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
-    """max(0, 1 - real) + max(0, 1 + decoded): nothing more is gained beyond a margin of 1.
-    Source: Lim, Ye 2017, "Geometric GAN", arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, equation 16."""
-    return F.relu(1 - wide(real)) + F.relu(1 + wide(decoded))
-
-
-def hinge_maker(real: Tensor, decoded: Tensor) -> Tensor:
-    """-decoded. Source: Miyato et al. 2018, arXiv:1802.05957, equation 17."""
-    return -wide(decoded)
-
-
-def relativistic_discriminator(real: Tensor, decoded: Tensor) -> Tensor:
-    """-log σ(real - decoded): each real image should look more real than the decoded one beside it. ln 2 when it does not.
-
-    Source: Jolicoeur-Martineau 2018, arXiv:1807.00734, RSGAN.
-    """
-    return F.softplus(wide(decoded) - wide(real))
-
-
-def relativistic_maker(real: Tensor, decoded: Tensor) -> Tensor:
-    """-log σ(decoded - real). Source: Jolicoeur-Martineau 2018, arXiv:1807.00734, RSGAN."""
-    return F.softplus(wide(real) - wide(decoded))
-
-
 GAMES = {
-    "non_saturating": Game(non_saturating_discriminator, non_saturating_maker),
-    "hinge": Game(hinge_discriminator, hinge_maker),
-    "relativistic": Game(relativistic_discriminator, relativistic_maker, compares=True),
+    # Goodfellow et al. 2014, arXiv:1406.2661, equation 1 and section 3: cross-entropies in nats, -log σ(real) - log(1 - σ(decoded))
+    # and -log σ(decoded), whose gradient does not vanish where the discriminator is sure; 2 ln 2 and ln 2 when logits tell nothing.
+    "non_saturating": Game(
+        lambda real, decoded: F.softplus(-wide(real)) + F.softplus(wide(decoded)), lambda real, decoded: F.softplus(-wide(decoded))
+    ),
+    # Lim, Ye 2017, arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, equations 16 and 17: nothing is gained beyond 1.
+    "hinge": Game(
+        lambda real, decoded: F.relu(1 - wide(real)) + F.relu(1 + wide(decoded)), lambda real, decoded: -wide(decoded)
+    ),
+    # Jolicoeur-Martineau 2018, arXiv:1807.00734, RSGAN: -log σ(real - decoded), each image against the one beside it; and turned.
+    "relativistic": Game(
+        lambda real, decoded: F.softplus(wide(decoded) - wide(real)),
+        lambda real, decoded: F.softplus(wide(real) - wide(decoded)),
+        compares=True,
+    ),
 }
 
 

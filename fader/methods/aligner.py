@@ -7,17 +7,17 @@ Source: iterated regression of a residual warp, Lin, Lucey 2017, arXiv:1612.0389
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fader.attributes import Attributes
 from fader.draws import Draws
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.networks.classifier import Classifier
 from fader.networks.layers import wide
-from fader.networks.normalization import Norm
+from fader.settings import Settings, setting
 from fader.similarity import Similarity, positions, sample
 
 _LEVER = 0.4
@@ -25,46 +25,22 @@ _PARAMETERS = 4
 
 
 @dataclass(frozen=True)
-class AlignerSettings:
-    """
-    Args:
-        images: length of training, in images.
-        window: side of the window that the network sees, as a share of the training picture's side.
-        window_below: how far the window's centre lies below the picture's, in half sides of the picture.
-        max_rotation: largest planted turn, in degrees either way.
-        max_zoom: largest planted scale; the smallest is one over it.
-        max_shift: largest planted shift along each axis, in half sides of the window.
-        norm: "global" or "local" batch norm (an instance of one pixel cannot be normalised).
-        clip_norm: L2 norm of all gradients; 0 = no clipping.
-        ema_half_life: of the moving average of the weights, in images; 0 = none.
-    """
-
-    images: int = 300_000
-    window: float = 0.75
-    window_below: float = 0.1
-    max_rotation: float = 30.0
-    max_zoom: float = 1.4
-    max_shift: float = 0.35
-    init_channels: int = 16
-    max_channels: int = 128
-    hidden_channels: int = 128
-    norm: Norm = "global"
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip_norm: float = 5.0
-    ema_half_life: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.window <= 1:
-            raise ValueError(f"window is {self.window}; it is a share of the picture's side, above 0 and up to 1")
-        if self.max_zoom < 1 or self.max_rotation < 0 or self.max_shift < 0:
-            raise ValueError(
-                f"max_zoom {self.max_zoom} must be at least 1, max_rotation {self.max_rotation} and max_shift "
-                f"{self.max_shift} at least 0"
-            )
-        if self.norm not in ("global", "local"):
-            raise ValueError(f"norm {self.norm!r} is none of global, local: an aligner halves images down to one pixel")
+class AlignerSettings(Settings):
+    images: int = setting(300_000, "length of training", least=1)
+    window: float = setting(0.75, "side of the window that the network sees, as a share of the picture's", least=0.01, most=1)
+    window_below: float = setting(0.1, "how far the window's centre lies below the picture's, in half sides of the picture")
+    max_rotation: float = setting(30.0, "largest planted turn, in degrees either way", least=0)
+    max_zoom: float = setting(1.4, "largest planted scale; the smallest is one over it", least=1)
+    max_shift: float = setting(0.35, "largest planted shift along each axis, in half sides of the window", least=0)
+    init_channels: int = setting(16, "of the first convolution; they double with each", least=1)
+    max_channels: int = setting(128, "up to so many", least=1)
+    hidden_channels: int = setting(128, "of the last hidden layer", least=1)
+    norm: Literal["global", "local"] = setting("global", "an instance of one pixel, to which images halve, has no variance")
+    learning_rate: float = setting(1e-3, "of Adam", least=0)
+    betas: tuple[float, float] = setting((0.9, 0.99), "of Adam")
+    weight_decay: float = setting(0.0, "share of each weight that a step takes off, times the learning rate", least=0)
+    clip_norm: float = setting(5.0, "largest L2 norm of all gradients; 0 = no clipping", least=0)
+    ema_half_life: int = setting(0, "of the moving average of the weights, in images; 0 = none", least=0)
 
 
 class Regressor(nn.Module):
@@ -94,14 +70,13 @@ class Aligner(Method):
     name = "aligner"
     Settings = AlignerSettings
     learns_geometry = True
-    settings: AlignerSettings
 
-    def __init__(
-        self, settings: AlignerSettings, attributes: Attributes, image_size: int, channels: int = 3
-    ) -> None:
-        super().__init__(settings, attributes, image_size, channels)
-        self.window_size = image_size // 2
-        self.networks = {"regressor": Regressor(self.window_size, channels, settings)}
+    @property
+    def window_size(self) -> int:
+        return self.image_size // 2
+
+    def build(self) -> dict[str, nn.Module]:
+        return {"regressor": Regressor(self.window_size, self.channels, self.settings)}
 
     @property
     def window(self) -> Similarity:

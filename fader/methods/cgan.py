@@ -35,20 +35,16 @@ class CGan(Gan):
 
     name = "cgan"
     Settings = CGanSettings
-    settings: CGanSettings
 
-    def __init__(self, settings: CGanSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
-        super().__init__(settings, attributes, image_size, channels)
-        s = settings
-        if not attributes:
-            raise ValueError(f"{self.name} needs at least one attribute to condition on; name some")
-        sizes = (image_size, channels, s.init_channels, s.max_channels)
+    def build(self) -> dict[str, nn.Module]:
+        s, attributes = self.settings, self.attributes
+        sizes = (self.image_size, self.channels, s.init_channels, s.max_channels)
         discriminator = ConditionalDiscriminator(attributes, *sizes, None if s.spectral_norm else s.norm)
         begin_as_dcgan(discriminator)
         if s.quantised_keys:
             second = discriminator.layers[0].conv
             discriminator.layers.insert(1, Quantisation(second.out_channels, s.quantised_keys, s.quantised_decay))
-        self.networks = {
+        return {
             "generator": begin_as_dcgan(Generator(attributes, s.noise_width, *sizes, s.deconv, s.norm, s.dropout)),
             "discriminator": with_spectral_norm(discriminator) if s.spectral_norm else discriminator,
         }

@@ -12,9 +12,8 @@ AntixK/PyTorch-VAE (configs/cvae.yaml), whose decoder begins at 2×2 and ends in
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fader.attributes import Attributes
 from fader.losses.latents import gaussian_divergences
 from fader.losses.reconstruction import squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
@@ -49,18 +48,12 @@ class Cvae(Method):
     name = "cvae"
     Settings = CvaeSettings
     for_use = ("encoder", "decoder")
-    settings: CvaeSettings
 
-    def __init__(self, settings: CvaeSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
-        super().__init__(settings, attributes, image_size, channels)
-        s = settings
-        if not attributes:
-            raise ValueError(f"{self.name} needs at least one attribute to condition on; name some")
-        sizes = (attributes, s.latent_width, image_size, channels, s.init_channels, s.max_channels)
-        self.networks = {
-            "encoder": VariationalEncoder(*sizes, s.norm),
-            "decoder": Generator(*sizes, s.deconv, s.norm, s.dropout),
-        }
+    def build(self) -> dict[str, nn.Module]:
+        s = self.settings
+        sizes = (self.attributes, s.latent_width, self.image_size, self.channels, s.init_channels, s.max_channels)
+        encoder = VariationalEncoder(*sizes, s.norm)
+        return {"encoder": encoder, "decoder": Generator(*sizes, s.deconv, s.norm, s.dropout)}
 
     @property
     def noise_width(self) -> int:
@@ -85,8 +78,6 @@ class Cvae(Method):
         divergence = batch.mean(gaussian_divergences(*posterior))
         report = {"autoencoder/mse": mse.detach(), "autoencoder/kl": divergence.detach()}
         return Loss(mse + self.settings.kl_weight * divergence, report)
-
-    # --- use --------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor, labels: Tensor) -> Tensor:
         """Images [N, C, S, S] and their labels [N, A] to the means of their latents [N, latent_width]."""

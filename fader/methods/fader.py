@@ -22,7 +22,7 @@ from fader.adversaries.image import ImageAdversary, ImageSettings
 from fader.adversaries.latent import LatentAdversary, LatentSettings
 from fader.adversaries.patch import PatchAdversary, PatchSettings
 from fader.adversaries.solved import SolvedAdversary, SolvedSettings
-from fader.attributes import Attributes, Head
+from fader.attributes import Head
 from fader.losses.reconstruction import absolute_errors, squared_errors
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
 from fader.networks.autoencoder import PRESETS, Decoder, Encoder, Latent, Layout, Preset, Skip
@@ -87,20 +87,14 @@ class Fader(Method):
     name = "fader"
     Settings = FaderSettings
     for_use = ("encoder", "decoder")
-    settings: FaderSettings
 
-    def __init__(self, settings: FaderSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
-        super().__init__(settings, attributes, image_size, channels)
-        s, layout = settings, settings.layout(image_size, channels)
-        if not attributes:
-            raise ValueError("a Fader network needs at least one attribute to slide; name some")
-        self.networks: dict[str, nn.Module] = {
-            "encoder": Encoder(layout, s.norm, s.encoder_dropout),
-            "decoder": Decoder(layout, attributes.code_width, s.norm, s.deconv, s.decoder_dropout, s.skip, s.last_deconv),
-        }
+    def build(self) -> dict[str, nn.Module]:
+        s, layout, width = self.settings, self.settings.layout(self.image_size, self.channels), self.attributes.code_width
+        encoder = Encoder(layout, s.norm, s.encoder_dropout)
+        decoder = Decoder(layout, width, s.norm, s.deconv, s.decoder_dropout, s.skip, s.last_deconv)
         self.adversaries = self._adversaries(layout)
-        for adversary in self.adversaries:
-            self.networks[adversary.network] = adversary.build()
+        pressing = {adversary.network: adversary.build() for adversary in self.adversaries}
+        return {"encoder": encoder, "decoder": decoder, **pressing}
 
     def _adversaries(self, layout: Layout) -> list[Adversary]:
         s = self.settings
@@ -118,8 +112,6 @@ class Fader(Method):
         latent = [LatentAdversary(s.latent, about, observers=solved)] if s.latent.steps else []
         images = [*built(PatchAdversary, s.patch), *built(ImageAdversary, s.image)]
         return [*latent, *images, *built(AttributeAdversary, s.classifier), *solved]
-
-    # --- training ---------------------------------------------------------------------------------------------------
 
     def stages(self) -> tuple[Stage, ...]:
         s = self.settings
@@ -157,8 +149,6 @@ class Fader(Method):
             loss = loss + pressure.value
             report |= pressure.report
         return Loss(loss, {f"autoencoder/{name}": value for name, value in report.items()})
-
-    # --- use --------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor, labels: Tensor) -> Latent:
         """Images [N, C, S, S] to their latent. This encoder needs no labels; it takes them as all methods do."""

@@ -68,8 +68,6 @@ class Gan(Method):
         """The generator's losses depend on real images, too."""
         return self.settings.game in GAMES and self.game.compares
 
-    # --- training ---------------------------------------------------------------------------------------------------
-
     def verdict(self, networks: Networks, images: Tensor, labels: Tensor) -> Tensor:
         """The discriminator's logits [N] of images beside labels [N, A]."""
         raise NotImplementedError
@@ -136,8 +134,6 @@ class Gan(Method):
     def _judging_optimizer(self) -> Optimizer:
         s, rate = self.settings, self.settings.discriminator_learning_rate
         return Optimizer(learning_rate=s.learning_rate if rate is None else rate, betas=s.betas, clip_norm=s.clip_norm)
-
-    # --- use --------------------------------------------------------------------------------------------------------
 
     def sample(self, noise: Tensor, code: Tensor) -> Tensor:
         """Noise [N, noise_width] and a code [N, attributes.code_width] to images [N, C, S, S] in [-1, 1]."""

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fader.attributes import Attributes
 from fader.losses.attributes import condition_loss
 from fader.method import Batch, Context, Loss, Networks, Optimizer, Phase, Stage, register
 from fader.methods.cgan import CGan, CGanSettings
@@ -41,29 +40,25 @@ class IcGan(CGan):
 
     name = "icgan"
     Settings = IcGanSettings
-    settings: IcGanSettings
 
-    def __init__(self, settings: IcGanSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
-        super().__init__(settings, attributes, image_size, channels)
-        s, width = settings, self.networks["generator"].condition.width
+    def build(self) -> dict[str, nn.Module]:
+        s, networks = self.settings, super().build()
+        width = networks["generator"].condition.width
         half = [max(1, number // 2) for number in (s.init_channels, s.max_channels)]
         heads = {"z": (s.hidden_channels, s.noise_width), "y": (max(8, s.hidden_channels // 8), width)}
 
         def encoder(*names: str, known_width: int = 0) -> InvertingEncoder:
-            return InvertingEncoder({n: heads[n] for n in names}, image_size, channels, *half, s.norm, known_width)
+            return InvertingEncoder({n: heads[n] for n in names}, self.image_size, self.channels, *half, s.norm, known_width)
 
         if s.variant == "sng":
-            self.networks["encoder"] = encoder("z", "y")
-        else:
-            self.networks["encoder_z"] = encoder("z", known_width=width if s.variant == "ind_cond" else 0)
-            self.networks["encoder_y"] = encoder("y")
+            return networks | {"encoder": encoder("z", "y")}
+        encoder_z = encoder("z", known_width=width if s.variant == "ind_cond" else 0)
+        return networks | {"encoder_z": encoder_z, "encoder_y": encoder("y")}
 
     @property
     def for_use(self) -> tuple[str, ...]:  # type: ignore[override]
         needed = {"sng": ("encoder",), "ind": ("encoder_z",), "ind_cond": ("encoder_z", "encoder_y")}
         return ("generator", *needed[self.settings.variant])
-
-    # --- training ---------------------------------------------------------------------------------------------------
 
     def stages(self) -> tuple[Stage, ...]:
         s = self.settings
@@ -118,8 +113,6 @@ class IcGan(CGan):
             with torch.no_grad():
                 known = networks["encoder_y"](images)["y"]
         return networks["encoder_z"](images, known)["z"]
-
-    # --- use --------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor, labels: Tensor) -> Tensor:
         """Images [N, C, S, S] to the noise [N, noise_width] of which they might be made. The labels are not read."""

@@ -7,9 +7,9 @@ another build, because a decoder that learnt to please one build seldom pleases 
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fader.attributes import Attributes, Head
+from fader.attributes import Head
 from fader.counts import LabelCounts
 from fader.losses.attributes import accuracies, attribute_losses
 from fader.method import Batch, Context, Loss, Method, Networks, Optimizer, Phase, Stage, register
@@ -82,12 +82,9 @@ class Judge(Method):
 
     name = "judge"
     Settings = JudgeSettings
-    settings: JudgeSettings
 
-    def __init__(self, settings: JudgeSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
-        super().__init__(settings, attributes, image_size, channels)
-        if not attributes:
-            raise ValueError("a judge needs at least one attribute to read; name some")
+    def build(self) -> dict[str, nn.Module]:
+        settings, attributes = self.settings, self.attributes
         missing, rest = set(settings.asked) - set(attributes.names), len(attributes) - len(set(settings.asked))
         if missing:
             raise ValueError(f"asked: {', '.join(sorted(missing))} is not among the attributes of the data")
@@ -95,8 +92,8 @@ class Judge(Method):
         self.asked = settings.asked
         self.counts = asked if settings.asked else [1.0] * len(attributes)
         build = ResidualClassifier if settings.is_residual else Classifier
-        layout = (image_size, attributes.logits_width(settings.head), channels)
-        self.networks = {
+        layout = (self.image_size, attributes.logits_width(settings.head), self.channels)
+        return {
             "classifier": build(*layout, dropout=settings.dropout, norm=settings.norm, **settings.sizes()),
             "label_counts": LabelCounts(attributes),
         }

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fader.attributes import Attributes
 from fader.counts import LabelCounts
 from fader.losses.adversarial import multi_hinges
 from fader.losses.attributes import accuracies, attribute_losses, smoothed
@@ -61,34 +60,28 @@ class VacGan(Gan):
 
     name = "vacgan"
     Settings = VacGanSettings
-    settings: VacGanSettings
 
-    def __init__(self, settings: VacGanSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
-        super().__init__(settings, attributes, image_size, channels)
-        s = settings
-        if not attributes:
-            raise ValueError("vacgan needs at least one attribute to condition on; name some")
+    def build(self) -> dict[str, nn.Module]:
+        s, attributes, channels = self.settings, self.attributes, self.channels
         if self.counts_classes and self.classes > MOST_CLASSES:
             raise ValueError(
                 f"game multi_hinge takes each combination of values as a class, and {len(attributes)} attributes have "
                 f"{self.classes:,}; name fewer (at most {MOST_CLASSES:,} classes)"
             )
-        widths = widths_of(image_size, s.init_channels, s.max_channels)
-        up = widths_of(image_size, 2 * s.init_channels, max(2 * s.init_channels, s.max_channels))[-2::-1]
+        widths = widths_of(self.image_size, s.init_channels, s.max_channels)
+        up = widths_of(self.image_size, 2 * s.init_channels, max(2 * s.init_channels, s.max_channels))[-2::-1]
         generator = (attributes, s.noise_width, up, channels, s.hidden_channels, s.deconv, s.norm, s.dropout)
         logits = attributes.logits_width("sigmoid")
-        self.networks = {
+        networks = {
             "generator": DenseGenerator(*generator),
             "discriminator": PooledClassifier(channels, widths, 5, None, 1 + (self.classes if self.counts_classes else 0)),
             "classifier": PooledClassifier(channels, [2 * width for width in widths], 2, s.norm, logits),
         }
         if s.quantised_keys:  # convolution, LeakyReLU, convolution, LeakyReLU, and here
-            discriminator = self.networks["discriminator"]
-            discriminator.layers.insert(4, Quantisation(widths[1], s.quantised_keys, s.quantised_decay))
+            networks["discriminator"].layers.insert(4, Quantisation(widths[1], s.quantised_keys, s.quantised_decay))
         if s.spectral_norm:
-            self.networks = {name: with_spectral_norm(network) for name, network in self.networks.items()}
-        if s.even_labels:
-            self.networks["label_counts"] = LabelCounts(attributes)
+            networks = {name: with_spectral_norm(network) for name, network in networks.items()}
+        return networks | ({"label_counts": LabelCounts(attributes)} if s.even_labels else {})
 
     @property
     def counts_classes(self) -> bool:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fader.attributes import Attributes
 from fader.losses.adversarial import GAMES
 from fader.losses.latents import gaussian_divergences
 from fader.losses.reconstruction import squared_errors
@@ -48,14 +47,12 @@ class VaeGan(Cvae):
 
     name = "vaegan"
     Settings = VaeGanSettings
-    settings: VaeGanSettings
 
-    def __init__(self, settings: VaeGanSettings, attributes: Attributes, image_size: int, channels: int = 3) -> None:
-        super().__init__(settings, attributes, image_size, channels)
-        s = settings
-        sizes = (image_size, channels, s.init_channels, s.max_channels)
-        discriminator = ConditionalDiscriminator(attributes, *sizes, None if s.spectral_norm else s.norm)
-        self.networks["discriminator"] = with_spectral_norm(discriminator) if s.spectral_norm else discriminator
+    def build(self) -> dict[str, nn.Module]:
+        s, networks = self.settings, super().build()
+        sizes = (self.image_size, self.channels, s.init_channels, s.max_channels)
+        discriminator = ConditionalDiscriminator(self.attributes, *sizes, None if s.spectral_norm else s.norm)
+        return networks | {"discriminator": with_spectral_norm(discriminator) if s.spectral_norm else discriminator}
 
     def stages(self) -> tuple[Stage, ...]:
         s = self.settings

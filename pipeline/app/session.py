@@ -85,8 +85,6 @@ class Session:
                 return packed({"kind": "live"}, self.live(message, data))
         raise ValueError("this page shows a model; it has no study")
 
-    # --- a photo ----------------------------------------------------------------------------------------------------
-
     def open(self, name: str, data: bytes, align: bool) -> dict[str, Any]:
         """Read a photo, find and cut its faces, and encode the largest. The photo stays in memory as it came."""
         if isinstance(self.editing, Sampling):
@@ -142,8 +140,6 @@ class Session:
             "command": command,
             "idle": idle,
         }
-
-    # --- its pictures -----------------------------------------------------------------------------------------------
 
     def shown(self, sliders: Mapping[str, float]) -> bytes:
         """Return the face with these sliders moved, as JPEG."""

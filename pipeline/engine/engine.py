@@ -126,8 +126,6 @@ class Engine(Ranks):
             with environment("LOCAL_RANK", str(self.accelerator.local_process_index)):
                 group.wrap(deepspeed, UnfoldedLoss(self.networks, self.accelerator.autocast), settings)
 
-    # --- one update -------------------------------------------------------------------------------------------------
-
     def update(self, phase: Phase, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Make one update of one phase, in which its networks move and nothing else does.
 
@@ -218,8 +216,6 @@ class Engine(Ranks):
             yield
         finally:
             self.method.networks.update(raw)
-
-    # --- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
         """Return a copy on the CPU that further training leaves alone. All ranks call it together and get the whole."""

