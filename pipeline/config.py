@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 import fader.methods  # noqa: F401  fills METHODS
 from fader.attributes import Attributes
@@ -19,21 +19,17 @@ from fader.methods.judge import refuse_judges_networks
 from pipeline.images import Preprocessing
 from pipeline.settings import check_keys, describe, method_settings, nearest, translated
 
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
-WHY_NOT_ZERO_3 = (
-    "ZeRO-3 is refused: it cuts up the weights themselves, and a network that two phases use would be cut up twice; "
-    "at some 20 million parameters there is nothing to save either: use 0, 1 or 2"
-)
+
+class Part(BaseModel, extra="forbid", frozen=True, strict=True):
+    """Base of an experiment's parts."""
 
 
-class AugmentConfig(BaseModel):
+class AugmentConfig(Part):
     """How far training pictures are moved and changed; 0 = not at all.
 
     What goes both ways goes evenly up to its bound. Blur, rescaling and noise leave half of the pictures alone and go evenly
     up to their bounds for the others; they take away what is too faint for a person to see.
     """
-
-    model_config = STRICT
 
     rotation_degrees: float = Field(0.0, ge=0, le=45)
     translation: float = Field(0.0, ge=0, le=0.5, description="as a share of the side, in both directions")
@@ -49,39 +45,24 @@ class AugmentConfig(BaseModel):
         return any(self.model_dump().values())
 
 
-class DataConfig(BaseModel):
+class DataConfig(Part):
     """Which records, as which pixels, through which loader."""
 
-    model_config = STRICT
-
     path: str = Field(description="folder of a shard set, as `fader prepare` wrote it")
-    attributes: tuple[str, ...] = Field(description="names in the order of the code; ['*'] takes all of the set")
+    attributes: tuple[str, ...] = Field(min_length=1, description="names in the order of the code; ['*'] takes all of the set")
     image_size: int = Field(64, ge=8, description="pixels a side")
-    crop: str = Field("celeba", description="the crop rule of pipeline.images")
+    crop: Literal["celeba", "center", "letterbox"] = Field("celeba", description="the crop rule of pipeline.images")
     channels: Literal[1, 3] = Field(3, description="3 for colour, 1 for grey")
     loader: Literal["dali", "pillow"] = "dali"
-    cache: Literal["auto", "device", "host", "none"] = Field(
-        "auto", description="keep decoded records: on each device, once a machine, not at all, or as memory allows"
-    )
+    cache: Literal["auto", "device", "host", "none"] = Field("auto", description="of decoded records; auto: as memory allows")
     flip: bool = Field(True, description="mirror half of the training records left to right, a coin a record and draw")
     augment: AugmentConfig = AugmentConfig()
     threads: int = Field(2, ge=1, description="decoding threads a rank")
     prefetch: int = Field(3, ge=1, description="batches made ahead")
-    quarantine_share: float = Field(
-        0.001, ge=0, le=0.5, description="records that may turn out not to decode, of a split (always a few, unless 0)"
-    )
+    quarantine_share: float = Field(0.001, ge=0, le=0.5, description="of a split that need not decode (a few may, unless 0)")
     window: int | None = Field(None, ge=1, description="shards shuffled together; none = the whole split")
     replacement: bool = Field(False, description="draw records independently instead of once an epoch")
-    balance: dict[str, float | dict[str, float]] = Field(
-        {}, description="share of each attribute's present value, or {value: share}, in what training draws"
-    )
-
-    @pydantic.field_validator("loader", mode="before")
-    @classmethod
-    def _not_sequential(cls, loader: Any) -> Any:
-        if loader == "sequential":
-            raise ValueError("this loader is no more: leave it out, and set data.window to a few shards, which are read together")
-        return loader
+    balance: dict[str, float | dict[str, float]] = Field({}, description="share drawn of what is present, or {value: share}")
 
     @pydantic.field_validator("path")
     @classmethod
@@ -90,28 +71,12 @@ class DataConfig(BaseModel):
             raise ValueError("it holds a password, which every run would keep; fsspec takes logins from FSSPEC_FTP, …")
         return path
 
-    @pydantic.field_validator("attributes")
-    @classmethod
-    def _some(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if not names:
-            raise ValueError("needs at least one attribute")
-        if len(set(names)) < len(names):
-            raise ValueError("an attribute is named twice")
-        return names
-
-    @pydantic.model_validator(mode="after")
-    def _fits_together(self) -> "DataConfig":
-        self.preprocessing()  # refuses a crop that it does not know
-        return self
-
     def preprocessing(self) -> Preprocessing:
         return Preprocessing(image_size=self.image_size, crop=self.crop, channels=self.channels)
 
 
-class RunConfig(BaseModel):
+class RunConfig(Part):
     """Where the run lives and what it does at intervals, all counted in images seen (0 = never)."""
-
-    model_config = STRICT
 
     folder: str = Field("", description="the run's folder; runs/NAME when empty")
     log_images: int = Field(3_200, ge=0)
@@ -119,9 +84,7 @@ class RunConfig(BaseModel):
     picture_images: int = Field(64_000, ge=0)
     evaluate_images: int = Field(0, ge=0, description="validation every so many images")
     evaluate_records: int = Field(1_000, ge=1, description="records of the validation split that it reads")
-    evaluate_tables: tuple[str, ...] = Field(
-        (), description="whole tables for it (swap, fidelity, leak); none = table 1 and MSE, as far as there is a judge"
-    )
+    evaluate_tables: tuple[str, ...] = Field((), description="swap, fidelity, leak; none = swaps, where judges are, and MSE")
     best: str = Field("", description="metric of the checkpoint that is kept as the best; empty = swap_accuracy (no judge: mse)")
     best_mse: float | None = Field(None, ge=0, description="the best's MSE should not exceed this")
     best_mse_factor: float = Field(1.25, ge=0, description="without it: not this times the lowest MSE seen; 0 = no bound")
@@ -129,16 +92,10 @@ class RunConfig(BaseModel):
     patience_metric: str = Field("", description="empty = what the best goes by")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_every_images: int = Field(0, ge=0, description="beside them the first checkpoint of each so many images")
-    keep_best: dict[str, Literal["max", "min"]] = Field(
-        default_factory=dict, description="beside them the best by each of these validation metrics"
-    )
-    nonfinite_updates: int = Field(
-        20, ge=1, description="updates of a phase left out as not finite, with no clean log between, at which the run goes back"
-    )
+    keep_best: dict[str, Literal["max", "min"]] = Field({}, description="beside them the best by these validation metrics")
+    nonfinite_updates: int = Field(20, ge=1, description="a phase's updates left out, with no clean log between, to go back at")
     rollbacks: int = Field(3, ge=0, description="how often a run goes back to a checkpoint before it ends in an error")
-    watchdog_minutes: float = Field(
-        10.0, ge=0, description="a run without a step for so long is ended, and who hangs is named (0 = never)"
-    )
+    watchdog_minutes: float = Field(10.0, ge=0, description="without a step, after which the run is ended; who hangs is named")
 
     @pydantic.model_validator(mode="after")
     def _best_needs_validation(self) -> "RunConfig":
@@ -147,40 +104,21 @@ class RunConfig(BaseModel):
         return self
 
 
-class EngineConfig(BaseModel):
+class EngineConfig(Part):
     """How updates are spread over processes, and what a larger global batch changes in them."""
 
-    model_config = STRICT
-
-    backend: Literal["auto", "ddp", "deepspeed"] = Field(
-        "auto", description="auto: DeepSpeed when the launcher says so, DDP on several processes otherwise"
-    )
-    zero_stage: int | None = Field(None, description="DeepSpeed's 0, 1 or 2; none = the launcher's, or 1")
+    backend: Literal["auto", "ddp", "deepspeed"] = Field("auto", description="auto: DeepSpeed if the launcher says so, else DDP")
+    zero_stage: Literal[0, 1, 2] | None = Field(None, description="DeepSpeed's 0, 1 or 2; none = the launcher's, or 1")
     accumulation: int = Field(1, ge=1, description="parts in which a rank takes its share of a batch")
     gradient_compression: Literal["none", "bf16"] = Field("none", description="what gradients travel as between ranks")
-    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
-        "none", description="learning rates times (batch_size / reference_batch_size) to the power 0, 1/2, 1"
-    )
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field("none", description="rates times (batch_size / reference) ** 0, 1/2, 1")
     reference_batch_size: int = Field(32, ge=1, description="the batch size that the learning rates were chosen for")
     warmup_images: int = Field(0, ge=0, description="images of each stage over which learning rates grow from 0")
-    step: Literal["auto", "eager", "captured"] = Field(
-        "auto", description="captured: a CUDA graph holds each phase's update; auto: that on one GPU, eager elsewhere"
-    )
-    compile: Literal["none", "networks"] = Field(
-        "none", description="networks: torch.compile makes fewer kernels of them, but of those differentiated twice"
-    )
-
-    @pydantic.field_validator("zero_stage")
-    @classmethod
-    def _stages_that_work(cls, stage: int | None) -> int | None:
-        if stage is not None and stage not in (0, 1, 2):
-            raise ValueError(WHY_NOT_ZERO_3 if stage == 3 else "is none of 0, 1, 2")
-        return stage
+    step: Literal["auto", "eager", "captured"] = Field("auto", description="captured: in CUDA graphs; auto: that on one GPU")
+    compile: Literal["none", "networks"] = Field("none", description="by torch.compile, but for what is differentiated twice")
 
 
-class TrackingConfig(BaseModel):
-    model_config = STRICT
-
+class TrackingConfig(Part):
     enabled: bool = True
     experiment: str = Field("fader", description="the MLflow experiment")
     parent: str = Field("", description="the MLflow run that this one belongs to, as one of a sweep")
@@ -192,10 +130,8 @@ def addresses(named: str | Path | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(str(part).strip() for part in parts if str(part).strip())
 
 
-class Experiment(BaseModel):
+class Experiment(Part, arbitrary_types_allowed=True):
     """A whole experiment. `method` is the settings dataclass of METHODS[method.name]."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
 
     name: str
     method_name: str

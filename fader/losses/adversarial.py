@@ -30,10 +30,11 @@ class Game:
 
 
 GAMES = {
-    # Goodfellow et al. 2014, arXiv:1406.2661, equation 1 and section 3: cross-entropies in nats, -log σ(real) - log(1 - σ(decoded))
-    # and -log σ(decoded), whose gradient does not vanish where the discriminator is sure; 2 ln 2 and ln 2 when logits tell nothing.
+    # Goodfellow et al. 2014, arXiv:1406.2661, equation 1, section 3: cross-entropies in nats, -log σ(real) - log(1 - σ(decoded))
+    # and -log σ(decoded), whose gradient stays where the discriminator is sure; 2 ln 2 and ln 2 when logits tell nothing.
     "non_saturating": Game(
-        lambda real, decoded: F.softplus(-wide(real)) + F.softplus(wide(decoded)), lambda real, decoded: F.softplus(-wide(decoded))
+        lambda real, decoded: F.softplus(-wide(real)) + F.softplus(wide(decoded)),
+        lambda real, decoded: F.softplus(-wide(decoded)),
     ),
     # Lim, Ye 2017, arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, equations 16 and 17: nothing is gained beyond 1.
     "hinge": Game(

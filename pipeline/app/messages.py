@@ -6,104 +6,30 @@ Text is JSON. A binary message is the length of its JSON (4 bytes, big-endian), 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 _Name = Annotated[str, Field(max_length=300)]
+_Number = Annotated[int, Field(ge=0)]
 _Sliders = Annotated[dict[_Name, float], Field(max_length=1_000)]
+_CONFIG = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+def _message(kind: str, **fields: Any) -> type[BaseModel]:
+    return create_model(kind.title(), __config__=_CONFIG, kind=(Literal[kind], ...), **{n: (t, ...) for n, t in fields.items()})
 
 
-class Photo(_Message):
-    """A photo, whose bytes follow. align: find the faces and cut them out; otherwise the crop rule cuts the whole photo."""
-
-    kind: Literal["photo"]
-    name: _Name
-    align: bool
-
-
-class Drawn(_Message):
-    """Begin with a face that nobody has: a drawn one, or the one that a sampler makes of this number as its seed."""
-
-    kind: Literal["drawn"]
-    number: int = Field(ge=0, le=999_999)
-
-
-class Choose(_Message):
-    """Take another face of the photo."""
-
-    kind: Literal["choose"]
-    face: int = Field(ge=0)
-
-
-class Move(_Message):
-    """Show the face with these sliders moved; the answer carries the same number."""
-
-    kind: Literal["move"]
-    number: int
-    sliders: _Sliders
-
-
-class Strip(_Message):
-    """Show steps of one slider, from -2 to 2, beside the other sliders."""
-
-    kind: Literal["strip"]
-    slider: _Name
-    sliders: _Sliders
-
-
-class Save(_Message):
-    """Give the picture as a PNG: the square, or the whole photo with the edited face in it."""
-
-    kind: Literal["save"]
-    pasted: bool
-    sliders: _Sliders
-
-
-class Live(_Message):
-    """Edit the face in a frame of a camera, whose bytes follow; the page sends the next when it has this one back."""
-
-    kind: Literal["live"]
-    sliders: _Sliders
-
-
-class Models(_Message):
-    """Name the models that can be opened, and the runs that can be watched."""
-
-    kind: Literal["models"]
-
-
-class Pick(_Message):
-    """Go on with another model; the page gives its photo again."""
-
-    kind: Literal["pick"]
-    address: _Name
-
-
-class Watch(_Message):
-    """Give a run's curves and newest picture, unless its spool still has this size."""
-
-    kind: Literal["watch"]
-    run: _Name
-    size: int
-
-
-class Next(_Message):
-    """Show the next picture of a study."""
-
-    kind: Literal["next"]
-
-
-class Rated(_Message):
-    """Keep what was said of a study's picture, and show the next. value: the number of the value that it shows."""
-
-    kind: Literal["rated"]
-    natural: bool
-    value: int = Field(ge=0)
-
-
+Photo = _message("photo", name=_Name, align=bool)  # its bytes follow. align: find and cut out faces; else the crop rule cuts it
+Drawn = _message("drawn", number=Annotated[int, Field(ge=0, le=999_999)])  # a drawn face, or a sampler's of this seed
+Choose = _message("choose", face=_Number)  # another face of the photo
+Move = _message("move", number=int, sliders=_Sliders)  # the face with these sliders moved; the answer has the same number
+Strip = _message("strip", slider=_Name, sliders=_Sliders)  # steps of one slider, from -2 to 2, beside the others
+Save = _message("save", pasted=bool, sliders=_Sliders)  # a PNG of the square, or of the whole photo with the edited face in it
+Live = _message("live", sliders=_Sliders)  # a camera's frame, whose bytes follow; the next comes when this one is back
+Models = _message("models")  # name the models that can be opened, and the runs that can be watched
+Pick = _message("pick", address=_Name)  # go on with another model; the page gives its photo again
+Watch = _message("watch", run=_Name, size=int)  # a run's curves and newest picture, unless its spool still has this size
+Next = _message("next")  # the next picture of a study
+Rated = _message("rated", natural=bool, value=_Number)  # what was said of it, value: the number of the one it shows
 Message = Photo | Drawn | Choose | Move | Strip | Save | Live | Models | Pick | Watch | Next | Rated
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fader.method import Batch, Context, Loss, LossFunction
-from pipeline.config import WHY_NOT_ZERO_3, EngineConfig
+from pipeline.config import EngineConfig
 from pipeline.engine.groups import AutocastLoss, Group
 from pipeline.engine.state import on_cpu
 
@@ -151,7 +151,8 @@ def zero_settings(
     stage = settings.zero_stage if stage is None else stage
     stage = 1 if stage is None else stage
     if stage not in (0, 1, 2):
-        raise ValueError(WHY_NOT_ZERO_3 if stage == 3 else f"ZeRO stage {stage} is none of 0, 1, 2")
+        why = "; ZeRO-3 is refused: it cuts up the weights themselves, which phases share" if stage == 3 else ""
+        raise ValueError(f"ZeRO stage {stage} is none of 0, 1, 2{why}")
     for key in _REFUSED:
         value = zero.pop(key, None)
         if value and not (isinstance(value, Mapping) and value.get("device", "none") == "none"):

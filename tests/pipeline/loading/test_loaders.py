@@ -435,8 +435,6 @@ def test_what_does_not_fit_the_split_is_refused(train, tmp_path, kind):
 
 
 def test_an_unknown_loader_is_refused(train):
-    with pytest.raises(ValueError, match="this loader is no more: leave it out, and set data.window"):
-        DataConfig(path="set", attributes=("*",), loader="sequential")
     with pytest.raises(ValueError, match="unknown loader 'cv2'; there are: dali, pillow"):
         made(("cv2", "none"), train)
 
