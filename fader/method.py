@@ -189,7 +189,6 @@ class Optimizer:
         return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls) if hasattr(settings, f.name)})
 
     def rate(self, stage_images: int) -> float:
-        """The learning rate after so many images of a stage."""
         if not self.decay_images or stage_images < self.decay_from:
             return self.learning_rate
         return self.learning_rate * max(0.0, 1 - (stage_images - self.decay_from) / self.decay_images)

@@ -32,7 +32,6 @@ class Schedule:
     rise: Rise = "linear"
 
     def at(self, images: int) -> float:
-        """The weight after so many images of the run."""
         since = images - self.after
         if since < 0 or (self.rise == "step" and since < self.over):
             return 0.0

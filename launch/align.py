@@ -52,7 +52,6 @@ def align(
 
 
 def _cut(photos: list[Path], cutter: "Cutter") -> None:
-    """Cut photos, and say of each what became of it."""
     from pipeline.faces.cutting import SHEET_PAIRS
 
     missed, count, first = 0, 0, None

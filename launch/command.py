@@ -62,7 +62,6 @@ def _is_elsewhere(error: BaseException) -> bool:
 
 
 def show(table: "Table") -> None:
-    """Draw a table in the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as Drawn

@@ -89,7 +89,6 @@ def _photos(faces: Path) -> list[Path]:
 
 
 def _verdict(report: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Whether the numbers are what is asked for, and the table that says so."""
     numbers = report["metrics"]
     rows = [f"{'':<14}{'real faces':>11}{'swaps':>8}{'to present':>12}{'to absent':>11}"]
     passed = True

@@ -74,7 +74,6 @@ def evaluate(
 
 
 def _evaluate(specification: Specification, page: bool, json_file: Path | None, markdown_file: Path | None) -> None:
-    """Measure every model, and show and write what was measured."""
     from pipeline.engine import leave, open_ranks
     from pipeline.evaluation import keeping, makes_pictures, markdown
 
@@ -148,7 +147,6 @@ def keep(
 
 
 def show_reports(reports: list[Report]) -> None:
-    """Draw the tables and say every warning."""
     from pipeline.evaluation import as_tables
 
     for table in as_tables(reports):
@@ -159,7 +157,6 @@ def show_reports(reports: list[Report]) -> None:
 
 
 def next_command(model: Model) -> str:
-    """Return the command to try after an evaluation."""
     from pipeline.evaluation import makes_pictures
 
     if model.source.startswith("models:/") or not makes_pictures(model.method):

@@ -51,7 +51,6 @@ def _folder_for(whole: Path, name: str, local: bool) -> Path:
 
 
 def _writable(folder: Path) -> Path:
-    """The folder, made if it is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

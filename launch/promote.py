@@ -67,7 +67,6 @@ def _address(name: str, version: str) -> str:
 def _promote(
     name: str, candidate: str, beaten: str | None, specification: "Specification", words: list[tuple[str, str]], by: str | None
 ) -> None:
-    """Evaluate, decide, and move the alias."""
     from pipeline.engine import leave, open_ranks
     from pipeline.evaluation import promotion, quantities
     from pipeline.models import aliases

@@ -85,7 +85,6 @@ def _submit(asked: Sweep, words: list[str], options: list[str]) -> None:
 
 
 def _sbatch(words: list[str]) -> str:
-    """Submit a job; its number."""
     try:
         done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
     except FileNotFoundError:
@@ -160,7 +159,6 @@ def _train(child: Child, parent: str | None, asked: Sweep, ranks: Ranks) -> bool
 
 
 def _evaluate(child: Child, specification: Specification, ranks: Ranks) -> None:
-    """Evaluate a child, unless that was done for these weights."""
     from pipeline.training.sweep import evaluate_child
 
     with progress_bar("records") as progress:

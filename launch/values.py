@@ -44,12 +44,10 @@ class SeveralValues(TyperCommand):
 
 
 def sliders(capability: Capability, words: Sequence[str] | None) -> list[Slider]:
-    """Read the values of `--set`."""
     return [capability.slider(*_pair(word, "--set")) for word in words or []]
 
 
 def labels(capability: Capability, words: Sequence[str] | None) -> dict[str, float]:
-    """Read the values of `--attributes`."""
     pairs = [_pair(word, "--attributes") for word in words or []]
     return {name: capability.label(name, value) for name, value in pairs}
 

@@ -97,7 +97,6 @@ def file_name(text: str) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -109,7 +109,6 @@ class Preprocessing:
         return CROPS[self.crop](np.asarray(widths, np.int64), np.asarray(heights, np.int64))
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """`boxes` for one picture."""
         left, top, right, bottom = self.boxes(np.array([width]), np.array([height]))[0].tolist()
         return left, top, right, bottom
 

@@ -22,8 +22,6 @@ Targets = Callable[[Attributes, Batch], Tensor]
 
 @dataclass(frozen=True)
 class AdversarySettings(Settings):
-    """Settings that every adversary has."""
-
     weight: float = setting(0.0, "of its pressure, once it has risen; 0 = there is no such adversary", least=0)
     ramp_images: int | None = setting(None, "images over which the weight rises; none = as the latent adversary's", least=0)
     warmup_images: int | None = setting(None, "images before that, in which it is 0; none = as the latent adversary's", least=0)
@@ -126,7 +124,6 @@ class Adversary:
         return View(self.attributes, networks, batch)
 
     def phase(self, loss: LossFunction, **more: Any) -> Phase:
-        """Return a phase that trains its network."""
         about = self.autoencoder
         return Phase((self.network,), loss, others=about.others, repeat=self.settings.steps, stream=about.stream, **more)
 

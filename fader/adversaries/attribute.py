@@ -33,7 +33,6 @@ class AttributeAdversary(Adversary):
         return (self.phase(self.classifier_loss),)
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The classifier learns to read the attributes off real images."""
         return self.recognition(networks["classifier"](batch.images), batch)
 
     def pressure(self, networks: Networks, view: View, batch: Batch, context: Context) -> Loss:

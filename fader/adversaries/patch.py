@@ -32,7 +32,6 @@ class PatchAdversary(Adversary):
         return (self.phase(self.discriminator_loss),)
 
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The discriminator learns to tell real images from those decoded with random attributes."""
         with torch.no_grad():
             decoded = self.view(networks, batch).swap().images
         real = patch_probabilities(networks["patch_discriminator"](batch.images))
@@ -43,7 +42,6 @@ class PatchAdversary(Adversary):
         return Loss(loss, {f"patch_discriminator/{name}": value.detach() for name, value in report.items()})
 
     def pressure(self, networks: Networks, view: View, batch: Batch, context: Context) -> Loss:
-        """The swap should be taken for real."""
         real = patch_probabilities(networks["patch_discriminator"](view.swap().images))
         loss = batch.mean(patch_losses(real, 1 - self.settings.smooth_label))
         return Loss(context.weights["patch"] * loss, {"patch": loss.detach()})

@@ -161,12 +161,10 @@ class SolvedAdversary(Adversary):
         return {}
 
     def observe(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The critic takes note of a batch. Nothing is minimised."""
         self.note(networks, self.view(networks, batch), batch, context)
         return Loss(batch.known.new_zeros(()))
 
     def note(self, networks: Networks, view: View, batch: Batch, context: Context) -> None:
-        """The critic takes note of latents that another phase encoded."""
         latent = view.latent.shallowest.flatten(1)
         networks["critic"].observe(self.attributes, latent, batch.attributes, context.reduce_sum)
 

@@ -71,7 +71,6 @@ class Cvae(Method):
         return posterior, posterior.at(batch.draws.normal("posterior", (self.noise_width,)))
 
     def autoencoder_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """Reconstruct from a latent that says little more than noise."""
         posterior, latent = self.encoded(networks, batch)
         decoded = networks["decoder"](latent, self.attributes.code(batch.attributes))
         mse = batch.mean(squared_errors(decoded, batch.images))
@@ -84,7 +83,6 @@ class Cvae(Method):
         return self.networks["encoder"](images, self.attributes.code(labels)).mean
 
     def decode(self, latent: Tensor, code: Tensor) -> Tensor:
-        """Latents [N, latent_width] and a code [N, attributes.code_width] to images [N, C, S, S] in [-1, 1]."""
         return wide(self.networks["decoder"](latent, code))
 
     def sample(self, noise: Tensor, code: Tensor) -> Tensor:

@@ -74,7 +74,6 @@ class FaderSettings(Settings):
             raise ValueError("solved: it sees no batch; set latent.steps or solved.steps to 1 or more")
 
     def layout(self, image_size: int, channels: int) -> Layout:
-        """The network sizes: the preset's, where nothing else is given."""
         sizes = {name: getattr(self, name) for name in PRESETS[self.preset]}
         given = {name: size for name, size in sizes.items() if size is not None}
         return Layout(image_size, channels, num_skips=self.num_skips, **{**PRESETS[self.preset], **given})
@@ -155,5 +154,4 @@ class Fader(Method):
         return self.networks["encoder"](images)
 
     def decode(self, latent: Latent, code: Tensor) -> Tensor:
-        """A latent and a code [N, attributes.code_width] to images [N, C, S, S] in [-1, 1]."""
         return wide(self.networks["decoder"](latent, code))

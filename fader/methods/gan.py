@@ -100,7 +100,6 @@ class Gan(Method):
         return networks["generator"](noise + steps, code), cost
 
     def generator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The generator learns to make images that the discriminator takes for real ones."""
         images, cost = self.made(networks, batch)
         taken = self.taken(networks, images, batch)
         return Loss(taken + cost + self.quantised(networks, batch), {"generator/taken": taken.detach()})
@@ -111,7 +110,6 @@ class Gan(Method):
         return self.settings.quantised_weight * batch.mean(torch.cat(costs)) if costs else 0.0
 
     def taken(self, networks: Networks, images: Tensor, batch: Batch) -> Tensor:
-        """What images cost that should be taken for real ones."""
         fake = self.verdict(networks, images, batch.attributes)
         real = self.verdict(networks, batch.images, batch.attributes) if self.game.compares else fake
         return batch.mean(self.game.maker(real, fake))
@@ -136,5 +134,4 @@ class Gan(Method):
         return Optimizer(learning_rate=s.learning_rate if rate is None else rate, betas=s.betas, clip_norm=s.clip_norm)
 
     def sample(self, noise: Tensor, code: Tensor) -> Tensor:
-        """Noise [N, noise_width] and a code [N, attributes.code_width] to images [N, C, S, S] in [-1, 1]."""
         return wide(self.networks["generator"](noise, code))

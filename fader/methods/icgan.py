@@ -84,7 +84,6 @@ class IcGan(CGan):
         return Loss(brightness, {"generator/brightness": brightness})
 
     def drawn(self, networks: Networks, batch: Batch) -> Tensor:
-        """Images of the batch's noise as it is, with the batch's labels."""
         return networks["generator"](self.noise(batch), self.attributes.code(batch.attributes))
 
     def encoder_z_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
@@ -95,13 +94,11 @@ class IcGan(CGan):
         return Loss(error, {"encoder_z/error": error.detach()})
 
     def encoder_y_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """E_y learns which attributes an image shows; unknown labels are left out."""
         found = networks["encoder" if "encoder" in networks else "encoder_y"](batch.images)["y"]
         error = condition_loss(self.attributes, found, batch.attributes, batch.known)
         return Loss(error, {"encoder_y/error": error.detach()})
 
     def encoder_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """One encoder learns both."""
         z, y = (loss(networks, batch, context) for loss in (self.encoder_z_loss, self.encoder_y_loss))
         return Loss(z.value + y.value, {**z.report, **y.report})
 
@@ -119,5 +116,4 @@ class IcGan(CGan):
         return self._noise_of(self.networks, images)
 
     def decode(self, latent: Tensor, code: Tensor) -> Tensor:
-        """Noise [N, noise_width] and a code [N, attributes.code_width] to images [N, C, S, S] in [-1, 1]."""
         return self.sample(latent, code)

@@ -64,7 +64,6 @@ class JudgeSettings(Settings):
         return self.preset.endswith("residual")
 
     def sizes(self) -> dict[str, int]:
-        """The network sizes: the preset's, where nothing else is given."""
         given = {name: getattr(self, name) for name in PRESETS[self.preset]}
         return {**PRESETS[self.preset], **{name: size for name, size in given.items() if size is not None}}
 
@@ -106,7 +105,6 @@ class Judge(Method):
         return {("classifier",): Optimizer.of(self.settings)}
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The classifier learns to read the attributes off real images; unknown labels are left out."""
         networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
         logits = networks["classifier"](batch.images)
         given = (self.attributes, logits, batch.attributes, batch.known, self.settings.head)
@@ -116,7 +114,6 @@ class Judge(Method):
         return Loss(loss, {"classifier/loss": loss.detach(), **report})
 
     def judge(self, images: Tensor) -> Tensor:
-        """Images [N, C, S, S] in [-1, 1] to logits [N, attributes.logits_width(head)], before softmax or sigmoid."""
         logits = wide(self.networks["classifier"](images))
         if self.settings.prior == "data":
             return logits

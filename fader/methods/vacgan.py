@@ -107,7 +107,6 @@ class VacGan(Gan):
         return batch.mean(multi_hinges(verdicts, self.attributes.joint(batch.attributes)))
 
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The discriminator learns to tell real images from made ones."""
         images, cost = self.made(networks, batch, judging=True)
         both = torch.cat([batch.images, images.to(batch.images.dtype)])
         real, fake = self.verdict(networks, both, batch.attributes).chunk(2)
@@ -122,7 +121,6 @@ class VacGan(Gan):
         return Loss(value, {f"discriminator/{name}": value.detach() for name, value in report.items()})
 
     def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The classifier learns to read the attributes off real images; unknown labels are left out."""
         logits = networks["classifier"](batch.images)
         if self.settings.even_labels:
             networks["label_counts"].add(self.attributes, batch.attributes, context.reduce_sum)
@@ -137,7 +135,6 @@ class VacGan(Gan):
         return attribute_losses(self.attributes, logits, labels, batch.known, "sigmoid", weights).sum() / len(self.attributes)
 
     def generator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The generator's images should be taken for real, and show the attributes that were asked for."""
         images, cost = self.made(networks, batch)
         taken, logits = self.taken(networks, images, batch), networks["classifier"](images)
         reading = self.reading(networks, logits, batch.attributes, batch)

@@ -72,14 +72,12 @@ class VaeGan(Cvae):
         return decoded.tensor_split(2)
 
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """The discriminator learns to tell real images from reconstructions and from images of noise."""
         with torch.no_grad():
             made = self._decoded(networks, batch, self.encoded(networks, batch)[1])
         s = self.settings
         return matching_loss(networks["discriminator"], GAMES[s.game], self.attributes, batch, made, s.wrong_labels)
 
     def autoencoder_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
-        """Reconstruct pixels and features from a latent that says little more than noise, and be taken for real."""
         s, discriminator, code = self.settings, networks["discriminator"], self.attributes.code(batch.attributes)
         posterior, latent = self.encoded(networks, batch)
         decoded = networks["decoder"](latent, code)

@@ -71,7 +71,6 @@ class Layout:
 
     @property
     def shallowest_shape(self) -> tuple[int, int, int]:
-        """Of `Latent.shallowest`."""
         return self._shape_after(self.num_layers - self.num_skips)
 
     def _shape_after(self, layers: int) -> tuple[int, int, int]:

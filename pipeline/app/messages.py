@@ -49,6 +49,5 @@ def read(data: str | bytes) -> tuple[Message, bytes]:
 
 
 def packed(head: dict[str, Any], picture: bytes) -> bytes:
-    """Return a binary message."""
     text = json.dumps(head).encode()
     return len(text).to_bytes(4, "big") + text + picture

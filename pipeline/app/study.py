@@ -62,7 +62,6 @@ class Study:
         return known | {"attribute": attribute.name, "value": attribute.value_name(value)}, png_bytes(np.squeeze(pixels))
 
     def attribute(self, name: str) -> Attribute:
-        """Return the model's attribute of a name."""
         return self.model.attributes[self.model.attributes.index(name)]
 
     def keep(self, answer: dict[str, Any]) -> None:

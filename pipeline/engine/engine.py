@@ -164,7 +164,6 @@ class Engine(Ranks):
         return self.mean({name: total / counts[name] for name, total in totals.items()}), counts
 
     def _prepared(self, phase: Phase, batch: Batch) -> Step:
-        """The step of this phase for batches of this shape."""
         shape = shape_of(batch)
         if (phase, shape) not in self.steps:
             if shape not in self.inputs:

@@ -120,7 +120,6 @@ class Ranks:
         return dataclasses.replace(batch, known=self.reduce_sum(known) / self.world_size)
 
     def wait(self) -> None:
-        """Wait until every rank has come here."""
         self.accelerator.wait_for_everyone()
 
 

@@ -111,7 +111,6 @@ class Step:
         self.guard = Guard(self.networks[name] for name in moving)
 
     def fill(self, batch: Batch) -> None:
-        """Copy a batch to where the step reads it."""
         for place, tensor in zip(_tensors(self.inputs), _tensors(batch)):
             if tensor is not None:
                 place.copy_(tensor)

@@ -104,7 +104,6 @@ class Album:
         return write_all(self.folder, files)
 
     def close(self) -> list[Path]:
-        """Write the sheets; return their paths."""
         sheets = zip(self.sheets.items(), self.wanted.moves)
         files = {f"{name}.png": self._png(grid(_colour(torch.stack(rows))), moves) for (name, rows), moves in sheets}
         return write_all(self.folder, files)

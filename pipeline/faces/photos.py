@@ -173,7 +173,6 @@ class Pictures:
         self.files[f"{free}.png"] = png_bytes(np.asarray(picture))
 
     def write(self, folder: Path) -> list[Path]:
-        """Write all of them or none; return their paths."""
         return write_all(folder, self.files)
 
 

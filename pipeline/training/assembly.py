@@ -81,7 +81,6 @@ class Run:
 
     @property
     def images(self) -> int:
-        """Images seen so far by all ranks."""
         return self.point.position.clock.images
 
     @property

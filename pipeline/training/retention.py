@@ -80,7 +80,6 @@ class CheckpointWriter:
         self._pending = self._pool.submit(write)
 
     def wait(self) -> None:
-        """Wait until nothing is being written."""
         if self._pending is None:
             return
         try:

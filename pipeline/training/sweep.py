@@ -47,7 +47,6 @@ class Sweep:
     children: tuple[Child, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """What was asked for, for tracking."""
         return {"sweep": dict(self.axes), "base": self.base.to_dict()}
 
 

@@ -76,7 +76,6 @@ class Work:
         return dataclasses.replace(batch, images=None, attributes=labels, known=batch.known[: labels.shape[1]])
 
     def turns(self, number: int) -> Iterator[tuple[Phase, Batch]]:
-        """The updates of a step."""
         for phase in self.phases:
             for turn in range(phase.repeat if number % phase.every == 0 else 0):
                 yield phase, self.batches[phase.stream, (number + turn) % _BATCHES]
@@ -164,7 +163,6 @@ def captured(step: Step, work: Work) -> Step:
 
 
 def stepper(way: str, experiment: Experiment, attributes: Attributes, batch_size: int, device: torch.device) -> Step:
-    """What makes step number k of one of WAYS."""
     work = Work(experiment, attributes, batch_size, device)
     if way in ENGINE:
         return engine_stepper(work, experiment, way)

@@ -50,7 +50,6 @@ class Measured:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_log(self) -> dict[str, float]:
-        """Return the metrics as they are logged, named valid/…"""
         return {f"valid/{name}": value for name, value in self.metrics.items()}
 
 
@@ -109,7 +108,6 @@ class BestSoFar:
         return best.mse is None or best.mse <= self.bound, score(self.metric, best.value)
 
     def stalled(self, images: int) -> bool:
-        """Whether the patience is at an end."""
         since = self.progress_images
         return bool(self.patience_images) and since is not None and images - since >= self.patience_images
 
@@ -119,7 +117,6 @@ class BestSoFar:
         return {"metric": self.metric, **dataclasses.asdict(self.best)}
 
     def state(self) -> dict[str, Any]:
-        """As plain data for JSON."""
         return {
             "metric": self.metric,
             "best": self.best and dataclasses.asdict(self.best),
