@@ -153,9 +153,7 @@ class Attributes(tuple[Attribute, ...]):
         attribute = self[j]
         if attribute.kind == "k-way":
             if category is None or not 0 <= category < attribute.k:
-                raise ValueError(
-                    f"{name} has {attribute.k} values; say which one slides, as {name}.{attribute.categories[0]}=1"
-                )
+                raise ValueError(f"{name} has {attribute.k} values; say which one slides, as {name}.{attribute.categories[0]}=1")
         else:
             category = 1
         strength = (torch.as_tensor(slider, dtype=code.dtype, device=code.device).expand(len(code)) + 1) / 2

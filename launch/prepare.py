@@ -61,9 +61,7 @@ Out = Annotated[Path, typer.Argument(help="Folder for the shards: absent, empty,
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong and list it in dataset.json.")]
 ShardRecords = Annotated[int, typer.Option(min=1, help="Records a tar.")]
-Split = Annotated[
-    str | None, typer.Option(help="Split anew, by a hash of the key: percent of train/valid/test, as 80/10/10.")
-]
+Split = Annotated[str | None, typer.Option(help="Split anew, by a hash of the key: percent of train/valid/test, as 80/10/10.")]
 Group = Annotated[str | None, typer.Option(help="Column whose equal values stand in one split: identity, camera.")]
 Columns = Annotated[str, typer.Option(help="Columns to take as attributes, parted by commas; by default all others.")]
 KindOf = Annotated[
@@ -225,9 +223,7 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _prepare(
-    name: str, options: dict[str, Any], out: Path, workers: int | None, skip_bad: bool, shard_records: int
-) -> None:
+def _prepare(name: str, options: dict[str, Any], out: Path, workers: int | None, skip_bad: bool, shard_records: int) -> None:
     from pipeline.data.datasets import DATASETS, Shares
 
     if options.get("shares"):

@@ -170,9 +170,7 @@ def _orientation(image: Image.Image) -> int:
     return value if type(value) is int and 1 <= value <= 8 else 1
 
 
-def decode(
-    data: bytes | memoryview | np.ndarray, orientation: int | None = None, most_pixels: int = MAX_PIXELS
-) -> Image.Image:
+def decode(data: bytes | memoryview | np.ndarray, orientation: int | None = None, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture wholly, turn it upright, and make it RGB.
 
     orientation: how it is stored, 1 to 8, where that is known; 1 leaves it as it is stored. None: as it says itself.
@@ -318,9 +316,7 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
 def grid(images: Tensor, gap: int = 2) -> np.ndarray:
     """Pictures [R, C, 3 or 1, S, S] float in [-1, 1] as one uint8 picture [height, width, 3], white between them."""
     rows, columns, channels, size, _ = images.shape
-    cells = (
-        to_uint8(images.reshape(-1, channels, size, size)).cpu().numpy().reshape(rows, columns, size, size, channels)
-    )
+    cells = to_uint8(images.reshape(-1, channels, size, size)).cpu().numpy().reshape(rows, columns, size, size, channels)
     step = size + gap
     out = np.full((rows * step + gap, columns * step + gap, 3), 255, np.uint8)
     for r in range(rows):

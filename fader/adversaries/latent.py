@@ -33,9 +33,7 @@ class LatentAdversary(Adversary):
     name, network = "latent", "latent_discriminator"
     settings: LatentSettings
 
-    def __init__(
-        self, settings: LatentSettings, autoencoder: Autoencoder, observers: Sequence[SolvedAdversary] = ()
-    ) -> None:
+    def __init__(self, settings: LatentSettings, autoencoder: Autoencoder, observers: Sequence[SolvedAdversary] = ()) -> None:
         super().__init__(settings, autoencoder)
         self.observers = observers
 

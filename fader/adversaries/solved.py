@@ -53,9 +53,7 @@ class FisherCritic(nn.Module):
     Recht 2008, "Weighted sums of random kitchen sinks".
     """
 
-    def __init__(
-        self, attributes: Attributes, size: int, half_life: int, num_hidden: int = 0, shrinkage: float = 0.1
-    ) -> None:
+    def __init__(self, attributes: Attributes, size: int, half_life: int, num_hidden: int = 0, shrinkage: float = 0.1) -> None:
         super().__init__()
         if size + num_hidden > _WIDEST:
             raise ValueError(

@@ -37,9 +37,7 @@ GAMES = {
         lambda real, decoded: F.softplus(-wide(decoded)),
     ),
     # Lim, Ye 2017, arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, equations 16 and 17: nothing is gained beyond 1.
-    "hinge": Game(
-        lambda real, decoded: F.relu(1 - wide(real)) + F.relu(1 + wide(decoded)), lambda real, decoded: -wide(decoded)
-    ),
+    "hinge": Game(lambda real, decoded: F.relu(1 - wide(real)) + F.relu(1 + wide(decoded)), lambda real, decoded: -wide(decoded)),
     # Jolicoeur-Martineau 2018, arXiv:1807.00734, RSGAN: -log σ(real - decoded), each image against the one beside it; and turned.
     "relativistic": Game(
         lambda real, decoded: F.softplus(wide(decoded) - wide(real)),

@@ -73,9 +73,7 @@ def smoothed(attributes: Attributes, labels: Tensor, share: float) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def fool_loss(
-    attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, draws: Draws, head: Head
-) -> Tensor:
+def fool_loss(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, draws: Draws, head: Head) -> Tensor:
     """Cross-entropy of the latent discriminator's logits against wrong labels: the encoder minimises it.
 
     Low when the latent makes the discriminator say the opposite (of a k-way attribute: a random other category). Arguments and

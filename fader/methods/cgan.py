@@ -54,9 +54,7 @@ class CGan(Gan):
 
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         images, cost = self.made(networks, batch, judging=True)
-        loss = matching_loss(
-            networks["discriminator"], self.game, self.attributes, batch, [images], self.settings.wrong_labels
-        )
+        loss = matching_loss(networks["discriminator"], self.game, self.attributes, batch, [images], self.settings.wrong_labels)
         return Loss(loss.value + cost + self.quantised(networks, batch), loss.report)
 
 

@@ -146,9 +146,7 @@ class VacGan(Gan):
         s, (gan,) = self.settings, super().stages()
         discriminator, generator = gan.phases
         counts = ("label_counts",) if s.even_labels else ()
-        classifier = Phase(
-            ("classifier",), self.classifier_loss, others=s.others, repeat=s.discriminator_steps, observers=counts
-        )
+        classifier = Phase(("classifier",), self.classifier_loss, others=s.others, repeat=s.discriminator_steps, observers=counts)
         return (Stage("vacgan", (discriminator, classifier, generator), s.images),)
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:

@@ -52,9 +52,7 @@ class Layout:
     def __post_init__(self) -> None:
         most = halvings(self.image_size)
         if not 1 <= self.num_layers <= most:
-            raise ValueError(
-                f"num_layers is {self.num_layers}; an image of {self.image_size} pixels halves at most {most} times"
-            )
+            raise ValueError(f"num_layers is {self.num_layers}; an image of {self.image_size} pixels halves at most {most} times")
         if not 0 <= self.num_skips < self.num_layers:
             most = self.num_layers - 1
             raise ValueError(f"num_skips is {self.num_skips}; {self.num_layers} layers allow 0 to {most}")

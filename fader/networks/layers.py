@@ -107,9 +107,7 @@ class Up(nn.Module):
     norm_kind: None makes this the last layer. dropout: probability of zeroing an element, before the ReLU.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, deconv: Deconv, norm_kind: Norm | None, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, deconv: Deconv, norm_kind: Norm | None, dropout: float = 0.0) -> None:
         super().__init__()
         self.last = norm_kind is None
         self.deconv = deconvolution(deconv, in_channels, out_channels)

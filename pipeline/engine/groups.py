@@ -217,9 +217,7 @@ def optimizer_of(settings: Optimizer, parameters: list[nn.Parameter], rate: Tens
     options = {"lr": rate, "weight_decay": settings.weight_decay, "fused": True}
     if settings.kind == "sgd":
         return torch.optim.SGD(parameters, momentum=settings.momentum, **options)
-    adam = torch.optim.Adam(
-        parameters, betas=settings.betas, capturable=rate.is_cuda, decoupled_weight_decay=True, **options
-    )
+    adam = torch.optim.Adam(parameters, betas=settings.betas, capturable=rate.is_cuda, decoupled_weight_decay=True, **options)
     adam._warned_capturable_if_run_uncaptured = True  # it would warn of steps that no capture holds, which are meant
     return adam
 

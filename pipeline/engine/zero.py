@@ -136,9 +136,7 @@ _LEFT_OUT = ("bf16", "fp16", "amp", "gradient_accumulation_steps", "gradient_cli
 _REFUSED = ("offload_optimizer", "offload_param", "round_robin_gradients", "parameter_alignment")
 
 
-def zero_settings(
-    launched: Mapping[str, Any], settings: EngineConfig, clip_norms: Iterable[float]
-) -> dict[str, Any]:
+def zero_settings(launched: Mapping[str, Any], settings: EngineConfig, clip_norms: Iterable[float]) -> dict[str, Any]:
     """Return DeepSpeed's settings that are the same for all groups.
     Raises ValueError: the launcher says something that the experiment says otherwise, or that cannot be."""
     zero = {key: value for key, value in launched.get("zero_optimization", {}).items() if value != "auto"}

@@ -67,9 +67,7 @@ class Portrait:
     notes: tuple[str, ...] = ()
 
 
-def portraits(
-    name: str, photo: Image.Image, rule: Preprocessing, align: bool, aligner: Model | None = None
-) -> list[Portrait]:
+def portraits(name: str, photo: Image.Image, rule: Preprocessing, align: bool, aligner: Model | None = None) -> list[Portrait]:
     """Cut a photo to a model's squares: one around each of its faces, the largest first, or the one of `portrait`.
     Raises NoFace: the photo shows none; its name stands in the message."""
     if not align:

@@ -28,9 +28,7 @@ AUGMENT = {
 }  # fmt: skip
 
 
-def panel_of(
-    evaluated: Sequence[Model], shards: ShardSet, specification: Specification, ranks: Ranks
-) -> tuple[Model, ...]:
+def panel_of(evaluated: Sequence[Model], shards: ShardSet, specification: Specification, ranks: Ranks) -> tuple[Model, ...]:
     """Return the judges of all models: those named, else those that the first model with judges brings, else a panel.
 
     There are none where all models are judges, and where no table needs one and none is named.

@@ -96,9 +96,7 @@ def seconds_a_step(step: Callable[[int], None], steps: int) -> float:
     return statistics.median(times[3:])
 
 
-def check(
-    experiment: Experiment, attributes: Attributes, batch_size: int, ranks: int, steps: int
-) -> dict[str, float]:
+def check(experiment: Experiment, attributes: Attributes, batch_size: int, ranks: int, steps: int) -> dict[str, float]:
     """Train on so many processes of this machine's CPU. Return seconds a step: computing alone, predicted and measured.
 
     The processes share cores, so computing is timed in all of them at once, without sums. What an all-reduce of 1 KiB and
