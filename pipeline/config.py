@@ -236,10 +236,7 @@ def build(tree: Mapping[str, Any], source: str) -> Experiment:
         raise ValueError(describe(error, source)) from None
     augment = shell.data.augment
     if METHODS[name].learns_geometry and (augment.rotation_degrees or augment.translation):
-        raise ValueError(
-            f"{source}: data.augment turns or shifts pictures, and {name} learns from how they stand: "
-            "set rotation_degrees and translation to 0"
-        )
+        raise ValueError(f"{source}: data.augment has rotation_degrees or translation, and {name} learns from how they stand")
     return shell.model_copy(update={"method": method})
 
 

@@ -29,28 +29,11 @@ READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 Check = Literal["full", "header"]
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: a long text does not damage the picture beside it
 _ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_UPRIGHT = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+_TURNS = {number: Image.Transpose[name] for number, name in enumerate(_UPRIGHT, 2)}
 """What makes a picture of each Exif orientation upright. Source: TIFF 6.0, tag 274."""
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error)
+_DAMAGE += (Image.DecompressionBombError,)
 
 
 def _celeba_boxes(width: np.ndarray, height: np.ndarray) -> np.ndarray:
@@ -317,12 +300,10 @@ def grid(images: Tensor, gap: int = 2) -> np.ndarray:
     """Pictures [R, C, 3 or 1, S, S] float in [-1, 1] as one uint8 picture [height, width, 3], white between them."""
     rows, columns, channels, size, _ = images.shape
     cells = to_uint8(images.reshape(-1, channels, size, size)).cpu().numpy().reshape(rows, columns, size, size, channels)
-    step = size + gap
-    out = np.full((rows * step + gap, columns * step + gap, 3), 255, np.uint8)
-    for r in range(rows):
-        for c in range(columns):
-            out[gap + r * step : (r + 1) * step, gap + c * step : (c + 1) * step] = cells[r, c]
-    return out
+    cells = np.broadcast_to(cells, (*cells.shape[:4], 3))
+    framed = np.pad(cells, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    joined = framed.swapaxes(1, 2).reshape(rows * (size + gap), columns * (size + gap), 3)
+    return np.pad(joined, ((0, gap), (0, gap), (0, 0)), constant_values=255)
 
 
 def png_bytes(array: np.ndarray, said: Mapping[str, str] | None = None) -> bytes:

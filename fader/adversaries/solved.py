@@ -56,10 +56,7 @@ class FisherCritic(nn.Module):
     def __init__(self, attributes: Attributes, size: int, half_life: int, num_hidden: int = 0, shrinkage: float = 0.1) -> None:
         super().__init__()
         if size + num_hidden > _WIDEST:
-            raise ValueError(
-                f"a latent of {size:,} numbers and {num_hidden:,} features are too many for their covariance; "
-                f"{_WIDEST:,} are the most"
-            )
+            raise ValueError(f"{size:,} numbers and {num_hidden:,} features: too many for their covariance of {_WIDEST:,}")
         if half_life < 1 or shrinkage <= 0:
             raise ValueError(f"half_life {half_life} and shrinkage {shrinkage:g} must be positive")
         self.slices = attributes.code_slices()

@@ -64,10 +64,7 @@ class VacGan(Gan):
     def build(self) -> dict[str, nn.Module]:
         s, attributes, channels = self.settings, self.attributes, self.channels
         if self.counts_classes and self.classes > MOST_CLASSES:
-            raise ValueError(
-                f"game multi_hinge takes each combination of values as a class, and {len(attributes)} attributes have "
-                f"{self.classes:,}; name fewer (at most {MOST_CLASSES:,} classes)"
-            )
+            raise ValueError(f"game multi_hinge: attributes combine to {self.classes:,} classes, above {MOST_CLASSES:,}")
         widths = widths_of(self.image_size, s.init_channels, s.max_channels)
         up = widths_of(self.image_size, 2 * s.init_channels, max(2 * s.init_channels, s.max_channels))[-2::-1]
         generator = (attributes, s.noise_width, up, channels, s.hidden_channels, s.deconv, s.norm, s.dropout)

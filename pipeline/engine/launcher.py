@@ -63,10 +63,7 @@ class Launcher:
                 named["the launcher's DeepSpeed file enables"] = kind
         for who, what in named.items():
             if what not in ("no", PRECISION[precision]):
-                raise ValueError(
-                    f"{who} {what}, the experiment says precision: {precision}; leave it out of the launcher, "
-                    "the experiment owns it"
-                )
+                raise ValueError(f"{who} {what}, the experiment says precision: {precision}, which counts; leave out the other")
 
 
 def refuse_other_ways() -> None:

@@ -36,11 +36,6 @@ class AllReduceSum(torch.autograd.Function):
         return AllReduceSum.apply(gradient)
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, differentiable."""
-    return AllReduceSum.apply(tensor)
-
-
 class Ranks:
     """The processes of a launch: which of them this one is, where it computes, and what all of them know together.
     precision: of autocast, for those that train. cpu: compute on the CPU where there is a GPU, too."""
@@ -52,7 +47,7 @@ class Ranks:
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.is_local_main = self.accelerator.is_local_main_process
-        self.reduce_sum: ReduceSum = sum_over_ranks if self.world_size > 1 else identity
+        self.reduce_sum: ReduceSum = AllReduceSum.apply if self.world_size > 1 else identity
         self.node = _node()
         if self.is_main and restarts_may_hang(os.environ):
             log.warning(

@@ -142,10 +142,8 @@ def zero_settings(launched: Mapping[str, Any], settings: EngineConfig, clip_norm
     zero = {key: value for key, value in launched.get("zero_optimization", {}).items() if value != "auto"}
     stage = zero.pop("stage", None)
     if stage is not None and settings.zero_stage not in (None, stage):
-        raise ValueError(
-            f"the launcher says ZeRO stage {stage}, the experiment says engine.zero_stage: {settings.zero_stage}; "
-            "leave one of them out"
-        )
+        ours = settings.zero_stage
+        raise ValueError(f"the launcher says ZeRO stage {stage}, the experiment says engine.zero_stage: {ours}; leave one out")
     stage = settings.zero_stage if stage is None else stage
     stage = 1 if stage is None else stage
     if stage not in (0, 1, 2):
@@ -160,15 +158,11 @@ def zero_settings(launched: Mapping[str, Any], settings: EngineConfig, clip_norm
             raise ValueError(f"the launcher's DeepSpeed names {key}; the experiment owns it ({owner}); say auto")
     steps, clip = launched.get("gradient_accumulation_steps", "auto"), launched.get("gradient_clipping", "auto")
     if steps not in ("auto", settings.accumulation):
-        raise ValueError(
-            f"the launcher says gradient_accumulation_steps {steps:g}, the experiment says engine.accumulation: "
-            f"{settings.accumulation}; leave it out of the launcher, the experiment owns it"
-        )
+        parts = f"the experiment says engine.accumulation: {settings.accumulation}, which counts; leave out the launcher's"
+        raise ValueError(f"the launcher says gradient_accumulation_steps {steps:g}, {parts}")
     other = [norm for norm in clip_norms if clip not in ("auto", norm)]
     if other:
-        raise ValueError(
-            f"the launcher says gradient_clipping {clip:g}, the method clips at {other[0]:g}; say auto in the launcher"
-        )
+        raise ValueError(f"the launcher says gradient_clipping {clip:g}, the method clips at {other[0]:g}; say auto there")
     return {
         "steps_per_print": 10**9,
         **{key: value for key, value in launched.items() if key not in (*_LEFT_OUT, "zero_optimization")},

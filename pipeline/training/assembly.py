@@ -111,25 +111,17 @@ def _check_card(folder: Path, resume: bool, shards: ShardSet, attributes: Attrib
     card = folder / "run.json"
     if not resume:
         if card.exists():
-            raise ValueError(
-                f"{folder} already holds a run; go on with 'fader train --resume {folder}' "
-                "or choose another folder with run.folder=…"
-            )
+            raise ValueError(f"{folder} already holds a run; 'fader train --resume {folder}' goes on, run.folder=… takes another")
         return
     if not card.exists():
         raise ValueError(f"{folder} holds no run to resume (no run.json in it)")
     before = json.loads(card.read_text())
     if before["data_digest"] != shards.digest:
-        raise ValueError(
-            f"{folder} was trained on data {before['data_digest'][:12]}, {shards.path} holds "
-            f"{shards.digest[:12]}: resume with the same set, or start a new run"
-        )
+        learnt, here = before["data_digest"][:12], shards.digest[:12]
+        raise ValueError(f"{folder} was trained on data {learnt}, {shards.path} holds {here}: name the same set, or a new run")
     if before["attributes"] != attributes.to_list():  # networks may be of the same shape
         learnt = ", ".join(entry["name"] for entry in before["attributes"])
-        raise ValueError(
-            f"{folder} learns {learnt}, and {', '.join(attributes.names)} cannot go on from there: leave data.attributes as "
-            "it was, or start a new run"
-        )
+        raise ValueError(f"{folder} learns {learnt}, and {', '.join(attributes.names)} cannot go on from there: start a new run")
 
 
 def _own(folder: Path, engine: Engine, stack: ExitStack) -> Owner | None:
@@ -158,10 +150,8 @@ def _check_batch_size(experiment: Experiment, ranks: int) -> None:
     """Raise ValueError when a rank's share of a batch cannot be taken in the parts that are asked for."""
     size, parts = experiment.batch_size, experiment.engine.accumulation
     if size // ranks < parts:
-        raise ValueError(
-            f"batch_size {size} leaves a rank of {ranks} with {size // ranks} records, and engine.accumulation: {parts} "
-            f"needs at least {parts}: raise batch_size to {parts * ranks}"
-        )
+        has = f"batch_size {size} leaves a rank of {ranks} {size // ranks} records"
+        raise ValueError(f"{has}, and engine.accumulation needs {parts}: raise batch_size to {parts * ranks}")
 
 
 def _open_folder(run: Run, shards: ShardSet) -> None:

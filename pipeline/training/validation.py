@@ -70,9 +70,7 @@ class BestSoFar:
         named = [("best", self.metric), ("patience_metric", self.patience_metric)]
         for key, name in (*named, *(("keep_best", metric) for metric in settings.keep_best)):
             if name not in known:
-                raise ValueError(
-                    f"run.{key}: validation measures no {name!r}{nearest(name, known)} (run.evaluate_tables adds more)"
-                )
+                raise ValueError(f"run.{key}: validation measures no {name!r}{nearest(name, known)} (see run.evaluate_tables)")
         self.mse_at_most, self.mse_factor = settings.best_mse, settings.best_mse_factor
         self.patience_images = settings.patience_images
         self.load(None)
