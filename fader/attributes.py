@@ -208,10 +208,8 @@ class Attributes(tuple[Attribute, ...]):
 
     def flipped(self, labels: Tensor, draws: Draws) -> Tensor:
         """The wrong labels the encoder aims for: 1 - y if binary or continuous, a random other category if k-way.
-
-        Unknown labels stay unknown. Source: Lample et al. 2017, arXiv:1706.00409; the k-way rule as its authors
-        answered in facebookresearch/FaderNetworks issue 11.
-        """
+        Unknown labels stay unknown. Source: Lample et al. 2017, arXiv:1706.00409; the k-way rule as its authors answered in
+        facebookresearch/FaderNetworks issue 11."""
         self.check_width(labels)
         columns = []
         for j, attribute in enumerate(self):

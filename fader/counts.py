@@ -9,9 +9,7 @@ from fader.method import ReduceSum
 
 class LabelCounts(nn.Module):
     """Counts how often training saw each value of each attribute, over all ranks. An observer.
-
-    The counts start at one each, so that none is 0.
-    """
+    The counts start at one each, so that none is 0."""
 
     def __init__(self, attributes: Attributes) -> None:
         super().__init__()
@@ -26,9 +24,7 @@ class LabelCounts(nn.Module):
 
     def shares(self, attributes: Attributes, labels: Tensor) -> Tensor:
         """[N, A] float32: how common each label's value is in what training saw. 1 = as common as the others of its attribute.
-
-        An unknown label stands for 0.
-        """
+        An unknown label stands for 0."""
         values = (attribute.hard(labels[:, j]).clamp(min=0) for j, attribute in enumerate(attributes))
         counts = (self.counts[part] for part in self.slices)
         return torch.stack([(seen / seen.mean()).float()[value] for seen, value in zip(counts, values)], 1)

@@ -26,10 +26,8 @@ class Part(BaseModel, extra="forbid", frozen=True, strict=True):
 
 class AugmentConfig(Part):
     """How far training pictures are moved and changed; 0 = not at all.
-
-    What goes both ways goes evenly up to its bound. Blur, rescaling and noise leave half of the pictures alone and go evenly
-    up to their bounds for the others; they take away what is too faint for a person to see.
-    """
+    What goes both ways goes evenly up to its bound. Blur, rescaling and noise leave half of the pictures alone and go evenly up
+    to their bounds for the others; they take away what is too faint for a person to see."""
 
     rotation_degrees: float = Field(0.0, ge=0, le=45)
     translation: float = Field(0.0, ge=0, le=0.5, description="as a share of the side, in both directions")
@@ -167,9 +165,7 @@ class Experiment(Part, arbitrary_types_allowed=True):
     @property
     def digest(self) -> str:
         """The sha256 of what decides the result: the settings without names, places, tracking, and how records are read.
-
-        Which records they are, the digest of the data says (`ShardSet.digest`), not the folder they lie in.
-        """
+        Which records they are, the digest of the data says (`ShardSet.digest`), not the folder they lie in."""
         tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "judge", "run", "tracking")}
         for key in ("path", "threads", "prefetch", "cache"):
             del tree["data"][key]

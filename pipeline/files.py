@@ -112,9 +112,7 @@ def flush(path: Path) -> None:
 
 def ensure_home() -> None:
     """Give this process and its children a home folder and a user's name where the system knows none, as in a container.
-
-    MLflow cannot be imported without the one, torch compiles nothing without the other.
-    """
+    MLflow cannot be imported without the one, torch compiles nothing without the other."""
     try:
         Path.home()
     except RuntimeError:

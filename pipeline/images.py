@@ -116,10 +116,8 @@ class Preprocessing:
 
 def kernel(side: int, image_size: int) -> Literal["lanczos", "triangular", "none"]:
     """The one resize kernel for a box whose longer side is `side` pixels and becomes `image_size`.
-
-    Pillow calls the antialiased triangle BILINEAR; DALI calls it triangular with antialias on. Neither the area filter
-    of OpenCV, which the official code used to shrink, nor its Lanczos of 8 taps exists in both.
-    """
+    Pillow calls the antialiased triangle BILINEAR; DALI calls it triangular with antialias on. Neither the area filter of OpenCV,
+    which the official code used to shrink, nor its Lanczos of 8 taps exists in both."""
     if side == image_size:
         return "none"
     return "lanczos" if side < image_size else "triangular"
@@ -143,9 +141,7 @@ def _unreadable(data: bytes | memoryview | np.ndarray, error: Exception) -> Valu
 
 def _orientation(image: Image.Image) -> int:
     """Which way up a loaded picture is stored: 1 to 8, as Exif's tag says, or XMP's where there is no such tag.
-
-    A tag of another type or value says nothing, and neither does metadata that cannot be read: 1.
-    """
+    A tag of another type or value says nothing, and neither does metadata that cannot be read: 1."""
     try:
         value = image.getexif().get(_ORIENTATION)
     except _DAMAGE:

@@ -202,9 +202,7 @@ def effective_range(response: Tensor, positions: Sequence[float]) -> tuple[float
 @dataclass(frozen=True)
 class Gaussian:
     """A normal distribution fitted to features. The covariance is factor' · factor, of any rank.
-
-    mean: [F] float64. factor: [R, F] float64.
-    """
+    mean: [F] float64. factor: [R, F] float64."""
 
     mean: Tensor
     factor: Tensor

@@ -84,10 +84,8 @@ class View:
 
 class Adversary:
     """Presses on an autoencoder: a network of its own, the phases that train it, and what the autoencoder must minimise.
-
-    Subclasses set `name`, which is the key of their settings and of their weight in `Context.weights`, and `network`, the
-    name of their network.
-    """
+    Subclasses set `name`, which is the key of their settings and of their weight in `Context.weights`, and `network`, the name of
+    their network."""
 
     name: ClassVar[str]
     network: ClassVar[str]

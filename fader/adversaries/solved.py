@@ -18,10 +18,8 @@ _WIDEST = 4096  # the covariance of so many numbers takes 128 MiB, and a second 
 
 class Solution(NamedTuple):
     """What the moments come to. All float64, F = size + num_hidden.
-
-    mean: [F] of all features. directions: [W, F], for each column of the code Σ⁻¹ (μ_v - μ̄), divided by k and by the
-    share of all records that have the value. separations: [A].
-    """
+    mean: [F] of all features. directions: [W, F], for each column of the code Σ⁻¹ (μ_v - μ̄), divided by k and by the share of
+    all records that have the value. separations: [A]."""
 
     mean: Tensor
     directions: Tensor

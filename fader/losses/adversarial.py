@@ -19,10 +19,8 @@ PairLosses = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True)
 class Game:
     """The two sides of an adversarial loss. Each takes the logits [N] of real and of decoded images and gives [N] losses.
-
-    discriminator: what the discriminator minimises. maker: what the network that makes images minimises. compares: the
-    maker's losses depend on the real images, too.
-    """
+    discriminator: what the discriminator minimises. maker: what the network that makes images minimises. compares: the maker's
+    losses depend on the real images, too."""
 
     discriminator: PairLosses
     maker: PairLosses

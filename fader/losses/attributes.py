@@ -101,9 +101,7 @@ def log_odds(attributes: Attributes, logits: Tensor, labels: Tensor, head: Head)
 
 def accuracies(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, head: Head) -> Tensor:
     """Share of known records whose attribute is right, [A]; for a continuous attribute 1 - mean absolute error.
-
-    Arguments as in `attribute_loss`. No gradient.
-    """
+    Arguments as in `attribute_loss`. No gradient."""
     right = 1 - (attributes.preds(logits.detach(), head) - labels).abs()
     for j, attribute in enumerate(attributes):
         if attribute.kind != "continuous":

@@ -45,9 +45,7 @@ class AlignerSettings(Settings):
 
 class Regressor(nn.Module):
     """Windows [N, C, S, S] to [N, 4]: log scale, turn in radians, shift right and down in half sides of the window.
-
-    Every channel of a window is first brought to mean 0 and variance 1, because light and tint must not matter.
-    """
+    Every channel of a window is first brought to mean 0 and variance 1, because light and tint must not matter."""
 
     def __init__(self, size: int, channels: int, settings: AlignerSettings) -> None:
         super().__init__()
@@ -91,9 +89,7 @@ class Aligner(Method):
 
     def regressor_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         """The mean distance of four points of the window from where the planted similarity put them, rounded at 0.
-
-        The report's error is the mean distance in pixels of the training pictures.
-        """
+        The report's error is the mean distance in pixels of the training pictures."""
         planted = self.planted(batch.draws)
         predicted = similarity(networks["regressor"](self.windows(batch.images, planted, batch.draws)))
         off = torch.stack([(predicted(corner) - planted(corner)).abs() for corner in _CORNERS], 1)
@@ -102,10 +98,8 @@ class Aligner(Method):
 
     def planted(self, draws: Draws) -> Similarity:
         """Draw one similarity a record, in window coordinates: where a well-framed face's points are to appear.
-
-        All its parts shrink by one factor uniform on [0, 1), because the small errors that the first correction leaves
-        must be as familiar as the large ones before it.
-        """
+        All its parts shrink by one factor uniform on [0, 1), because the small errors that the first correction leaves must be as
+        familiar as the large ones before it."""
         s = self.settings
         parts = (draws.uniform("similarity", (_PARAMETERS,)) * 2 - 1) * draws.uniform("strength", (1,))
         limits = (math.log(s.max_zoom), math.radians(s.max_rotation), s.max_shift, s.max_shift)
@@ -113,10 +107,8 @@ class Aligner(Method):
 
     def windows(self, images: Tensor, planted: Similarity, draws: Draws) -> Tensor:
         """Cut pictures [N, C, S, S] to windows [N, C, S/2, S/2] in which the face is off by the planted similarity.
-
-        Photos go on beyond the edge of a training picture. Half of the records see the picture's mirror image there, and
-        half see one flat colour.
-        """
+        Photos go on beyond the edge of a training picture. Half of the records see the picture's mirror image there, and half see
+        one flat colour."""
         seen = positions(self.window_size, images.device)[None]
         source = self.window @ planted.inverse()
         points = source.factor[:, None, None] * seen + source.shift[:, None, None]

@@ -84,9 +84,7 @@ class Gan(Method):
 
     def made(self, networks: Networks, batch: Batch, judging: bool = False) -> tuple[Tensor, Tensor]:
         """Images of the batch's noise with its labels; and what the steps of latent optimisation cost.
-
-        judging: the discriminator will learn from them, so that no gradient goes back to the generator.
-        """
+        judging: the discriminator will learn from them, so that no gradient goes back to the generator."""
         s, noise, code = self.settings, self.noise(batch), self.attributes.code(batch.attributes)
         if not s.latent_step:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not judging):

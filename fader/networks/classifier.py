@@ -9,9 +9,7 @@ from fader.networks.normalization import Norm
 
 class Classifier(nn.Module):
     """Images [N, C, S, S] to attribute logits [N, num_logits].
-
-    Convolutions that halve the image down to one pixel, Linear, LeakyReLU(0.2), Linear.
-    """
+    Convolutions that halve the image down to one pixel, Linear, LeakyReLU(0.2), Linear."""
 
     def __init__(
         self, image_size: int, num_logits: int, channels: int = 3, init_channels: int = 32, max_channels: int = 512,

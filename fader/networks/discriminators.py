@@ -14,10 +14,8 @@ from fader.networks.normalization import Norm
 
 class LatentDiscriminator(nn.Module):
     """A `Latent` to attribute logits [N, num_logits].
-
-    It goes on where the encoder stopped: convolutions like the encoder's down to one pixel, always with batch norm and
-    dropout, then Linear, LeakyReLU(0.2), Linear. With skips it reads the shallowest map that the decoder receives.
-    """
+    It goes on where the encoder stopped: convolutions like the encoder's down to one pixel, always with batch norm and dropout,
+    then Linear, LeakyReLU(0.2), Linear. With skips it reads the shallowest map that the decoder receives."""
 
     def __init__(
         self, layout: Layout, num_logits: int, hidden_channels: int = 512, dropout: float = 0.3, norm: Norm = "global"

@@ -26,9 +26,7 @@ class Posterior(NamedTuple):
 
 class VariationalEncoder(nn.Module):
     """Images [N, C, S, S] and a code [N, code_width] to a `Posterior`.
-
-    A linear layer draws the code as one more channel of the image; convolutions halve it down to 2×2; a linear layer follows.
-    """
+    A linear layer draws the code as one more channel of the image; convolutions halve it down to 2×2; a linear layer follows."""
 
     def __init__(
         self, attributes: Attributes, latent_width: int, image_size: int, channels: int = 3, init_channels: int = 32,

@@ -14,9 +14,7 @@ _SIDE = 4  # pixels of the smallest maps
 
 class Condition(nn.Module):
     """A code [N, code_width] to what these networks read, [N, width] in [-1, 1].
-
-    One column a binary or continuous attribute, k a k-way one: 1 where a value is present, -1 where it is absent.
-    """
+    One column a binary or continuous attribute, k a k-way one: 1 where a value is present, -1 where it is absent."""
 
     def __init__(self, attributes: Attributes) -> None:
         super().__init__()

@@ -110,10 +110,8 @@ def norm(kind: Norm, channels: int) -> nn.Module:
 
 def drop_bias(parent: nn.Module, layer: str, norm: str) -> None:
     """Take the bias from a layer of `parent` whose norm, which follows it, takes a bias out again: nothing computes it.
-
-    Checkpoints hold it still, as zeros. The running mean is moved by the bias that was drawn, and by that of a checkpoint
-    that was written while it was computed, so that the network in eval mode stays the same.
-    """
+    Checkpoints hold it still, as zeros. The running mean is moved by the bias that was drawn, and by that of a checkpoint that
+    was written while it was computed, so that the network in eval mode stays the same."""
     bias = parent.get_submodule(layer).bias.detach()
     size = len(bias)
     parent.get_submodule(layer).register_parameter("bias", None)

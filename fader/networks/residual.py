@@ -33,10 +33,8 @@ class ResidualBlock(nn.Module):
 
 class ResidualClassifier(nn.Module):
     """Images [N, C, S, S] to attribute logits [N, num_logits].
-
     A convolution 4×4 that halves, one block that keeps the sides, blocks that halve them to 4 pixels, the mean over pixels,
-    dropout, Linear.
-    """
+    dropout, Linear."""
 
     def __init__(
         self, image_size: int, num_logits: int, channels: int = 3, init_channels: int = 32, max_channels: int = 256,

@@ -15,9 +15,7 @@ RUNTIME = "ort.min.js"
 
 def export_page(model: Model, out: Path, int8: bool = False) -> dict[str, Any]:
     """Write a model as `export_onnx` does, and the page beside it.
-
-    The page needs onnxruntime-web's `ort.min.js` and its `.wasm` and `.mjs` files in the same folder.
-    """
+    The page needs onnxruntime-web's `ort.min.js` and its `.wasm` and `.mjs` files in the same folder."""
     if model.card["channels"] != 3:
         raise ValueError(f"{model.source} reads grey pictures; the page of files takes colour")
     about = export_onnx(model, out, int8)

@@ -81,9 +81,7 @@ class Service:
 
     def trusts(self, host: str, token: str | None) -> bool:
         """Whether a request to this host may read what is private: it has the token, where there is one.
-
-        Without a token the host must be this machine by name, because another site's name may be made to lead here.
-        """
+        Without a token the host must be this machine by name, because another site's name may be made to lead here."""
         if self.token is None:
             return urlsplit(f"//{host}").hostname in LOOPBACK
         return secrets.compare_digest((token or "").encode(), self.token.encode())

@@ -56,9 +56,7 @@ class CudaGraphs:
 
 class CapturedSteps:
     """Runs steps, each as it is for `WARM` updates and from its recording after them.
-
-    A phase that cannot be recorded says why, once, and goes on as it is.
-    """
+    A phase that cannot be recorded says why, once, and goes on as it is."""
 
     WARM = 3
 

@@ -151,9 +151,7 @@ class Engine(Ranks):
 
     def read_report(self) -> tuple[dict[str, float], dict[str, int]]:
         """Return what updates have reported since the last reading: means over updates and ranks, and numbers of updates.
-
-        All ranks read together, and each waits for its device once.
-        """
+        All ranks read together, and each waits for its device once."""
         totals: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         for sums in self.sums.values():

@@ -134,10 +134,8 @@ class Group:
     @torch.no_grad()
     def follow(self, networks: nn.ModuleDict, finite: Tensor) -> None:
         """Move the average a step towards the weights, and its running statistics towards theirs.
-
-        The newest statistics would not fit the averaged weights: together they reconstructed CelebA at 250,000 images with
-        an MSE of 0.186, the raw weights with 0.061.
-        """
+        The newest statistics would not fit the averaged weights: together they reconstructed CelebA at 250,000 images with an MSE
+        of 0.186, the raw weights with 0.061."""
         if not self.ema:
             return
         averages, news = (
@@ -183,9 +181,7 @@ class Group:
 
 class FlatGroup(Group):
     """A group on several ranks whose gradients one all-reduce sums after backward, as a CUDA graph can hold it.
-
-    compressed: they travel as bf16.
-    """
+    compressed: they travel as bf16."""
 
     compressed = False
 
@@ -202,10 +198,8 @@ class FlatGroup(Group):
 
 def _leave_compiler_out() -> None:
     """Keep torch's optimizers from importing its compiler, which takes 2 of the 8 seconds of a start on a CPU.
-
     They import it only to tell it, at each function's first call, that it is to leave that alone; no optimizer is compiled here.
-    Torch marks a function that has told it by an attribute; `step` is called without what it is wrapped in.
-    """
+    Torch marks a function that has told it by an attribute; `step` is called without what it is wrapped in."""
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         function = inspect.unwrap(getattr(torch.optim.Optimizer, name))
         setattr(function, "__dynamo_disable", function)

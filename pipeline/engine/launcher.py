@@ -68,9 +68,7 @@ class Launcher:
 
 def refuse_other_ways() -> None:
     """Raise ValueError when the launcher asks for a way of training that this system does not know.
-
-    Mostly nobody meant it: without --config_file Accelerate takes the answers that were once given to `accelerate config`.
-    """
+    Mostly nobody meant it: without --config_file Accelerate takes the answers that were once given to `accelerate config`."""
     for way, name in OTHER_WAYS.items():
         if os.environ.get(name, "").lower() not in ("", "no", "false", "0"):
             raise ValueError(
@@ -102,10 +100,8 @@ def launched() -> bool:
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
     """Say what this process waits for while the processes of a launch look for one another, and let signals end it.
-
-    Torch waits for them outside Python, where no handler is heard, and variables that are left over make it wait for
-    nobody. There is nothing to save yet.
-    """
+    Torch waits for them outside Python, where no handler is heard, and variables that are left over make it wait for nobody.
+    There is nothing to save yet."""
     sizes = {name: os.environ[name] for name in _SIZES if os.environ.get(name, "1") not in ("", "1")}
     if not sizes or dist.is_initialized() or threading.current_thread() is not threading.main_thread():
         yield

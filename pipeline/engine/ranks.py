@@ -89,9 +89,7 @@ class Ranks:
 
     def on_node(self, value: Any) -> list[Any]:
         """Return what every rank of this machine gave, in the order of ranks; all ranks of the run call it together.
-
-        Ranks are on one machine when their processes see each other; a rank in a container of its own is alone.
-        """
+        Ranks are on one machine when their processes see each other; a rank in a container of its own is alone."""
         if self.world_size == 1:
             return [value]
         place = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino)
@@ -108,9 +106,7 @@ class Ranks:
 
     def count_known(self, batch: Batch) -> Batch:
         """Return the batch with `known` counted over the records that all ranks have.
-
-        Each rank counted it by the plan, which is wrong where another rank put one record in the place of another.
-        """
+        Each rank counted it by the plan, which is wrong where another rank put one record in the place of another."""
         known = (batch.attributes >= 0).sum(0).to(batch.known.dtype)
         return dataclasses.replace(batch, known=self.reduce_sum(known) / self.world_size)
 
@@ -133,9 +129,7 @@ def open_ranks(device: str) -> Ranks:
 
 def leave() -> None:
     """Leave the process group, if there is one; after it this process cannot reach other ranks.
-
-    A process that exits without leaving may abort in the group's threads, which a launcher takes for a crash.
-    """
+    A process that exits without leaving may abort in the group's threads, which a launcher takes for a crash."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

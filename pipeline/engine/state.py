@@ -10,10 +10,8 @@ from torch import Tensor, nn
 @dataclass
 class State:
     """Everything of the weights and optimizers that a run must restore, by name, on the CPU.
-
-    networks: "network/parameter or buffer". ema: the same names. optimizers: "network/parameter/moment", the step count
-    among them, whole whatever back end and number of ranks held them; and "group/loss_scale" under fp16.
-    """
+    networks: "network/parameter or buffer". ema: the same names. optimizers: "network/parameter/moment", the step count among
+    them, whole whatever back end and number of ranks held them; and "group/loss_scale" under fp16."""
 
     networks: dict[str, Tensor]
     ema: dict[str, Tensor]

@@ -60,10 +60,8 @@ class Sums:
 
 class Guard:
     """Buffers that an update moves, as they were before it, to be put back where the update was not finite.
-
-    These are the running statistics of networks in train mode. A network without parameters looks on and guards its
-    own sums, which may be large.
-    """
+    These are the running statistics of networks in train mode. A network without parameters looks on and guards its own sums,
+    which may be large."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         buffers = [b for network in networks if any(True for _ in network.parameters()) for b in network.buffers()]

@@ -27,10 +27,8 @@ class UnfoldedLoss(AutocastLoss):
 
 class ZeroGroup(Group):
     """One trained group behind a DeepSpeed engine of its own.
-
-    At stages 1 and 2 each rank holds an equal slice of one flat vector: the group's float32 parameters in order, padded
-    at the end. Its moments are slices of the same cut, so they are gathered and cut by position.
-    """
+    At stages 1 and 2 each rank holds an equal slice of one flat vector: the group's float32 parameters in order, padded at the
+    end. Its moments are slices of the same cut, so they are gathered and cut by position."""
 
     stage = 0
 

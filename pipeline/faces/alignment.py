@@ -98,10 +98,8 @@ def find(photo: np.ndarray, aligner: Model | None = None, detector: Detector | N
 
 def cascade(photo: np.ndarray) -> list[Face]:
     """Find faces in a photo, uint8 [H, W, 3], with OpenCV's face cascade alone.
-
-    Where no face gets enough votes, a photo that is at least twice as large as what is searched is searched again for
-    small faces; then with finer steps for the one face that gets some votes at least.
-    """
+    Where no face gets enough votes, a photo that is at least twice as large as what is searched is searched again for small
+    faces; then with finer steps for the one face that gets some votes at least."""
     faces = _search(photo, _SIDE, _STEP, _SURE_VOTES)
     if not faces and max(photo.shape[:2]) >= 2 * _SIDE:
         faces = _search(photo, _LARGE_SIDE, _STEP, _SURE_VOTES)
@@ -173,9 +171,7 @@ def _boxes(grey: np.ndarray, degrees: float, step: float) -> list[_Box]:
 
 def _groups(grey: np.ndarray, step: float, turns: Sequence[float] = _TURNS) -> list[list[_Box]]:
     """Group the boxes of each face, over all turns; the face of most votes comes first.
-
-    A group around or inside a face of more votes is left out, because a cascade also takes an eye or a whole head for a face.
-    """
+    A group around or inside a face of more votes is left out, because a cascade also takes an eye or a whole head for a face."""
     boxes = [box for turn in turns for box in _boxes(grey, turn, step)]
     groups: list[list[_Box]] = []
     for box in sorted(boxes, key=lambda box: -box.votes):
@@ -279,9 +275,7 @@ def _warp(
     picture: np.ndarray, source: Similarity, size: tuple[int, int], cubic: bool = False, mirrored: bool = True
 ) -> np.ndarray:
     """Return a picture of `size` (width, height) whose pixel z shows source(z) of `picture`.
-
-    Beyond the edge of `picture` it shows the mirror image, or else the nearest pixel.
-    """
+    Beyond the edge of `picture` it shows the mirror image, or else the nearest pixel."""
     cv2 = opencv()
     a, b = source.factor, source.shift
     matrix = np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])

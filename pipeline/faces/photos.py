@@ -85,9 +85,7 @@ def portraits(name: str, photo: Image.Image, rule: Preprocessing, align: bool, a
 
 def portrait(name: str, photo: Image.Image, rule: Preprocessing, face: Face | None = None) -> Portrait:
     """Cut a photo to a model's square: around a face where one is given, else the whole photo by the model's crop rule.
-
-    A photo whose size the crop rule does not take gives its centred square, and a note says so.
-    """
+    A photo whose size the crop rule does not take gives its centred square, and a note says so."""
     picture, frame, notes = photo, Similarity(), ()
     if face is not None:
         picture, frame = Image.fromarray(crop(np.asarray(photo), face.frame)), face.frame

@@ -38,9 +38,7 @@ class Loaders:
 
     def left_out(self, known: Iterable[str]) -> list[str]:
         """Return the keys of all records that any rank has left out, and those known before; all ranks call it together.
-
-        A rank itself goes by its own list (see `quarantine`).
-        """
+        A rank itself goes by its own list (see `quarantine`)."""
         mine = [key for quarantine in self.quarantines.values() for key in quarantine.keys]
         return self.engine.union([*known, *mine])
 

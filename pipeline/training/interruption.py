@@ -55,9 +55,7 @@ class Interrupted(Exception):
 
 class Listener:
     """While entered, signals are noted instead of ending the process; the third Ctrl-C ends it at once.
-
-    Other signals may come as often as they like: a batch job repeats its own until all ranks have heard it.
-    """
+    Other signals may come as often as they like: a batch job repeats its own until all ranks have heard it."""
 
     def __init__(self) -> None:
         self._heard = Reason.NONE

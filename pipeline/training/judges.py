@@ -49,9 +49,7 @@ def panel_of(evaluated: Sequence[Model], shards: ShardSet, specification: Specif
 
 def _kept(preset: str, model: Model, shards: ShardSet, specification: Specification, ranks: Ranks) -> Model:
     """Return the judge that is kept beside a model's run (or in runs/), trained first, or to its end, where needed.
-
-    It knows every attribute of the data, so that it serves other models of the same size and crop, too.
-    """
+    It knows every attribute of the data, so that it serves other models of the same size and crop, too."""
     experiment = _experiment(preset, model, shards, specification.judge_images)
     folder = experiment.folder
     started = (folder / "run.json").is_file()
@@ -70,9 +68,7 @@ def _kept(preset: str, model: Model, shards: ShardSet, specification: Specificat
 
 def _experiment(preset: str, model: Model, shards: ShardSet, images: int | None) -> Experiment:
     """Return the experiment of such a judge: the data as the model sees them, all attributes, and faint things taken away.
-
-    Its folder is named after the digest of the data, because another set may lie in a folder of the same name.
-    """
+    Its folder is named after the digest of the data, because another set may lie in a folder of the same name."""
     sees = model.preprocessing
     size = min(sees.image_size, PANEL_SIZE)
     theirs: dict[str, Any] = model.card.get("config") or {}

@@ -21,9 +21,7 @@ class NonFinite(FloatingPointError):
 
 class Recovery:
     """Counts the updates that were left out, and takes the run back.
-
-    finite_at: images seen at the last log interval at which all updates were finite.
-    """
+    finite_at: images seen at the last log interval at which all updates were finite."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

@@ -42,9 +42,7 @@ class Best:
 @dataclass(frozen=True)
 class Measured:
     """The metrics of a validation, and at how many images seen it took place; -1 before the first.
-
-    metrics: by the names that `run.best` knows, without the split's.
-    """
+    metrics: by the names that `run.best` knows, without the split's."""
 
     images: int = -1
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -190,10 +188,8 @@ class Validation:
 
     def pictures(self) -> Tensor | None:
         """Return the first records' pictures, decoded by the averaged weights on this rank: [N, columns, C, S, S].
-
-        The columns are those of `evaluation.pictures.swapped`. It is None where the method makes no pictures or no record
-        is there to be shown.
-        """
+        The columns are those of `evaluation.pictures.swapped`. It is None where the method makes no pictures or no record is
+        there to be shown."""
         if not evaluation.makes_pictures(self.model.method) or not len(self.split):
             return None
         [request] = sequential(min(PICTURE_RECORDS, len(self.split)), PICTURE_RECORDS)
