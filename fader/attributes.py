@@ -10,6 +10,7 @@ exactly the code of the label 0 or 1.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -296,8 +297,5 @@ def one_changed(attributes: Attributes, labels: Tensor, shares: Tensor, draws: D
 
 
 def _slices(widths: Sequence[int]) -> list[slice]:
-    slices, start = [], 0
-    for width in widths:
-        slices.append(slice(start, start + width))
-        start += width
-    return slices
+    return [slice(end - width, end) for width, end in zip(widths, itertools.accumulate(widths))]
+

@@ -1,6 +1,5 @@
 """`fader bench`: how fast data comes and a step is, measured on this machine beside what others offer and bare loops."""
 
-import json
 import statistics
 import sys
 import tempfile
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch import bench_scale, bench_train
-from launch.command import main, numbers
+from launch import bench_train
+from launch.command import main, numbers, write_figures
 
 if TYPE_CHECKING:
     from pipeline.loading.throughput import Rates
@@ -28,7 +27,7 @@ def bench() -> None:
 
 
 app.command()(bench_train.train)
-app.command()(bench_scale.scale)
+app.command()(bench_train.scale)
 
 
 @app.command()
@@ -77,9 +76,7 @@ def data(
             rates = throughput.loading_rates(split, preprocessing, work, measure, _show)
             figures["images_per_second"][str(size)] = rates
             typer.echo(_line(size, rates))
-    if to:
-        to.write_text(json.dumps(figures, indent=1) + "\n")
-        typer.echo(f"wrote {to}")
+    write_figures(to, figures)
     typer.echo("docs/performance.md says what these figures should be")
 
 

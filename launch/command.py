@@ -1,11 +1,13 @@
 """How every command ends: one clear line and exit code 2 for what a user can mend, 130 for Ctrl-C, a traceback for a bug."""
 
+import json
 import logging
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -105,3 +107,10 @@ def numbers(text: str, option: str) -> list[int]:
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{option} is {text!r}; whole numbers parted by commas are needed, as 64,128")
     return [int(part) for part in parts]
+
+
+def write_figures(to: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures as JSON where `--json` names a file, and say so."""
+    if to:
+        to.write_text(json.dumps(figures, indent=1) + "\n")
+        typer.echo(f"wrote {to}")

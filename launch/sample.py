@@ -1,6 +1,5 @@
 """`fader sample MODEL --set Smiling=1 --count 16 --out DIR`: pictures of faces that nobody has."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,13 +14,10 @@ _ACROSS = 8
 @app.command(cls=values.SeveralValues)
 def sample(
     model: Annotated[str, typer.Argument(help="models:/NAME@alias, an export or a run", metavar="MODEL")],
-    out: Annotated[Path, typer.Option(help="the folder to write pictures into", metavar="DIR")],
+    out: values.Pictures,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="of the first picture; the next has the next seed")] = 0,
     count: Annotated[int, typer.Option(help="pictures", min=1, max=1_000)] = 16,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="-1 absent, 1 present, beyond exaggerated; Beard=full", metavar="NAME=X..."),
-    ] = None,
+    set_: values.Moves = None,
     only: Annotated[bool, typer.Option("--only", help="attributes that are not set are absent")] = False,
     truncation: Annotated[
         float | None, typer.Option(min=0.01, help="largest number of the noise: smaller gives better pictures, more alike")
@@ -30,8 +26,8 @@ def sample(
         int | None, typer.Option(min=0, max=LARGEST_SEED, help="from --seed's picture to this seed's, with its attributes")
     ] = None,
     grid_only: Annotated[bool, typer.Option("--grid", help="one picture of them all, and no others")] = False,
-    checkpoint: Annotated[str, typer.Option(help="of a run: latest, best or images-N")] = "latest",
-    raw: Annotated[bool, typer.Option("--raw", help="a run's weights as trained, not their moving averages")] = False,
+    checkpoint: values.Checkpoint = "latest",
+    raw: values.Raw = False,
 ) -> None:
     """Make new pictures.
 
@@ -43,8 +39,9 @@ def sample(
     import torch
 
     from pipeline import models
-    from pipeline.faces.photos import Pictures, pixels_of
-    from pipeline.images import grid
+    from pipeline.faces.photos import pixels_of
+    from pipeline.files import write_all
+    from pipeline.images import grid, png_bytes
 
     loaded = models.load(model, checkpoint=checkpoint, ema=not raw)
     sampling = loaded.sampling
@@ -52,13 +49,12 @@ def sample(
     images = sampling.sample(seeds, None, values.sliders(sampling, set_), only, truncation, to)
     if sampling.occurring is None and not only:
         typer.echo(f"{model} keeps no labels of its training data: what is not set is drawn evenly")
-    written = Pictures()
     blank = images.new_ones(-count % min(_ACROSS, count), *images.shape[1:])
-    written.add("grid", grid(torch.cat([images, blank]).unflatten(0, (-1, min(_ACROSS, count)))))
+    files = {"grid.png": png_bytes(grid(torch.cat([images, blank]).unflatten(0, (-1, min(_ACROSS, count)))))}
     for number, image in enumerate(() if grid_only else images, seed):
         name = f"seed-{number}" if to is None else f"seed-{seed}-to-{to}-{number - seed:03d}"
-        written.add(name, pixels_of(image))
-    for path in written.write(out):
+        files[f"{name}.png"] = png_bytes(pixels_of(image))
+    for path in write_all(out, files):
         typer.echo(f"wrote {path}")
     name, value = sampling.example_slider()
     say_next("sample", model, "--seed", seed + count, "--set", f"{name}={value}", "--out", out)

@@ -190,11 +190,8 @@ def effective_range(response: Tensor, positions: Sequence[float]) -> tuple[float
     share = [(float(value) - float(response[0])) / travel for value in response]
 
     def first(level: float) -> float:
-        for i in range(1, len(share)):
-            if share[i] >= level:
-                part = (level - share[i - 1]) / (share[i] - share[i - 1])
-                return positions[i - 1] + part * (positions[i] - positions[i - 1])
-        raise AssertionError("the last share is 1")
+        i = next(i for i in range(1, len(share)) if share[i] >= level)  # the last share is 1
+        return positions[i - 1] + (level - share[i - 1]) / (share[i] - share[i - 1]) * (positions[i] - positions[i - 1])
 
     return first(0.1), first(0.9)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
 from fader.draws import key_of
@@ -16,7 +17,7 @@ from fader.schedules import ramp
 from pipeline.config import EngineConfig
 from pipeline.engine.capture import captured_steps, compile_networks
 from pipeline.engine.groups import AutocastLoss, FlatGroup, Group, GroupLoss, LossScale, Scalar, reduce_in_bf16
-from pipeline.engine.launcher import Launcher, environment
+from pipeline.engine.launcher import Launcher
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.state import State, load_networks, on_cpu
 from pipeline.engine.step import Step, Sums, like, shape_of
@@ -123,7 +124,7 @@ class Engine(Ranks):
                 "gradient_clipping": group.settings.clip_norm,  # DeepSpeed clips at 1.0 when nothing is said
                 "zero_optimization": {**buckets, **shared["zero_optimization"]},
             }
-            with environment("LOCAL_RANK", str(self.accelerator.local_process_index)):
+            with patch_environment(LOCAL_RANK=self.accelerator.local_process_index):
                 group.wrap(deepspeed, UnfoldedLoss(self.networks, self.accelerator.autocast), settings)
 
     def update(self, phase: Phase, batch: Batch, clock: Clock) -> dict[str, Tensor]:

@@ -126,20 +126,6 @@ def meeting() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable has another value while this lasts."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def _launched(name: str) -> str:
     value = os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "")
     return "" if value.lower() in ("none", "auto") else value

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 from torch import Tensor
 
 from fader.method import Batch, ReduceSum, identity
-from pipeline.engine.launcher import PRECISION, environment, meeting, refuse_leftovers, refuse_other_ways
+from pipeline.engine.launcher import PRECISION, meeting, refuse_leftovers, refuse_other_ways
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Ranks:
         refuse_other_ways()
         refuse_leftovers()
         AcceleratorState._reset_state()  # engines may follow each other in one process; the process group stays
-        with environment("ACCELERATE_USE_DEEPSPEED", "false"), meeting():
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"), meeting():
             self.accelerator = Accelerator(
                 cpu=cpu or not torch.cuda.is_available(),
                 mixed_precision=PRECISION[precision],

@@ -39,17 +39,8 @@ class Wanted:
     pasted: bool = False
 
     @property
-    def sheets(self) -> tuple[str, ...]:
-        """The names of the sheets, each of which shows a row of every photo."""
-        return tuple(self._moves)
-
-    @property
-    def moves(self) -> tuple[str, ...]:
-        """What moves along the row of each sheet beside the sliders, as the options of `fader edit` say it."""
-        return tuple(self._moves.values())
-
-    @property
-    def _moves(self) -> dict[str, str]:
+    def moves(self) -> dict[str, str]:
+        """What moves along the rows of each sheet, by its name, beside the sliders, as the options of `fader edit` say it."""
         rows = {"grid": ""} if self.sliders else {}
         rows |= {f"sweep-{file_name(name)}": span(name, steps) for name, steps in self.sweeps.items()}
         return rows | ({"swaps": "swap=all"} if self.swaps else {})
@@ -78,8 +69,8 @@ class Album:
         self.editing, self.wanted, self.folder = model.editing, wanted, folder
         self.said = description(model, wanted.sliders)
         self.taken: set[str] = set()
-        self.sheets: dict[str, list[Tensor]] = {self._stem(name): [] for name in wanted.sheets}
-        self.kinds = [name.removeprefix("sweep-") for name in wanted.sheets]
+        self.sheets: dict[str, list[Tensor]] = {self._stem(name): [] for name in wanted.moves}
+        self.kinds = [name.removeprefix("sweep-") for name in wanted.moves]
 
     def add(self, portraits: Sequence[Portrait], labels: Tensor) -> list[Path]:
         """Write the pictures of photos whose own labels are [N, A]; return their paths."""
@@ -90,7 +81,7 @@ class Album:
         tables = self._tables(images, labels)
         for i, cut in enumerate(portraits):
             stem = Path(cut.name).stem
-            for kind, moves, edits in zip(self.kinds, self.wanted.moves, rows):
+            for kind, moves, edits in zip(self.kinds, self.wanted.moves.values(), rows):
                 if kind == "grid":
                     files |= self._picture(stem, cut, pixels_of(edits[i, -1]))
                     continue
@@ -104,7 +95,7 @@ class Album:
         return write_all(self.folder, files)
 
     def close(self) -> list[Path]:
-        sheets = zip(self.sheets.items(), self.wanted.moves)
+        sheets = zip(self.sheets.items(), self.wanted.moves.values())
         files = {f"{name}.png": self._png(grid(_colour(torch.stack(rows))), moves) for (name, rows), moves in sheets}
         return write_all(self.folder, files)
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fader.similarity import Similarity
 from pipeline.faces.alignment import NO_FACE, Face, crop, find
-from pipeline.files import write_all
-from pipeline.images import Preprocessing, decode, png_bytes, preprocess, to_float, to_uint8
+from pipeline.images import Preprocessing, decode, preprocess, to_float, to_uint8
 from pipeline.models import Model, Slider
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -156,20 +155,6 @@ def _warped(pixels: np.ndarray, source: Similarity, size: tuple[int, int]) -> Im
     factor, shift = source.factor, source.shift + half - source.factor * half  # Pillow counts from a pixel's corner
     matrix = (factor.real, -factor.imag, shift.real, factor.imag, factor.real, shift.imag)
     return square.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-
-
-class Pictures:
-    """PNG files on their way to a folder, each under a name of its own: the second of a stem becomes STEM-2."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-
-    def add(self, stem: str, picture: np.ndarray | Image.Image) -> None:
-        free = free_stem(stem, lambda name: f"{name}.png" in self.files)
-        self.files[f"{free}.png"] = png_bytes(np.asarray(picture))
-
-    def write(self, folder: Path) -> list[Path]:
-        return write_all(folder, self.files)
 
 
 def free_stem(stem: str, is_taken: Callable[[str], bool]) -> str:
