@@ -119,10 +119,8 @@ class Attributes(tuple[Attribute, ...]):
 
     def code(self, labels: Tensor) -> Tensor:
         """Labels [N, A] to decoder code [N, code_width] float32.
-
         One-hot for a known category, (1 - v, v) for a continuous value, 1/k in every column for an unknown label.
-        Raises ValueError: the number of columns is wrong.
-        """
+        Raises ValueError: the number of columns is wrong."""
         self.check_width(labels)
         columns = []
         for j, attribute in enumerate(self):
@@ -239,11 +237,9 @@ class Attributes(tuple[Attribute, ...]):
 
     def swaps(self, labels: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yield every change of one attribute to another of its values, for all records at once.
-
         Step s of an attribute with k values moves each record from its label v to (v + s) mod k, so that k - 1 decodes serve all
         ordered pairs. Records whose label is unknown are moved as if it were 0; nobody should count them.
-        Yields: column, step, the changed labels [N, A], the value asked for [N] int64.
-        """
+        Yields: column, step, the changed labels [N, A], the value asked for [N] int64."""
         for j, attribute in enumerate(self):
             start = attribute.hard(labels[:, j]).clamp(min=0)
             for step in range(1, attribute.k):

@@ -31,10 +31,8 @@ class LabelCounts(nn.Module):
 
     def prior(self, attributes: Attributes, head: Head) -> Tensor:
         """[logits_width(head)] float32: what the frequencies of values add to logits; 0 for a continuous attribute.
-
         Logits to which it was added in training are without it those of equally likely values, and the other way round.
-        Source: Menon et al. 2021, arXiv:2007.07314, logit adjustment with τ = 1.
-        """
+        Source: Menon et al. 2021, arXiv:2007.07314, logit adjustment with τ = 1."""
         parts = []
         for attribute, part in zip(attributes, self.slices):
             log = (self.counts[part] / self.counts[part].sum()).log().float()

@@ -60,11 +60,9 @@ class Draws:
     @staticmethod
     def of(seed: int, stream: str, draw: int, index: Tensor) -> "Draws":
         """The numbers of one draw of a stream.
-
         seed: the run's seed (with its salt mixed in by whoever makes the batch).
         stream: the name of the sequence of batches this batch belongs to. draw: how many batches of the stream came before.
-        index: [N] int64, the record's row in its split.
-        """
+        index: [N] int64, the record's row in its split."""
         key = key_of(seed, stream, draw)
         return Draws(torch.full((), key, dtype=torch.int64, device=index.device), index, key)
 

@@ -78,10 +78,8 @@ class Loss:
 @dataclass(frozen=True)
 class Clock:
     """Images seen by all ranks: the clock of every schedule.
-
     images: since the run began. stage_images: since the stage began. updates: steps since the run began.
-    stage: which of the method's stages this is.
-    """
+    stage: which of the method's stages this is."""
 
     images: int = 0
     stage_images: int = 0
@@ -98,10 +96,8 @@ class Clock:
 @dataclass(frozen=True)
 class Context:
     """What a loss may know of the world.
-
     weights: the value at this update of each of the method's schedules, a scalar float32 tensor on the device.
-    reduce_sum: differentiable sum over all ranks, the identity on one.
-    """
+    reduce_sum: differentiable sum over all ranks, the identity on one."""
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     reduce_sum: ReduceSum = identity
@@ -260,10 +256,8 @@ def register(method: type[Method]) -> type[Method]:
 @runtime_checkable
 class Edits(Protocol):
     """Encodes and decodes, so that attributes of a picture can be changed.
-
     encode(images [N,C,H,W], labels [N,A]) -> a code that only the same method's decode reads.
-    decode(what encode gave, code [N, attributes.code_width]) -> images [N,C,H,W] in [-1, 1].
-    """
+    decode(what encode gave, code [N, attributes.code_width]) -> images [N,C,H,W] in [-1, 1]."""
 
     def encode(self, images: Tensor, labels: Tensor) -> Any: ...
 

@@ -48,8 +48,6 @@ def positions(size: int, device: torch.device | None = None, dtype: torch.dtype 
 
 def sample(images: Tensor, points: Tensor) -> Tensor:
     """Pictures [N, C, H, W] read at complex points [N, h, w], bilinear: [N, C, h, w].
-
-    -1 and 1 are the edges of the picture; what lies beyond is its mirror image.
-    """
+    -1 and 1 are the edges of the picture; what lies beyond is its mirror image."""
     grid = torch.view_as_real(points).to(images.dtype)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

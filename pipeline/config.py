@@ -192,11 +192,9 @@ _Loader.add_implicit_resolver(
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment.
-
     path: a YAML file; its `base:` names another, relative to it, whose keys it overrides.
     overrides: `key.path=value` with the value in YAML.
-    Raises ValueError: unreadable file, unknown key (the nearest known one is offered), wrong type, unknown method.
-    """
+    Raises ValueError: unreadable file, unknown key (the nearest known one is offered), wrong type, unknown method."""
     return _overridden(_read(Path(path), ()), overrides, str(path))
 
 

@@ -16,11 +16,9 @@ from typing import Any, BinaryIO
 @contextlib.contextmanager
 def replacing(path: Path, work: Path | None = None, durable: bool = True) -> Iterator[BinaryIO]:
     """Give a binary file that takes its place under `path` when it is whole; an exception leaves what was there.
-
     work: the folder for the unfinished file, on the same disk; by default it is a hidden file beside `path`.
     durable: also survive a loss of power; what is made anew at each start does not need it.
-    Raises OSError: the disk is full or refuses.
-    """
+    Raises OSError: the disk is full or refuses."""
     token = secrets.token_hex(4)
     temporary = work / f"{path.name}.{token}.part" if work else path.with_name(f".{path.name}.{token}.part")
     try:
@@ -67,11 +65,9 @@ def write_json(path: Path, tree: Any, indent: int | None = 1, work: Path | None 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder that takes its place under `path` when all its files are on the disk.
-
     A folder that stood there goes when the new one stands. A kill leaves `.NAME.….tmp`, which is unfinished, or `.NAME.….old`,
     which is whole and was about to be replaced.
-    Raises OSError: the disk is full or refuses; what was there before is untouched.
-    """
+    Raises OSError: the disk is full or refuses; what was there before is untouched."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     replaced = temporary.with_suffix(".old")
     try:

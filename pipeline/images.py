@@ -151,11 +151,9 @@ def _orientation(image: Image.Image) -> int:
 
 def decode(data: bytes | memoryview | np.ndarray, orientation: int | None = None, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture wholly, turn it upright, and make it RGB.
-
     orientation: how it is stored, 1 to 8, where that is known; 1 leaves it as it is stored. None: as it says itself.
     most_pixels: that it may declare, up to MAX_PIXELS.
-    Raises ValueError: the bytes are not a picture of a known format, are damaged or cut short, or declare too many pixels.
-    """
+    Raises ValueError: the bytes are not a picture of a known format, are damaged or cut short, or declare too many pixels."""
     try:
         image = _open(data, most_pixels)
         image.load()

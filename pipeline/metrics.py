@@ -78,21 +78,17 @@ def _same(images: Tensor, target: Tensor) -> None:
 
 def balanced_accuracy(preds: Tensor, labels: Tensor, k: int) -> float:
     """Mean over the values that occur of the share of their records that are right; unknown labels (-1) left out.
-
     Always guessing one value scores 1/k. Not a number when no label is known.
-    preds, labels: [N], 0 … k-1.
-    """
+    preds, labels: [N], 0 … k-1."""
     shares = [(preds[labels == value] == value).double().mean().item() for value in range(k) if (labels == value).any()]
     return sum(shares) / len(shares) if shares else math.nan
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
-
     scores: [N], higher for "present". labels: [N], 0 or 1, -1 = unknown (left out).
     Returns: 0.5 when the scores tell nothing; not a number when one of the two classes is empty.
-    Source: the Mann-Whitney form, Hanley and McNeil 1982.
-    """
+    Source: the Mann-Whitney form, Hanley and McNeil 1982."""
     known = labels >= 0
     scores, positive = scores[known].double(), labels[known] == 1
     num_positive = int(positive.sum())
@@ -167,11 +163,9 @@ def interval(resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
 
 def monotonic_share(response: Tensor, fall: float = 0.01, rise: float = 0.05) -> float:
     """Share of records whose response rises along the slider and never turns back.
-
     A record counts when it never falls by more than `fall` from one point to the next and ends more than `rise` above where it
     began, so a slider that changes nothing scores 0.
-    response: [N, P] the judge's probability of the attribute at each of P slider positions.
-    """
+    response: [N, P] the judge's probability of the attribute at each of P slider positions."""
     steps = response.diff(dim=1)
     good = (steps >= -fall).all(1) & (response[:, -1] - response[:, 0] > rise)
     return good.double().mean().item() if len(good) else math.nan
@@ -179,11 +173,9 @@ def monotonic_share(response: Tensor, fall: float = 0.01, rise: float = 0.05) ->
 
 def effective_range(response: Tensor, positions: Sequence[float]) -> tuple[float, float]:
     """Between which slider positions the mean response does the middle 80% of what it does from end to end.
-
     response: [P] mean probability at each position. positions: [P] rising.
     Returns: The positions (interpolated) at which the response first stands at 10% and at 90% of the way from its first to its
-    last value; not numbers when it does not rise by at least 0.01 in all.
-    """
+    last value; not numbers when it does not rise by at least 0.01 in all."""
     travel = float(response[-1] - response[0])
     if not travel >= 0.01:
         return math.nan, math.nan

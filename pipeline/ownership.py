@@ -60,11 +60,9 @@ class Owner:
 @contextlib.contextmanager
 def owned(path: Path, what: str, *, shared: bool = False) -> Iterator[Owner | None]:
     """Own what a file stands for, as long as this lasts; the folder of the file must be there.
-
     path: the file, made when it is not there. what: is named in errors.
     shared: beside others who share it, but not beside an owner; gives None.
-    Raises ValueError: another process owns it, and which.
-    """
+    Raises ValueError: another process owns it, and which."""
     with open(path, "a+") as file:  # over NFS a shared lock wants to read, the other one to write
         locks = _lock(file, what, path, shared)
         if shared:

@@ -16,10 +16,8 @@ class ClassifierSettings(AdversarySettings):
 
 class AttributeAdversary(Adversary):
     """Reads the attributes of swaps, as it has learnt to from real images.
-
     The classifier sees real images only, so a decoder can learn to draw what this one network reads and no person sees.
-    Source: the option `lambda_clf_dis` of facebookresearch/FaderNetworks.
-    """
+    Source: the option `lambda_clf_dis` of facebookresearch/FaderNetworks."""
 
     name, network = "classifier", "classifier"
     settings: ClassifierSettings

@@ -116,11 +116,9 @@ class FisherCritic(nn.Module):
 
     def estimates(self, solution: Solution, attributes: Attributes, latent: Tensor, labels: Tensor) -> Tensor:
         """Each record's part of the sum of all separations, as far as its own latent decides it.
-
         The mean over a batch is an unbiased estimate of the sum, and its gradient moves the means of the values together.
         latent: [N, size], with gradients. labels: [N, A].
-        Returns: [N], float64 where the latent is and float32 else; of either sign.
-        """
+        Returns: [N], float64 where the latent is and float32 else; of either sign."""
         latent = self._features(latent)
         mean, directions, _ = (part.to(latent.dtype) for part in solution)
         with torch.autocast(latent.device.type, enabled=False):

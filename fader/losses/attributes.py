@@ -75,11 +75,9 @@ def smoothed(attributes: Attributes, labels: Tensor, share: float) -> Tensor:
 
 def fool_loss(attributes: Attributes, logits: Tensor, labels: Tensor, known: Tensor, draws: Draws, head: Head) -> Tensor:
     """Cross-entropy of the latent discriminator's logits against wrong labels: the encoder minimises it.
-
     Low when the latent makes the discriminator say the opposite (of a k-way attribute: a random other category). Arguments and
     reduction as in `attribute_loss`.
-    Source: Lample et al. 2017, arXiv:1706.00409, equation 3.
-    """
+    Source: Lample et al. 2017, arXiv:1706.00409, equation 3."""
     return attribute_loss(attributes, logits, attributes.flipped(labels, draws), known, head)
 
 

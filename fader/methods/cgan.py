@@ -62,11 +62,9 @@ def matching_loss(
     discriminator: nn.Module, game: Game, attributes: Attributes, batch: Batch, made: Sequence[Tensor], wrong_labels: float
 ) -> Loss:
     """What a conditional discriminator minimises: real images with their labels are real, all else is not.
-
     A record whose wrong labels are not known to be wrong is compared with made images only.
     made: images [N, C, S, S] that are not real, each with the batch's labels.
-    wrong_labels: share of the comparisons with real images whose labels are wrong, the rest is with made ones.
-    """
+    wrong_labels: share of the comparisons with real images whose labels are wrong, the rest is with made ones."""
     code = attributes.code(batch.attributes)
     fakes = [discriminator(images, code) for images in made]
     real = discriminator(batch.images, code)

@@ -49,11 +49,9 @@ class VariationalEncoder(nn.Module):
 
 class InvertingEncoder(nn.Module):
     """Images [N, C, S, S], and beside them what is known already [N, K], to one vector for each head.
-
     Convolutions 5×5 of stride 2 halve the image down to 4×4; each head is a hidden layer and a linear one. All but the last layer
     have batch norm and ReLU.
-    heads: the width of the hidden layer and of the vector, by name. known_width: K.
-    """
+    heads: the width of the hidden layer and of the vector, by name. known_width: K."""
 
     def __init__(
         self, heads: Mapping[str, tuple[int, int]], image_size: int, channels: int = 3, init_channels: int = 32,

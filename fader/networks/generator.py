@@ -29,11 +29,9 @@ class Condition(nn.Module):
 
 class Generator(nn.Module):
     """Noise [N, noise_width] and a code [N, code_width] to images [N, C, S, S] in [-1, 1].
-
     A full convolution makes maps of 4×4 of them; each further layer doubles the sides and halves the channels.
     init_channels: of the last maps before the image; going back they double, up to `max_channels`.
-    dropout: probability of zeroing an element, in every layer between the first and the last.
-    """
+    dropout: probability of zeroing an element, in every layer between the first and the last."""
 
     def __init__(
         self, attributes: Attributes, noise_width: int, image_size: int, channels: int = 3, init_channels: int = 64,
@@ -55,10 +53,8 @@ class Generator(nn.Module):
 
 class ConditionalDiscriminator(nn.Module):
     """Images [N, C, S, S] and a code [N, code_width] to logits [N], above 0 where an image is real and shows the code.
-
     The code is spread over planes beside the first layer's maps.
-    norm_kind: of all layers but the first; None leaves it out.
-    """
+    norm_kind: of all layers but the first; None leaves it out."""
 
     def __init__(
         self, attributes: Attributes, image_size: int, channels: int = 3, init_channels: int = 64, max_channels: int = 512,

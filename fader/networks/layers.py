@@ -99,11 +99,9 @@ class Down(nn.Module):
 
 class Up(nn.Module):
     """Doubles the sides, then norm, dropout, ReLU; or, as the last layer, tanh alone: [N, C, H, W] to [N, O, 2H, 2W].
-
     deconv: "convtranspose" is a transposed convolution 4×4 (stride 2, padding 1); "upsampling" repeats each pixel and convolves
         3×3; "pixelshuffle" convolves 3×3 to 4·O channels and rearranges them. None has a bias.
-    norm_kind: None makes this the last layer. dropout: probability of zeroing an element, before the ReLU.
-    """
+    norm_kind: None makes this the last layer. dropout: probability of zeroing an element, before the ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, deconv: Deconv, norm_kind: Norm | None, dropout: float = 0.0) -> None:
         super().__init__()

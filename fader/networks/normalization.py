@@ -94,11 +94,9 @@ def check_variance(x: Tensor) -> None:
 
 def norm(kind: Norm, channels: int) -> nn.Module:
     """The normalisation layer of [N, channels, H, W] called `kind`.
-
     global: batch norm over all ranks. local: batch norm over this rank's records; its running statistics differ from rank to
     rank, so whoever reads them averages. instance: each image alone, with a scale and an offset a channel.
-    Raises ValueError: there is no such kind.
-    """
+    Raises ValueError: there is no such kind."""
     if kind == "global":
         return BatchNorm(channels)
     if kind == "local":

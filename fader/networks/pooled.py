@@ -19,11 +19,9 @@ _SIDE = 8
 
 class DenseGenerator(nn.Module):
     """Noise [N, noise_width] and a code [N, code_width] to images [N, C, S, S] in [-1, 1].
-
     Two dense layers make maps of 8×8; each further layer doubles the sides and convolves 5×5.
     widths: channels from the maps of 8×8 on, one for each doubling but the last, which makes the image.
-    deconv: "upsampling" repeats each pixel and convolves 5×5; the others are as in `Up`. dropout: after the dense layers.
-    """
+    deconv: "upsampling" repeats each pixel and convolves 5×5; the others are as in `Up`. dropout: after the dense layers."""
 
     def __init__(
         self, attributes: Attributes, noise_width: int, widths: Sequence[int], channels: int, hidden_channels: int,

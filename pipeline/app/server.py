@@ -60,10 +60,8 @@ class Limits:
 @dataclass
 class Service:
     """What all sessions share. Photos are read by one worker, moves decoded by another, so that sliders do not wait.
-
     token: whoever opens a WebSocket must know it; None for a page that only this machine reaches.
-    study: where there is one, its pictures are the page.
-    """
+    study: where there is one, its pictures are the page."""
 
     shelf: Shelf
     aligner: Model | None = None

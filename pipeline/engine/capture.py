@@ -107,11 +107,9 @@ def captured_steps(wanted: str, backend: str, device: torch.device, is_main: boo
 
 def compile_networks(networks: nn.ModuleDict, twice: Sequence[str], world_size: int, is_main: bool) -> set[str]:
     """Let torch.compile make fewer kernels of the networks that it can take. It compiles each at its first use.
-
     Networks that are differentiated twice stay as they are, because torch.compile knows first derivatives only; and so do those
     that sum over several ranks, because each sum would break the compiled code in two.
-    Returns: The names of the networks that will be compiled.
-    """
+    Returns: The names of the networks that will be compiled."""
     left = dict.fromkeys(twice, "it is differentiated twice")
     for name, network in networks.items() if world_size > 1 else ():
         if any(isinstance(module, SumsOverRanks) for module in network.modules()):

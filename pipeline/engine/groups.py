@@ -58,10 +58,8 @@ class AutocastLoss(GroupLoss):
 
 class LossScale:
     """fp16's factor on one group's loss: halved when a gradient overflows, doubled after 2,000 updates without that.
-
     It lives on the device, and the host never waits for it.
-    Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
-    """
+    Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2."""
 
     INTERVAL = 2000
 

@@ -83,11 +83,9 @@ def opencv() -> ModuleType:
 
 def find(photo: np.ndarray, aligner: Model | None = None, detector: Detector | None = None) -> list[Face]:
     """Find the faces of a photo, largest first.
-
     photo: uint8 [H, W, 3]. aligner: a model that can align, to refine what the detector found.
     detector: finds faces; by default `cascade`.
-    Raises ValueError: the photo is too long for OpenCV, or the model does not align.
-    """
+    Raises ValueError: the photo is too long for OpenCV, or the model does not align."""
     if max(photo.shape[:2]) > _MAX_SIDE:
         raise ValueError(f"it is {photo.shape[1]}x{photo.shape[0]}; up to {_MAX_SIDE:,} pixels a side can be aligned")
     faces = (detector or cascade)(photo)
@@ -259,11 +257,9 @@ def _pixels_of(size: int) -> Similarity:
 
 def crop(photo: np.ndarray, frame: Similarity, size: tuple[int, int] = CELEBA_SIZE) -> np.ndarray:
     """Cut a face out by one warp of the photo's pixels: uint8 [height, width, 3].
-
     Where the picture shrinks, samples are averaged, enough of them that no pixel of the photo is skipped. Where it grows, they
     are cubic. Beyond the photo's edge the crop shows its mirror image.
-    photo: uint8 [H, W, 3] or [H, W]. frame: from the crop's pixels to the photo's. size: of the crop, (width, height).
-    """
+    photo: uint8 [H, W, 3] or [H, W]. frame: from the crop's pixels to the photo's. size: of the crop, (width, height)."""
     cv2 = opencv()
     fine = max(1, math.ceil(abs(frame.factor) - 1e-6))
     samples = Similarity(complex(1 / fine), complex(1, 1) * (0.5 / fine - 0.5))

@@ -48,11 +48,9 @@ class Errors:
 
 def plant(picture: np.ndarray, draws: Draws) -> tuple[np.ndarray, Similarity]:
     """Plant an aligned picture in a larger canvas; return both the canvas and the similarity from picture to canvas.
-
     The picture is turned by up to MAX_TURN degrees and scaled within ZOOMS, and lies wholly in the canvas. Around it the canvas
     shows the picture's own colours, blurred beyond recognition.
-    picture: uint8 [218, 178, 3]. draws: of one record; the same draws give the same canvas.
-    """
+    picture: uint8 [218, 178, 3]. draws: of one record; the same draws give the same canvas."""
     height, width = picture.shape[:2]
     turn, zoom, across, down = draws.uniform("canvas", (4,))[0].tolist()
     smallest, largest = map(math.log, ZOOMS)

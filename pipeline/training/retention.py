@@ -38,11 +38,9 @@ def restore(engine: Engine, run: Path, up_to: float = math.inf) -> ResumePoint |
 
 class CheckpointWriter:
     """Writes checkpoints one at a time while training goes on.
-
     A failed write is reported and training goes on with the older ones intact; `close` raises when the last one failed.
     keep: how many of the newest are kept. every_images: beside them the first one of each so many images is kept; 0 = none.
-    best: beside them the best by each of these metrics is kept. owner: this process as the owner of the run's folder.
-    """
+    best: beside them the best by each of these metrics is kept. owner: this process as the owner of the run's folder."""
 
     def __init__(
         self, run: Path, keep: int, *, every_images: int = 0, best: Mapping[str, Literal["max", "min"]] | None = None,
@@ -60,11 +58,9 @@ class CheckpointWriter:
         validated_best: Mapping[str, Any] | None = None,
     ) -> None:
         """Take a state (a copy that nobody changes) and write it in the background; wait for the one before.
-
         extra, metrics: as `checkpoint.write` takes them.
         validated_best: what is known of it when validation found it the best so far; it is then kept until a better one comes.
-        Raises ValueError: another process took the folder over while this one stood still.
-        """
+        Raises ValueError: another process took the folder over while this one stood still."""
 
         def write() -> Path:
             written = checkpoint.write(self.run, images, state, extra, metrics)

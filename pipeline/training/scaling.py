@@ -98,11 +98,9 @@ def seconds_a_step(step: Callable[[int], None], steps: int) -> float:
 
 def check(experiment: Experiment, attributes: Attributes, batch_size: int, ranks: int, steps: int) -> dict[str, float]:
     """Train on so many processes of this machine's CPU. Return seconds a step: computing alone, predicted and measured.
-
     The processes share cores, so computing is timed in all of them at once, without sums. What an all-reduce of 1 KiB and
     one of all gradients take is timed between them, too. So the check holds the counting and the adding up, and says
-    nothing of other links, of sums that hide behind computing, or of many nodes.
-    """
+    nothing of other links, of sums that hide behind computing, or of many nodes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -60,11 +60,9 @@ def total_images(stages: tuple[Stage, ...], batch_size: int) -> int:
 @dataclass
 class ResumePoint:
     """What a run needs to go on, beside the state of its engine; it stands in every checkpoint's state.json.
-
     salt: how often the run went back, because it sees other batches after each return.
     quarantine: keys of the records that any rank left out because they do not decode.
-    validation: the best validation so far, as plain data; None where the run does not measure.
-    """
+    validation: the best validation so far, as plain data; None where the run does not measure."""
 
     position: Position = Position()
     salt: int = 0

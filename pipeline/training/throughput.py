@@ -35,11 +35,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class Speed:
     """What was measured of one way.
-
     images_per_second: of each round. kernels: launched a step, on a GPU; operators on the CPU. device_share: of a step's time
     in which the GPU computes. flops, bytes: of a step, as counted in an eager one; bytes are those that every operator reads
-    and writes. peak_bytes: memory on the GPU, beside what was there. first_step: seconds, with compiling.
-    """
+    and writes. peak_bytes: memory on the GPU, beside what was there. first_step: seconds, with compiling."""
 
     images_per_second: list[float] = field(default_factory=list)
     kernels: int = 0

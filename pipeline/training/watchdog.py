@@ -35,10 +35,8 @@ _FAREWELL_SECONDS = 2.0  # for the log and the tracker to get rid of the news
 @dataclass(frozen=True)
 class _Rank:
     """What a rank's file says.
-
     started: when its process did. marks: how many things it has begun. idle: seconds since it began the last of them.
-    silent: seconds since it wrote the file.
-    """
+    silent: seconds since it wrote the file."""
 
     rank: int
     host: str
@@ -56,11 +54,9 @@ class _Rank:
 
 class Watchdog:
     """Watches, while entered, that `at` is called.
-
     run: the run's folder, which all ranks see.
     minutes: without a call of `at` after which the run hangs; `SLOW` times that after a slow one. 0 = never.
-    tell: called once with the verdict, before the process ends.
-    """
+    tell: called once with the verdict, before the process ends."""
 
     def __init__(
         self, run: Path, rank: int, world_size: int, minutes: float, tell: Callable[[str], None] = lambda text: None
