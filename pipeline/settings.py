@@ -12,48 +12,28 @@ import pydantic
 
 from fader.method import METHODS
 
-MOVED: dict[str, dict[str, tuple[str, ...]]] = {  # by method: the old key, and where its value goes
+MOVED: dict[str, dict[str, str]] = {  # by method: the old key, and where its value goes, to one place or more
     "fader": {
-        "lambda_reconstruction": ("reconstruction.weight",),
-        "lambda_max": ("latent.weight",),
-        "ramp_images": ("latent.ramp_images",),
-        "warmup_images": ("latent.warmup_images",),
-        "lambda_shape": ("latent.rise",),
-        "latent_dropout": ("latent.dropout",),
-        "hidden_channels": ("latent.hidden_channels", "classifier.hidden_channels"),
-        "discriminator_steps": ("latent.steps",),
-        "latent_discriminator_learning_rate": ("latent.learning_rate",),
-        "lambda_patch": ("patch.weight",),
-        "patch_steps": ("patch.steps",),
-        "patch_discriminator_learning_rate": ("patch.learning_rate",),
-        "smooth_label": ("patch.smooth_label",),
-        "lambda_classifier": ("classifier.weight",),
-        "classifier_steps": ("classifier.steps",),
-        "classifier_learning_rate": ("classifier.learning_rate",),
-        "lambda_fisher": ("solved.weight",),
-        "fisher_steps": ("solved.steps",),
-        "fisher_half_life": ("solved.half_life",),
-        "fisher_hidden": ("solved.num_hidden",),
+        "lambda_reconstruction": "reconstruction.weight", "lambda_max": "latent.weight", "lambda_shape": "latent.rise",
+        "ramp_images": "latent.ramp_images", "warmup_images": "latent.warmup_images", "latent_dropout": "latent.dropout",
+        "hidden_channels": "latent.hidden_channels classifier.hidden_channels", "discriminator_steps": "latent.steps",
+        "latent_discriminator_learning_rate": "latent.learning_rate", "lambda_patch": "patch.weight",
+        "patch_steps": "patch.steps", "patch_discriminator_learning_rate": "patch.learning_rate",
+        "smooth_label": "patch.smooth_label", "lambda_classifier": "classifier.weight",
+        "classifier_steps": "classifier.steps", "classifier_learning_rate": "classifier.learning_rate",
+        "lambda_fisher": "solved.weight", "fisher_steps": "solved.steps", "fisher_half_life": "solved.half_life",
+        "fisher_hidden": "solved.num_hidden",
     }
-}
-GONE: dict[str, dict[str, Any]] = {  # by method: the old key, and the one value with which it changed nothing; ... = any
-    "fader": {
-        "leak_target": ...,
-        "feedback_images": ...,
-        "fool": "flipped",
-        "critic": "moments",
-        "fisher_records": ...,
-        "fisher_ridge": ...,
-        "fisher_every": ...,
-    }
-}
+}  # fmt: skip
+_ANY = dict.fromkeys(("leak_target", "feedback_images", "fisher_records", "fisher_ridge", "fisher_every"), ...)
+GONE = {"fader": {**_ANY, "fool": "flipped", "critic": "moments"}}  # with the one value that changed nothing; ... = any
 _TAKEN_BACK = "this was taken back, see docs/log.md"
 
 
 def whither(method: str, key: str) -> str | None:
     """What a config that still has an old key of a method is told; None for a key that no version had."""
     if key in MOVED.get(method, {}):
-        return "is now " + " and ".join(f"method.{new}" for new in MOVED[method][key])
+        return "is now " + " and ".join(f"method.{new}" for new in MOVED[method][key].split())
     return "is no more: " + _TAKEN_BACK if key in GONE.get(method, {}) else None
 
 
@@ -65,7 +45,7 @@ def translated(method: str, settings: Mapping[str, Any], source: str) -> dict[st
         if value == "feedback" and key == "lambda_shape" or key in gone and gone[key] not in (..., value):
             raise ValueError(f"{source} was made with method.{key}: {value}; {_TAKEN_BACK}")
         if key in moved:
-            for place in moved[key]:
+            for place in moved[key].split():
                 part, _, name = place.partition(".")
                 tree.setdefault(part, {})[name] = value
         elif key not in gone:
