@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -298,6 +298,12 @@ def grid(images: Tensor, gap: int = 2) -> np.ndarray:
     framed = np.pad(cells, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
     joined = framed.swapaxes(1, 2).reshape(rows * (size + gap), columns * (size + gap), 3)
     return np.pad(joined, ((0, gap), (0, gap), (0, 0)), constant_values=255)
+
+
+def jpeg_bytes(picture: Image.Image, quality: int, **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=quality, **options)
+    return out.getvalue()
 
 
 def png_bytes(array: np.ndarray, said: Mapping[str, str] | None = None) -> bytes:

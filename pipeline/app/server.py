@@ -128,7 +128,7 @@ def _file(content: bytes, kind: str) -> Callable[[], Response]:
 async def _serve(person: WebSocket, service: Service) -> None:
     """Talk with one person until they leave or are idle."""
     session: Session | Rater = Rater(service.study) if service.study else _session(service, service.shelf.first)
-    newest = _Newest()
+    newest: asyncio.Queue[tuple[Session, Move]] = asyncio.Queue(1)  # a newer move replaces the last, so that none queue
     moves = asyncio.create_task(_show_moves(person, newest, service.moving))
     loop = asyncio.get_running_loop()
     try:
@@ -140,7 +140,9 @@ async def _serve(person: WebSocket, service: Service) -> None:
             try:
                 message, data = read(got["bytes"] if got.get("bytes") is not None else got["text"])
                 if isinstance(message, Move) and isinstance(session, Session):
-                    newest.put((session, message))
+                    if newest.full():
+                        newest.get_nowait()
+                    newest.put_nowait((session, message))
                     continue
                 if isinstance(message, Models | Watch) and not service.study:  # files and MLflow; photos need not wait
                     answer = await asyncio.to_thread(_listed, service.shelf, message)
@@ -176,29 +178,11 @@ def _listed(shelf: Shelf, message: Message) -> dict[str, Any]:
     return shelf.training(message.run, message.size) if isinstance(message, Watch) else shelf.listing()
 
 
-class _Newest:
-    """Holds one move and its session: a newer one replaces it, so that none queue."""
-
-    def __init__(self) -> None:
-        self._move: tuple[Session, Move] | None = None
-        self._here = asyncio.Event()
-
-    def put(self, move: tuple[Session, Move]) -> None:
-        self._move = move
-        self._here.set()
-
-    async def take(self) -> tuple[Session, Move]:
-        await self._here.wait()
-        self._here.clear()
-        assert self._move is not None
-        return self._move
-
-
-async def _show_moves(person: WebSocket, newest: _Newest, worker: ThreadPoolExecutor) -> None:
+async def _show_moves(person: WebSocket, newest: asyncio.Queue, worker: ThreadPoolExecutor) -> None:
     """Decode the newest move, send its picture, and so on."""
     loop = asyncio.get_running_loop()
     while True:
-        session, move = await newest.take()
+        session, move = await newest.get()
         try:
             picture = await loop.run_in_executor(worker, session.shown, move.sliders)
         except ValueError as error:

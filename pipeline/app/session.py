@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from pipeline.app.messages import Choose, Drawn, Live, Message, Photo, Save, Str
 from pipeline.data.datasets.faces import draw_face
 from pipeline.faces import photos
 from pipeline.faces.alignment import Face, find, follow
-from pipeline.images import decode, grid, png_bytes
+from pipeline.images import decode, grid, jpeg_bytes, png_bytes
 from pipeline.models import Editing, Model, Sampling, Slider
 
 MOST_FACES = 12  # of one photo to choose from
 FRAME_PIXELS = 1_000_000  # of a camera's frame
 STEPS = torch.linspace(-2, 2, 9).tolist()
-_QUALITY = 92  # of the JPEG that shows a move; what is saved is PNG
+_jpeg = partial(jpeg_bytes, quality=92, subsampling=0)  # shows a move; what is saved is PNG
 
 
 @dataclass(frozen=True)
@@ -193,12 +192,6 @@ class Session:
         if self.face is None:
             raise ValueError("there is no photo yet: give one first")
         return self.face
-
-
-def _jpeg(picture: Image.Image) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=_QUALITY, subsampling=0)
-    return out.getvalue()
 
 
 def _address(pixels: np.ndarray) -> str:

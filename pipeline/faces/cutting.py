@@ -1,6 +1,5 @@
 """Cut the faces of photos out as CelebA's are, into a folder of pictures with a contact sheet."""
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from PIL import Image
 from pipeline.faces.alignment import NO_FACE, Face, crop, find, opencv, thumbnail
 from pipeline.faces.photos import free_stem
 from pipeline.files import write_whole
-from pipeline.images import decode, png_bytes
+from pipeline.images import decode, jpeg_bytes, png_bytes
 from pipeline.models import Model
 
 SHEET_PAIRS = 24
@@ -74,7 +73,7 @@ class Cutter:
         self._refuse_existing(files)
         for face, path in zip(faces, files):
             picture = crop(pixels, face.frame)
-            write_whole(path, png_bytes(picture) if self.kind == "png" else _jpeg_bytes(picture))
+            write_whole(path, png_bytes(picture) if self.kind == "png" else jpeg_bytes(Image.fromarray(picture), _JPEG_QUALITY))
             self._pairs.append(np.hstack([thumbnail(pixels, face, len(picture)), picture]))
         return Cut(photo, faces, files)
 
@@ -87,9 +86,3 @@ class Cutter:
         for file in files:
             if file.exists() and not self.overwrite:
                 raise ValueError(f"{file} is there already; name another folder, or --overwrite to replace what is in it")
-
-
-def _jpeg_bytes(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return buffer.getvalue()
