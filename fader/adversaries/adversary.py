@@ -101,8 +101,8 @@ class Adversary:
         raise NotImplementedError
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return the updates of its network in each step."""
-        raise NotImplementedError
+        """Return the updates of its network in each step: by default those by its `discriminator_loss`."""
+        return (self.phase(self.discriminator_loss),)
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         """Return how its network is updated: by default as the autoencoder is, but for the learning rate."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fader.adversaries.adversary import Adversary, AdversarySettings, View
 from fader.losses.attributes import attribute_loss
-from fader.method import Batch, Context, Loss, Networks, Phase
+from fader.method import Batch, Context, Loss, Networks
 from fader.networks.classifier import Classifier
 from fader.settings import setting
 
@@ -27,10 +27,7 @@ class AttributeAdversary(Adversary):
         sizes = (layout.channels, layout.init_channels, layout.max_channels, self.settings.hidden_channels)
         return Classifier(layout.image_size, width, *sizes, norm=self.autoencoder.norm)
 
-    def phases(self) -> tuple[Phase, ...]:
-        return (self.phase(self.classifier_loss),)
-
-    def classifier_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
+    def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         return self.recognition(networks["classifier"](batch.images), batch)
 
     def pressure(self, networks: Networks, view: View, batch: Batch, context: Context) -> Loss:

@@ -75,9 +75,9 @@ class ImageAdversary(Adversary):
     def phases(self) -> tuple[Phase, ...]:
         s = self.settings
         if not s.r1:
-            return (self.phase(self.discriminator_loss),)
+            return super().phases()
         penalised = self.phase(self.penalised_loss, every=s.r1_every, name=f"{self.network}_r1")
-        return (self.phase(self.discriminator_loss), dataclasses.replace(penalised, repeat=1))
+        return (*super().phases(), dataclasses.replace(penalised, repeat=1))
 
     def optimizers(self) -> dict[tuple[str, ...], Optimizer]:
         """Return how the discriminator is updated; its learning rate falls when the autoencoder's does."""

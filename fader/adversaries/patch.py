@@ -6,7 +6,7 @@ import torch
 
 from fader.adversaries.adversary import Adversary, AdversarySettings, View
 from fader.losses.adversarial import patch_losses, patch_probabilities
-from fader.method import Batch, Context, Loss, Networks, Phase
+from fader.method import Batch, Context, Loss, Networks
 from fader.networks.discriminators import PatchDiscriminator
 from fader.settings import setting
 
@@ -27,9 +27,6 @@ class PatchAdversary(Adversary):
         layout = self.autoencoder.layout
         sizes = (layout.channels, layout.init_channels, layout.max_channels, self.autoencoder.norm)
         return PatchDiscriminator(layout.image_size, *sizes)
-
-    def phases(self) -> tuple[Phase, ...]:
-        return (self.phase(self.discriminator_loss),)
 
     def discriminator_loss(self, networks: Networks, batch: Batch, context: Context) -> Loss:
         with torch.no_grad():
