@@ -4,15 +4,12 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from launch import bench_train
 from launch.command import main, numbers, write_figures
-
-if TYPE_CHECKING:
-    from pipeline.loading.throughput import Rates
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -123,7 +120,7 @@ def _prepare_line(seconds: dict[str, list[float]], count: int) -> str:
     return f"tar cf {count / statistics.median(seconds['tar']):,.0f} records/s; " + "; ".join(shown)
 
 
-def _line(size: int, rates: "Rates") -> str:
+def _line(size: int, rates: dict[str, list[float]]) -> str:
     from pipeline.loading.throughput import median_ratio
 
     shown = " ".join(f"{statistics.median(rates[name]):>11,.0f}" for name in COLUMNS)

@@ -122,8 +122,7 @@ def _rank(
     dist.barrier()
     measured = seconds_a_step(step, steps)
     small, large = (
-        seconds_a_step(lambda _, one=torch.zeros(size // 4): dist.all_reduce(one), 20)
-        for size in (1024, max(traffic.gradients))
+        seconds_a_step(lambda _, one=torch.zeros(size // 4): dist.all_reduce(one), 20) for size in (1024, max(traffic.gradients))
     )
     a_byte = max(large - small, 0.0) / max(traffic.gradients)
     predicted = computing + sum(traffic.seconds(lambda size: small + a_byte * size))

@@ -185,32 +185,20 @@ def chosen(sweep: Sweep, compared: Sequence[Compared | None]) -> Child | None:
 
 def table(sweep: Sweep, compared: Sequence[Compared | None], split: str) -> Table:
     """A row a child: its settings, reconstruction, swaps by attribute, and the mean of what leaks; the chosen starred."""
-    names = list(
-        dict.fromkeys(
-            name.partition(".")[2]
-            for run in compared
-            if run
-            for name in run.metrics
-            if name.startswith("swap_accuracy.") and "_to_" not in name
-        )
-    )
-    leaky = any(name.startswith("leak.") for run in compared if run for name in run.metrics)
+    metrics = [run.metrics if run else {} for run in compared]
+    swaps = [name for measured in metrics for name in measured if name.startswith("swap_accuracy.") and "_to_" not in name]
+    names = list(dict.fromkeys(name.partition(".")[2] for name in swaps))
+    leaky = any(name.startswith("leak.") for measured in metrics for name in measured)
     best, (_, why) = chosen(sweep, compared), bound(sweep, compared)
     rows = []
-    for child, run in zip(sweep.children, compared):
-        measured = run.metrics if run else {}
+    for child, run, measured in zip(sweep.children, compared, metrics):
         leaks = [value for name, value in measured.items() if name.startswith("leak.")]
         numbers = [measured.get("swap_accuracy"), *(measured.get(f"swap_accuracy.{name}") for name in names)]
         if leaky:
             numbers.append(sum(leaks) / len(leaks) if leaks else None)
-        rows.append(
-            [
-                ("* " if child == best else "") + " ".join(child.settings.values()),
-                "–" if run is None or run.images_seen is None else f"{run.images_seen:,}",
-                _shown(measured.get("mse"), 5),
-                *(_shown(number, 3) for number in numbers),
-            ]
-        )
+        label = "* " * (child == best) + " ".join(child.settings.values())
+        images = "–" if run is None or run.images_seen is None else f"{run.images_seen:,}"
+        rows.append([label, images, _shown(measured.get("mse"), 5), *(_shown(number, 3) for number in numbers)])
     note = f"*: the highest balanced swap accuracy at an MSE of at most {why}." if best else f"None is chosen: {why}."
     keys = " ".join(_short(key) for key in sweep.axes)
     header = [keys, "images", "MSE", "swap accuracy", *names, *(["leak, mean"] if leaky else [])]
