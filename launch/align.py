@@ -16,18 +16,12 @@ _EVERY = 50
 
 
 def align(
-    paths: Annotated[
-        list[Path] | None,
-        typer.Argument(help="pictures or folders of them, then the folder to write", metavar="PHOTO... OUT"),
-    ] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(help="pictures or folders, then where to", metavar="PHOTO... OUT")] = None,
     model: Annotated[str | None, typer.Option(help="an aligner that refines: run, export or models:/NAME@alias")] = None,
     every_face: Annotated[bool, typer.Option("--all", help="every face of a photo, not the largest alone")] = False,
     format_: Annotated[Literal["png", "jpg"], typer.Option("--format", help="of the pictures it writes")] = "png",
     overwrite: Annotated[bool, typer.Option(help="replace pictures that are in OUT already")] = False,
-    measure: Annotated[
-        Path | None,
-        typer.Option(help="instead: plant faces of this set and say how far off they are found", metavar="SHARDS"),
-    ] = None,
+    measure: Annotated[Path | None, typer.Option(help="instead: how far off planted faces are found", metavar="SHARDS")] = None,
     split: Annotated[str, typer.Option(help="of the shard set that is measured on")] = "test",
     count: Annotated[int, typer.Option(help="records that are measured on", min=1)] = 1_000,
 ) -> None:

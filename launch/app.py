@@ -18,16 +18,12 @@ def page(
     model: Annotated[str, typer.Option(help="models:/NAME@alias, models:/NAME/VERSION, an export or a run")],
     host: Annotated[str, typer.Option(help="the address to listen on; only this machine reaches the default")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free")] = 7860,
-    token: Annotated[
-        str | None, typer.Option(help="what a page must know; made and printed where others reach the address")
-    ] = None,
+    token: Annotated[str | None, typer.Option(help="what a page must know; made where others reach the address")] = None,
     checkpoint: values.Checkpoint = "latest",
     raw: values.Raw = False,
     aligner: Annotated[str | None, typer.Option(help="a model that refines where faces are", metavar="MODEL")] = None,
     runs: Annotated[Path, typer.Option(help="whose runs, and the registry's models, can be chosen on the page")] = Path("runs"),
-    study: Annotated[
-        Path | None, typer.Option(help="instead: pictures to rate, real and made ones; the file of the answers", metavar="CSV")
-    ] = None,
+    study: Annotated[Path | None, typer.Option(help="instead: pictures to rate; the file of the answers", metavar="CSV")] = None,
     data: Annotated[Path | None, typer.Option(help="with --study: a shard set; by default the model's own")] = None,
     split: Annotated[str, typer.Option(help="with --study: train, valid or test")] = "test",
 ) -> None:

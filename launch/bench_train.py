@@ -35,9 +35,7 @@ def train(
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the experiment.", metavar="KEY=VALUE")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Parted by commas.")] = "32",
     ways: Annotated[str, typer.Option(help="Parted by commas; by default all that this machine can run.")] = "",
-    everything: Annotated[
-        bool, typer.Option("--all", help="Every method's config for CelebA at batches of 32, 64, 256 and 1024: the whole matrix.")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every config for CelebA at batches of 32, 64, 256, 1024.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that everyone has; the median counts.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.01, help="How long a turn is.")] = 2.0,
     to: Annotated[Path | None, typer.Option("--json", help="Write the figures there, too.", metavar="FILE")] = None,

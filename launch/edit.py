@@ -35,10 +35,7 @@ def edit(
     grid: Annotated[list[str] | None, typer.Option(help="two sliders, down and across", metavar="NAME=... NAME=...")] = None,
     swap: Annotated[Literal["all"] | None, typer.Option(help="all: each attribute in turn at another value")] = None,
     animate: Annotated[bool, typer.Option("--animate", help="with --sweep: also as a moving WebP")] = False,
-    attributes: Annotated[
-        list[str] | None,
-        typer.Option(help="what the photos show, where you know it: Smiling=1 (or 0)", metavar="NAME=X..."),
-    ] = None,
+    attributes: Annotated[list[str] | None, typer.Option(help="what is known: Smiling=1 (or 0)", metavar="NAME=X...")] = None,
     checkpoint: values.Checkpoint = "latest",
     raw: values.Raw = False,
     align: Annotated[Literal["none", "auto"], typer.Option(help="auto: find the face first, as fader align does")] = "none",

@@ -23,39 +23,22 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(help="runs, RUN@best, RUN@images-N, exports or models:/NAME@alias", metavar="RUN|MODEL..."),
-    ],
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="judges: runs, exports or models:/NAME@alias, joined by commas or each with --judge; by default the model's "
-            "own, else a panel that is trained on the same data and kept beside the run"
-        ),
-    ] = None,
-    judge_images: Annotated[
-        int | None, typer.Option(help="length of training of each judge where there is none; by default up to 120,000", min=1)
-    ] = None,
+    models: Annotated[list[str], typer.Argument(help="RUN, RUN@best, RUN@images-N, exports, models:/…", metavar="RUN|MODEL...")],
+    judge: Annotated[list[str] | None, typer.Option(help="runs, exports or models:/…; else the model's own, or a panel")] = None,
+    judge_images: Annotated[int | None, typer.Option(min=1, help="length of training of a judge where there is none")] = None,
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
-    tables: Annotated[
-        str, typer.Option(help="swap, error, fidelity, leak, distribution, cost: joined by commas")
-    ] = "swap,fidelity,leak,cost",
+    tables: Annotated[str, typer.Option(help="swap error fidelity leak distribution cost")] = "swap,fidelity,leak,cost",
     checkpoint: Annotated[str, typer.Option(help="of runs: latest, best or images-N")] = "latest",
     raw: Annotated[bool, typer.Option("--raw", help="runs' weights as trained, not their moving averages")] = False,
     inception: Annotated[Path | None, typer.Option(help="TorchScript network for the distribution table")] = None,
-    classes: Annotated[
-        str | None, typer.Option(help="classes of that table, as Smiling,Male+Young; by default each attribute alone")
-    ] = None,
+    classes: Annotated[str | None, typer.Option(help="of that table, as Smiling,Male+Young; else each attribute alone")] = None,
     batch_size: Annotated[int, typer.Option(help="records encoded at a time", min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU when there is one")] = "auto",
     threads: Annotated[int, typer.Option(help="decoding threads", min=1)] = 2,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="of the bootstrap and of the probe")] = 0,
-    report_page: Annotated[
-        bool, typer.Option("--report", help="also a page with sweeps, best and worst cases and curves into RUN/report")
-    ] = False,
+    report_page: Annotated[bool, typer.Option("--report", help="also a page with sweeps, cases and curves")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all reports here")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the tables here")] = None,
 ) -> None:

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 def inspect(
     out: Annotated[str, typer.Argument(help="Folder or address of a finished shard set.")],
-    to: Annotated[
-        Path | None,
-        typer.Option(help="Folder for what it writes; by default OUT/inspect, or inspect-OUT here where OUT is read-only."),
-    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder for what it writes; OUT/inspect, or inspect-OUT here.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="another one shows other records")] = 0,
     log: Annotated[str | None, typer.Option(help="MLflow experiment to log it to.", metavar="EXPERIMENT")] = None,
 ) -> None:

@@ -46,10 +46,7 @@ def part(
     task: Annotated[int | None, typer.Option(min=0, help="Write this task's shards only, counted from 0.")] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Tasks that share the work, on any machines.")] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Make one set of what all tasks wrote.")] = False,
-    check: Annotated[
-        Literal["full", "header"],
-        typer.Option(help="full: decode every picture. header: only look for its end; in a fifth of the time."),
-    ] = "full",
+    check: Annotated[Literal["full", "header"], typer.Option(help="full: decode pictures; header: look for their end.")] = "full",
 ) -> None:
     if (task is None) != (tasks is None):
         raise ValueError("--task and --tasks go together: 'fader prepare --task 2 --tasks 8 celeba SOURCE OUT'")
@@ -77,9 +74,7 @@ KeyColumn = Annotated[str | None, typer.Option(help="Column that names the recor
 
 @app.command()
 def celeba(
-    source: Annotated[
-        str, typer.Argument(help="Folder with list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/.")
-    ],
+    source: Annotated[str, typer.Argument(help="Folder of list_attr_celeba.txt, list_eval_partition.txt, img_align_celeba/.")],
     out: Out,
     workers: Workers = None,
     skip_bad: SkipBad = False,
@@ -110,9 +105,7 @@ def digits(out: Out, split: Split = None, workers: Workers = None, shard_records
 def folders(
     source: Annotated[str, typer.Argument(help="Folder with trainA, trainB, testA, testB; or a folder a class.")],
     out: Out,
-    attribute: Annotated[
-        str | None, typer.Option(help="What to call the attribute; by default the second class, or 'class'.")
-    ] = None,
+    attribute: Annotated[str | None, typer.Option(help="What to call it; by default the second class, or 'class'.")] = None,
     names: Annotated[str, typer.Option(help="What to call the classes, in the order of their folders: a,b.")] = "",
     split: Split = None,
     workers: Workers = None,
@@ -163,9 +156,7 @@ def wds(
 
 Count = Annotated[int, typer.Option(min=10, help="Pictures to draw: 80% train, 10% valid, 10% test.")]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Another seed draws others.")]
-Twins = Annotated[
-    bool, typer.Option("--twins", help="Also keep pictures of valid and test with one attribute changed, for fader evaluate.")
-]
+Twins = Annotated[bool, typer.Option("--twins", help="Also draw valid and test with one attribute changed, for evaluate.")]
 
 
 @app.command()

@@ -16,20 +16,11 @@ if TYPE_CHECKING:
 def promote(
     name: Annotated[str, typer.Argument(help="the registered model", metavar="NAME")],
     version: Annotated[str, typer.Option(help="what becomes the champion: a version's number or an alias")] = "challenger",
-    least: Annotated[
-        list[str] | None,
-        typer.Option("--min", help="a number that must be at least so high: smiling.swap=0.9", metavar="NAME=VALUE"),
-    ] = None,
-    most: Annotated[
-        list[str] | None, typer.Option("--max", help="a number that must be at most so high: mse=0.03", metavar="NAME=VALUE")
-    ] = None,
-    better_than: Annotated[
-        str | None, typer.Option(help="champion, or another alias or version: it must be beaten in the same evaluation")
-    ] = None,
+    least: Annotated[list[str] | None, typer.Option("--min", help="at least: smiling.swap=0.9", metavar="NAME=VALUE")] = None,
+    most: Annotated[list[str] | None, typer.Option("--max", help="at most: mse=0.03", metavar="NAME=VALUE")] = None,
+    better_than: Annotated[str | None, typer.Option(help="an alias or version that must be beaten, as champion")] = None,
     by: Annotated[str | None, typer.Option(help="the number in which it must be beaten; by default the swaps'")] = None,
-    judge: Annotated[
-        str | None, typer.Option(help="the judges of both, joined by commas; by default as fader evaluate takes them")
-    ] = None,
+    judge: Annotated[str | None, typer.Option(help="of both, joined by commas; by default as fader evaluate")] = None,
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,

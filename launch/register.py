@@ -12,10 +12,7 @@ def register(
     run: Annotated[str, typer.Argument(help="the run's folder", metavar="RUN")],
     name: Annotated[str, typer.Option(help="the registered model, made when there is none of that name")],
     alias: Annotated[str, typer.Option(help="what points to the new version afterwards")] = "challenger",
-    judge: Annotated[
-        str | None,
-        typer.Option(help="judges to put in, joined by commas: runs, exports or models:/ addresses; by default the run's own"),
-    ] = None,
+    judge: Annotated[str | None, typer.Option(help="judges to put in, joined by commas; by default the run's own")] = None,
     out: Annotated[Path | None, typer.Option(help="where the export is written; RUN/export by default")] = None,
     checkpoint: Annotated[str, typer.Option(help="of the run: latest, best or images-N")] = "latest",
     raw: Annotated[bool, typer.Option("--raw", help="the weights as trained, not their moving averages")] = False,

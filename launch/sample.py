@@ -19,12 +19,8 @@ def sample(
     count: Annotated[int, typer.Option(help="pictures", min=1, max=1_000)] = 16,
     set_: values.Moves = None,
     only: Annotated[bool, typer.Option("--only", help="attributes that are not set are absent")] = False,
-    truncation: Annotated[
-        float | None, typer.Option(min=0.01, help="largest number of the noise: smaller gives better pictures, more alike")
-    ] = None,
-    to: Annotated[
-        int | None, typer.Option(min=0, max=LARGEST_SEED, help="from --seed's picture to this seed's, with its attributes")
-    ] = None,
+    truncation: Annotated[float | None, typer.Option(min=0.01, help="of the noise: smaller is better and more alike")] = None,
+    to: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="from --seed's picture to this seed's")] = None,
     grid_only: Annotated[bool, typer.Option("--grid", help="one picture of them all, and no others")] = False,
     checkpoint: values.Checkpoint = "latest",
     raw: values.Raw = False,

@@ -23,14 +23,9 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    config: Annotated[
-        list[str],
-        typer.Argument(help="a config file, then settings; several values make an axis", metavar="CONFIG KEY=VALUE,VALUE..."),
-    ],
+    config: Annotated[list[str], typer.Argument(help="several values make an axis", metavar="CONFIG KEY=VALUE,VALUE...")],
     folder: Annotated[Path | None, typer.Option(help="of the children's runs; runs/NAME_sweep by default")] = None,
-    split: Annotated[
-        str, typer.Option(help="on which the children are compared: choosing by the test split would spoil it")
-    ] = "valid",
+    split: Annotated[str, typer.Option(help="that compares the children: choosing by test would spoil it")] = "valid",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
     tables: Annotated[str, typer.Option(help="of each child's evaluation, joined by commas")] = "swap,fidelity,leak,cost",
     checkpoint: Annotated[str, typer.Option(help="which of each child's is evaluated: latest or best")] = "latest",

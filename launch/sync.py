@@ -10,9 +10,7 @@ from launch.command import main
 
 def sync(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs", metavar="RUN...")],
-    again: Annotated[
-        bool, typer.Option("--again", help="send everything from the beginning; what is there already stays as it is")
-    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="send all again; what is there already stays as it is")] = False,
 ) -> None:
     """Send what is left of a run's tracking spool to MLflow; makes the MLflow run if there is none."""
     from pipeline import tracking

@@ -23,13 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    config: Annotated[
-        list[str] | None, typer.Argument(help="a config file, then key=value overrides", metavar="CONFIG [KEY=VALUE]...")
-    ] = None,
+    config: Annotated[list[str] | None, typer.Argument(metavar="CONFIG [KEY=VALUE]...")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run; key=value overrides are allowed")] = None,
-    go_on: Annotated[
-        bool, typer.Option("--continue", help="go on with CONFIG's run if its folder holds one, else start it")
-    ] = False,
+    go_on: Annotated[bool, typer.Option("--continue", help="go on with CONFIG's run if there is one, else start it")] = False,
 ) -> None:
     """Train an experiment, or go on with one.
 

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[str, typer.Option(help="of a run: latest, best or images-N")]
 Raw = Annotated[bool, typer.Option("--raw", help="a run's weights as trained, not their moving averages")]
 Pictures = Annotated[Path, typer.Option(help="the folder to write pictures into", metavar="DIR")]
-Moves = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="-1 absent, 1 present, beyond exaggerated; Beard=full", metavar="NAME=X..."),
-]
+Moves = Annotated[list[str] | None, typer.Option("--set", help="-1 absent, 1 present; Beard=full", metavar="NAME=X...")]
 
 _SEVERAL = ("--set", "--sweep", "--grid", "--attributes")
 _MAX_STEPS = 101
