@@ -88,11 +88,8 @@ def _measure(shards: Path, split: str, count: int, model: str | None) -> None:
         if done % _EVERY == 0:
             typer.echo(f"{done:>6,} / {min(count, len(records)):,}", err=True)
 
-    typer.echo(
-        f"{min(count, len(records)):,} of the {len(records):,} {split} records of {shards}, each turned by up to "
-        f"{misalignment.MAX_TURN:g} degrees, scaled by {misalignment.ZOOMS[0]:g} to {misalignment.ZOOMS[1]:g} and "
-        f"shifted in a canvas of {misalignment.CANVAS}x{misalignment.CANVAS}"
-    )
+    turned = "turned by up to {:g} degrees, scaled by {:g} to {:g}".format(misalignment.MAX_TURN, *misalignment.ZOOMS)
+    typer.echo(f"{min(count, len(records)):,} of the {len(records):,} {split} records of {shards}, each {turned} in a canvas")
     for line in _table(misalignment.measure(records, count, aligner, watch=watch)):
         typer.echo(line)
     if model is None:

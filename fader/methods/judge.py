@@ -29,23 +29,17 @@ PRESETS: dict[str, dict[str, int]] = {
 @dataclass(frozen=True)
 class JudgeSettings(Settings):
     images: int = setting(1_000_000, "length of training, in images", least=1)
-    preset: Literal["official", "small", "residual", "small_residual"] = setting(
-        "official", "build and sizes of the network; the sizes below override it where they are given"
-    )
+    preset: Literal["official", "small", "residual", "small_residual"] = setting("official", "build and sizes; see below")
     init_channels: int | None = setting(None, "of the first convolution", least=1)
     max_channels: int | None = setting(None, "channels double layer by layer up to this", least=1)
     hidden_channels: int | None = setting(None, "of the hidden layer before the logits; a residual network has none", least=1)
     norm: Literal["global", "local"] = setting("global", "whose statistics normalise: the global batch's, or this rank's share's")
-    asked: tuple[str, ...] = setting(
-        (), "attributes whose mean loss counts as much as the mean of all others, which only help to learn; none = all alike"
-    )
+    asked: tuple[str, ...] = setting((), "attributes whose mean loss counts as the mean of all others, which only help to learn")
     head: Head = setting("softmax", "two logits a binary attribute, or one with sigmoid")
     dropout: float = setting(0.0, "after each convolution; of a residual network before the logits", least=0, most=1)
-    prior: Literal["uniform", "data"] = setting(
-        "uniform",
-        "uniform takes the training labels' frequencies out of the logits when it judges, which raises balanced accuracy "
-        "because a rare value is then read as readily as a common one; data judges as it was trained",
-    )
+    # uniform takes the labels' frequencies out of the logits, which raises balanced accuracy because a rare value is then read as
+    # readily as a common one; data judges as it was trained
+    prior: Literal["uniform", "data"] = setting("uniform", "how common it takes values to be when it judges")
     learning_rate: float = setting(1e-3, "of Adam", least=0)
     betas: tuple[float, float] = setting((0.5, 0.999), "of Adam")
     weight_decay: float = setting(0.0, "share of each weight that a step takes off, times the learning rate", least=0)

@@ -35,9 +35,8 @@ MOST_CLASSES = 4_096
 @dataclass(frozen=True)
 class VacGanSettings(GanSettings):
     images: int = setting(2_500_000, "length of training; published: 25 epochs of 101,200", least=1)
-    game: Literal["non_saturating", "hinge", "relativistic", "multi_hinge"] = setting(
-        "hinge", "what real or made is worth; multi_hinge: the discriminator says which attributes a real image has"
-    )
+    # multi_hinge: the discriminator also says which attributes a real image has
+    game: Literal["non_saturating", "hinge", "relativistic", "multi_hinge"] = setting("hinge", "what real or made is worth")
     discriminator_steps: int = setting(2, "updates of discriminator and classifier in each step", least=1)
     init_channels: int = setting(32, "of the discriminator's first layer; generator and classifier have twice as many", least=1)
     max_channels: int = setting(256, "they double up to so many; the classifier's up to twice as many", least=1)
