@@ -9,8 +9,3 @@ from fader.methods.icgan import IcGan, IcGanSettings
 from fader.methods.judge import Judge, JudgeSettings
 from fader.methods.vacgan import VacGan, VacGanSettings
 from fader.methods.vaegan import VaeGan, VaeGanSettings
-
-__all__ = [
-    "METHODS", "Aligner", "AlignerSettings", "CGan", "CGanSettings", "Cvae", "CvaeSettings", "Fader", "FaderSettings",
-    "IcGan", "IcGanSettings", "Judge", "JudgeSettings", "VacGan", "VacGanSettings", "VaeGan", "VaeGanSettings",
-]  # fmt: skip
