@@ -75,10 +75,7 @@ KeyColumn = Annotated[str | None, typer.Option(help="Column that names the recor
 @app.command()
 def celeba(
     source: Annotated[str, typer.Argument(help="Folder of list_attr_celeba.txt, list_eval_partition.txt, img_align_celeba/.")],
-    out: Out,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    shard_records: ShardRecords = 4096,
+    out: Out, workers: Workers = None, skip_bad: SkipBad = False, shard_records: ShardRecords = 4096,
 ) -> None:
     """CelebA as it is published."""
     _prepare("celeba", {"source": source}, out, workers, skip_bad, shard_records)
@@ -103,14 +100,10 @@ def digits(out: Out, split: Split = None, workers: Workers = None, shard_records
 
 @app.command()
 def folders(
-    source: Annotated[str, typer.Argument(help="Folder with trainA, trainB, testA, testB; or a folder a class.")],
-    out: Out,
+    source: Annotated[str, typer.Argument(help="Folder with trainA, trainB, testA, testB; or a folder a class.")], out: Out,
     attribute: Annotated[str | None, typer.Option(help="What to call it; by default the second class, or 'class'.")] = None,
     names: Annotated[str, typer.Option(help="What to call the classes, in the order of their folders: a,b.")] = "",
-    split: Split = None,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    shard_records: ShardRecords = 4096,
+    split: Split = None, workers: Workers = None, skip_bad: SkipBad = False, shard_records: ShardRecords = 4096,
 ) -> None:
     """Pictures sorted into folders: two classes make a binary attribute, more a k-way one."""
     options = {"source": source, "attribute": attribute, "names": _parts(names), "shares": split}
