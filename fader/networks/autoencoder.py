@@ -82,7 +82,7 @@ class Encoder(nn.Module):
     def __init__(self, layout: Layout, norm: Norm = "global", dropout: float = 0.0) -> None:
         super().__init__()
         if norm == "instance" and layout.latent_shape[1] == 1:
-            raise ValueError(f"norm 'instance' needs more pixels than the one that {layout.num_layers} layers leave; take fewer")
+            raise ValueError(f"norm 'instance' needs more than one pixel, and {layout.num_layers} layers leave one; take fewer")
         widths = [layout.channels, *layout.widths[: layout.num_layers]]
         self.num_skips = layout.num_skips
         self.layers = nn.ModuleList(
