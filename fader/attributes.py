@@ -7,20 +7,17 @@ exaggerated. With a = (slider + 1) / 2, the code of a binary attribute is (1 - a
 exactly the code of the label 0 or 1.
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fader.draws import Draws
+from fader.draws import Draws
 
 Kind = Literal["binary", "k-way", "continuous"]
 Head = Literal["softmax", "sigmoid"]
@@ -76,7 +73,7 @@ class Attribute:
 class Attributes(tuple[Attribute, ...]):
     """An ordered list of attributes; column j of a label tensor belongs to the j-th of them."""
 
-    def __new__(cls, attributes: Iterable[Attribute]) -> Attributes:
+    def __new__(cls, attributes: Iterable[Attribute]) -> "Attributes":
         made = super().__new__(cls, attributes)
         twice = sorted({name for name in made.names if made.names.count(name) > 1})
         if twice:
@@ -94,7 +91,7 @@ class Attributes(tuple[Attribute, ...]):
         return [attribute.to_dict() for attribute in self]
 
     @staticmethod
-    def from_list(entries: Sequence[dict[str, Any]]) -> Attributes:
+    def from_list(entries: Sequence[dict[str, Any]]) -> "Attributes":
         return Attributes([Attribute(e["name"], e["kind"], tuple(e.get("categories", ()))) for e in entries])
 
     def index(self, name: str) -> int:  # type: ignore[override]
@@ -105,7 +102,7 @@ class Attributes(tuple[Attribute, ...]):
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(self.names)}"
         raise ValueError(f"unknown attribute {name!r}; {hint}")
 
-    def select(self, names: Sequence[str]) -> Attributes:
+    def select(self, names: Sequence[str]) -> "Attributes":
         """The named attributes, in the order named. Raises ValueError: a name is unknown or stands twice."""
         return Attributes(self[self.index(name)] for name in names)
 

@@ -35,9 +35,6 @@ class BatchNorm(SumsOverRanks):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
-    def extra_repr(self) -> str:
-        return f"{len(self.weight)}, momentum={self.momentum}, eps={self.eps}"
-
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] to the same shape, each channel with mean `bias` and standard deviation `weight`.
         Raises ValueError: the number of channels is wrong; or, on one process, a channel has one value, so no variance."""
