@@ -63,7 +63,8 @@ class VacGan(Gan):
     def build(self) -> dict[str, nn.Module]:
         s, attributes, channels = self.settings, self.attributes, self.channels
         if self.counts_classes and self.classes > MOST_CLASSES:
-            raise ValueError(f"game multi_hinge: attributes combine to {self.classes:,} classes, above {MOST_CLASSES:,}")
+            have = f"{len(attributes)} attributes have {self.classes:,}; name fewer"
+            raise ValueError(f"game multi_hinge takes combinations as classes: {have} (at most {MOST_CLASSES:,} classes)")
         widths = widths_of(self.image_size, s.init_channels, s.max_channels)
         up = widths_of(self.image_size, 2 * s.init_channels, max(2 * s.init_channels, s.max_channels))[-2::-1]
         generator = (attributes, s.noise_width, up, channels, s.hidden_channels, s.deconv, s.norm, s.dropout)
