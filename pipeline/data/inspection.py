@@ -51,11 +51,7 @@ class _Values:
 def inspect(whole: ShardSet, *, seed: int = 0) -> Inspection:
     """Look through a finished shard set. Labels of all records are read, and the tables of at most 20,000 JPEGs.
 
-    Args:
-        seed: which pictures the contact sheet shows.
-
-    Raises:
-        ValueError: a picture on the contact sheet does not decode.
+    seed: which pictures the contact sheet shows. Raises ValueError: a picture on the contact sheet does not decode.
     """
     splits = [whole.split(name) for name in SPLITS if whole.info["splits"][name]["records"]]
     values = {split.name: _values(split) for split in splits}

@@ -35,11 +35,7 @@ def cache_folder() -> Path:
 
 
 def cache_limit() -> int | None:
-    """Bytes that cached tars may take; None without a limit.
-
-    Raises:
-        ValueError: FADER_CACHE_GB is no number above 0.
-    """
+    """Bytes that cached tars may take; None without a limit. Raises ValueError: FADER_CACHE_GB is no number above 0."""
     text = os.environ.get("FADER_CACHE_GB")
     if not text:
         return None
@@ -73,12 +69,8 @@ class Remote:
     def fetch(self, name: str, stopped: threading.Event | None = None) -> Path:
         """The local file of this name, fetched if it is not here.
 
-        Args:
-            stopped: gives up, with Stopped, when it is set.
-
-        Raises:
-            OSError: it cannot be read, or the disk is full.
-            ValueError: what came is not what the set says of it.
+        stopped: gives up, with Stopped, when it is set. Raises OSError: it cannot be read, or the disk is full;
+        ValueError: what came is not what the set says of it.
         """
         path = self.folder / name
         size, digest = self.files[name]
@@ -104,11 +96,8 @@ class Stopped(Exception):
 
 
 def fetch(place: Place, path: Path, size: int, digest: str | None, stopped: threading.Event | None = None) -> None:
-    """Copy a file of a known size part by part; it takes its place when it is whole.
-
-    Raises:
-        OSError: it cannot be read, or the disk is full.
-        ValueError: it is shorter than `size`, or its sha256 is another.
+    """Copy a file of a known size part by part; it takes its place when it is whole. Raises OSError: it cannot be read,
+    or the disk is full; ValueError: it is shorter than `size`, or its sha256 is another.
     """
     sha256, done = hashlib.sha256(), 0
     with replacing(path, durable=False) as file:
@@ -176,12 +165,8 @@ def _make_room(size: int) -> None:
 def publish(folder: Path, place: Place, files: Mapping[str, tuple[int, str]]) -> None:
     """Copy files of a local folder to an address, unless they lie there already, and read back what came.
 
-    Args:
-        files: name to (size, sha256).
-
-    Raises:
-        ValueError: a local file is damaged, or the address gives back something else than was sent.
-        OSError: the address cannot be written to.
+    files: name to (size, sha256). Raises ValueError: a local file is damaged, or the address gives back something else
+    than was sent; OSError: the address cannot be written to.
     """
 
     def send(name: str) -> None:

@@ -46,11 +46,7 @@ class Compared:
 def read(source: str, split: str = "test", report: Path | None = None) -> Compared:
     """A run by its folder, RUN@best or RUN@images-N, or by its MLflow run id.
 
-    Args:
-        report: the evaluation to read, where it is not the usual one of the split.
-
-    Raises:
-        ValueError: it is neither.
+    report: the evaluation to read, where it is not the usual one of the split. Raises ValueError: it is neither.
     """
     folder, which = models.parse_source(source)
     if (folder / "config.yaml").is_file():

@@ -38,8 +38,7 @@ def inception_features(file: Path, device: torch.device) -> Features:
     The published Inception-v3 of 2015-12-05 in TorchScript is such a file; where its forward takes `return_features`,
     that is asked for.
 
-    Raises:
-        ValueError: the file is not there, is no TorchScript, or does not give [N, F].
+    Raises ValueError: the file is not there, is no TorchScript, or does not give [N, F].
     """
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file; name the TorchScript file of an Inception network")
@@ -63,11 +62,7 @@ def inception_features(file: Path, device: torch.device) -> Features:
 
 
 def judge_features(judge: Model) -> Features:
-    """What the last linear layer of a judge reads.
-
-    Raises:
-        ValueError: the judge has no linear layer.
-    """
+    """What the last linear layer of a judge reads. Raises ValueError: the judge has no linear layer."""
     layers = [module for network in judge.method.networks.values() for module in network.modules()]
     linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
     if not linear:
@@ -129,10 +124,8 @@ class Classes:
 
 
 def class_definitions(attributes: Attributes, given: Sequence[Sequence[str]]) -> tuple[Classes, ...]:
-    """Return the definitions that are given by names, or one for each attribute alone.
-
-    Raises:
-        ValueError: an unknown attribute.
+    """Return the definitions that are given by names, or one for each attribute alone. Raises ValueError: an unknown
+    attribute.
     """
     names = given or [(name,) for name in attributes.names]
     return tuple(Classes(tuple(map(attributes.index, own)), attributes.select(own)) for own in names)

@@ -54,16 +54,15 @@ def evaluate(
     """Measure a model. Every rank calls it and gets the same report (the cost apart: rank 0 measures it).
 
     Args:
-        model: edits or samples; or judges only, for a table of a judge's own accuracy. Its networks and the judge's stand on
-            the specification's device; they are not moved, because that would break what wraps them in training.
-        judges: say what an image shows. Each must know every attribute of the model with the same values, at the same crop
-            and size (or PANEL_SIZE, if that is smaller); it may know more. None is needed when only tables that need no judge
-            are asked for, and for a model that is a judge itself.
+        model: edits or samples; or judges only, for a table of a judge's own accuracy. Its networks and the judge's stand
+            on the specification's device; they are not moved, because that would break what wraps them in training.
+        judges: say what an image shows. Each must know every attribute of the model with the same values, at the same
+            crop and size (or PANEL_SIZE, if that is smaller); it may know more. None is needed when only tables that need
+            no judge are asked for, and for a model that is a judge itself.
         shards: where the split is, and the training split from which the leak table's probe learns.
         open_loader, progress: see `Records`; the default loader is the reference decoder.
 
-    Raises:
-        ValueError: a judge does not fit the model, or started as it did; what a table needs is missing.
+    Raises ValueError: a judge does not fit the model, or started as it did; what a table needs is missing.
     """
     split = shards.split(specification.split)
     judges, tables = fitting(model, judges, specification.tables)
@@ -100,10 +99,8 @@ def evaluate(
 
 
 def fitting(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> tuple[Sequence[Model], tuple[str, ...]]:
-    """Return the judges and the tables that a model gets: a judge alone is its own, for one table.
-
-    Raises:
-        ValueError: model and judge do not fit together, or something is missing.
+    """Return the judges and the tables that a model gets: a judge alone is its own, for one table. Raises ValueError:
+    model and judge do not fit together, or something is missing.
     """
     if not makes_pictures(model.method):
         if judge_of(model.method) is None:

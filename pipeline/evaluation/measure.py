@@ -47,9 +47,7 @@ def pictures(method: Method, batch: Batch) -> tuple[Callable[[Tensor], Tensor], 
 
 def flat_latent(latent: Any) -> Tensor:
     """[N, F] float32: every tensor of what `encode` gave, flattened and joined: all the decoder knows of the image.
-
-    Raises:
-        ValueError: there is no tensor in it.
+    Raises ValueError: there is no tensor in it.
     """
     parts = list(_tensors(latent))
     if not parts:

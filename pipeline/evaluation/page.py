@@ -40,12 +40,8 @@ def write(
 ) -> Path:
     """Write `report-SPLIT.html` into a folder and its pictures into `report-SPLIT/` beside it.
 
-    Args:
-        report: what `evaluate` measured of this model on a split of these shards.
-        judge: the first of those who judged; None leaves best and worst cases out.
-
-    Returns:
-        The page.
+    report: what `evaluate` measured of this model on a split of these shards. judge: the first of those who judged; None
+    leaves best and worst cases out. Returns the page.
     """
     split = shards.split(report.split)
     [first] = _batches(model, split, SWEPT_FACES, SWEPT_FACES, specification)

@@ -45,11 +45,9 @@ class Picture:
 
 
 def swapped(method: Method, batch: Batch) -> tuple[list[str], Tensor]:
-    """Decode each record as it is labelled and with each attribute changed to each of its other values.
-
-    Returns:
-        Words for the columns, and [N, columns, C, S, S] in [-1, 1] on the CPU: the picture, its reconstruction, and the
-        swaps; of a method that only samples the sample of each record's labels and its swaps.
+    """Decode each record as it is labelled and with each attribute changed to each of its other values. Returns words for
+    the columns, and [N, columns, C, S, S] in [-1, 1] on the CPU: the picture, its reconstruction, and the swaps; of a
+    method that only samples the sample of each record's labels and its swaps.
     """
     attributes, words, columns = method.attributes, [], []
     with evaluating(method.networks.values()), torch.inference_mode():
@@ -96,8 +94,7 @@ def sweep_sheets(model: Model, batch: Batch) -> list[Picture]:
 def neighbour_sheet(model: Model, first: Batch, read: Callable[[Callable[[Batch], None]], None]) -> Picture:
     """Draw a sample of each record's labels beside the training pictures that are nearest to it, pixel by pixel.
 
-    Args:
-        read: calls a function with every batch of training pictures that are looked at.
+    read: calls a function with every batch of training pictures that are looked at.
     """
     method, count = model.method, len(first.index)
     samples = sampler(method)

@@ -101,9 +101,9 @@ def answers(
     """What fresh classifiers, trained on frozen latents, say of other latents.
 
     Logistic regressions with several strengths of L2 and a network with one hidden layer learn every attribute with
-    class-balanced cross-entropy, on latents standardised by what they learn from; kernel discriminants with several ridges
-    (see `KernelReader`) are solved for them. For each attribute the classifier (and the network's epoch) is chosen by
-    balanced accuracy on the last fifth of the training records, from which none of them learns. A pure function of its
+    class-balanced cross-entropy, on latents standardised by what they learn from; kernel discriminants with several
+    ridges (see `KernelReader`) are solved for them. For each attribute the classifier (and the network's epoch) is chosen
+    by balanced accuracy on the last fifth of the training records, from which none of them learns. A pure function of its
     arguments.
 
     Args:
@@ -112,9 +112,8 @@ def answers(
         ks: values of each attribute.
         seed: of the network's first weights and of the order of its batches.
 
-    Returns:
-        preds [M, A] float64; the index in PROBES of the classifier chosen [A] float64, -1 where the part learnt from
-        holds fewer than two values.
+    Returns preds [M, A] float64; the index in PROBES of the classifier chosen [A] float64, -1 where the part learnt from
+    holds fewer than two values.
     """
     num_learn = max(1, len(train) - len(train) // 5)
     mean, std = train[:num_learn].mean(0), train[:num_learn].std(0, correction=0)

@@ -18,8 +18,7 @@ USUAL = ("swap_accuracy", "judge_accuracy")  # what "better" means unless told o
 class Bound:
     """A bound on one number of a report.
 
-    Args:
-        lower: the number must be at least the value, else at most.
+    lower: the number must be at least the value, else at most.
     """
 
     quantity: str
@@ -35,10 +34,8 @@ class Bound:
 
 
 def parse_bound(word: str, option: str, known: Sequence[str]) -> Bound:
-    """Read `--min smiling.swap=0.9` or `--max mse=0.03`.
-
-    Raises:
-        ValueError: it is no NAME=VALUE, or an evaluation has no such number.
+    """Read `--min smiling.swap=0.9` or `--max mse=0.03`. Raises ValueError: it is no NAME=VALUE, or an evaluation has no
+    such number.
     """
     name, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", value):
@@ -49,11 +46,7 @@ def parse_bound(word: str, option: str, known: Sequence[str]) -> Bound:
 def quantity(name: str, known: Sequence[str]) -> str:
     """Return the number that a person means: `swap_accuracy.Smiling`, in short `smiling.swap`; or `swap`.
 
-    Args:
-        known: the numbers that an evaluation has.
-
-    Raises:
-        ValueError: there is none; the message offers the nearest.
+    known: the numbers that an evaluation has. Raises ValueError: there is none; the message offers the nearest.
     """
     by_lower = {full.lower(): full for full in known}
     attribute, dot, kind = name.lower().rpartition(".")

@@ -44,9 +44,8 @@ class Records:
 
     Whole batches are dealt to ranks, so that the result of a record cannot depend on the number of ranks.
 
-    Args:
-        open_loader: gives a loader whose batches are whole, on any rank.
-        progress: called with (records read by this rank, records that it reads in all).
+    open_loader: gives a loader whose batches are whole, on any rank. progress: called with (records read by this rank,
+    records that it reads in all).
     """
 
     batch_size: int

@@ -214,9 +214,7 @@ class Report:
 
     def score(self, images: str, attribute: str = "*", to: str | None = None, start: str | None = None) -> Score:
         """One accuracy: balanced when no value is named, of one direction with `to`, of one pair with `start` as well.
-
-        Raises:
-            ValueError: the report has no such number.
+        Raises ValueError: the report has no such number.
         """
         for score in self.scores:
             if (score.images, score.attribute, score.to, score.start) == (images, attribute, to, start):

@@ -18,8 +18,8 @@ class Specification:
     """An evaluation as a user asks for it; whoever takes part in it reads what it needs from here.
 
     Args:
-        models: runs, exports or registry addresses. checkpoint: which of a run's. averaged: take the moving averages
-            of a run's weights, where it keeps them.
+        models: runs, exports or registry addresses. checkpoint: which of a run's. averaged: take the moving averages of a
+            run's weights, where it keeps them.
         judges: runs, exports or registry addresses; none takes the models' own, or a panel that is trained and kept.
         judge_images: length of that training; None takes the usual.
         data: the shard set; None takes the one that the first model was trained on.
@@ -32,8 +32,7 @@ class Specification:
         resamples: of the bootstrap; with 0 no number has an interval.
         seed: of the bootstrap and of the probe.
 
-    Raises:
-        ValueError: an unknown table, or a limit below 1.
+    Raises ValueError: an unknown table, or a limit below 1.
     """
 
     models: tuple[str, ...] = ()
@@ -72,10 +71,8 @@ class Specification:
         return model
 
     def open(self, model: Model) -> ShardSet:
-        """Open the shard set, by default the one that a model names in its config.
-
-        Raises:
-            ValueError: the config names none, or it is not here.
+        """Open the shard set, by default the one that a model names in its config. Raises ValueError: the config names
+        none, or it is not here.
         """
         named = self.data or ((model.card.get("config") or {}).get("data") or {}).get("path")
         if not named:

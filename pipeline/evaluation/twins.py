@@ -33,8 +33,7 @@ class TwinErrors:
     def __call__(self, batch: Batch, picture: Callable[[Tensor], Tensor], decoded: Tensor) -> Tensor:
         """Return [N, swaps, 3] the `errors` of every swap; not numbers where there is no twin.
 
-        Args:
-            picture: from codes to the swaps of the batch. decoded: its reconstructions.
+        picture: from codes to the swaps of the batch. decoded: its reconstructions.
         """
         assert batch.images is not None
         columns = []
@@ -51,15 +50,12 @@ class TwinErrors:
 
 
 def errors(swap: Tensor, looks: Tensor | None, photo: Tensor, reconstruction: Tensor) -> Tensor:
-    """[3] float64: how far a swap is from its nearest twin inside the region that should change, and from the photo outside.
+    """[3] float64: how far a swap is from its nearest twin inside the region that should change, and from the photo
+    outside.
 
-    Args:
-        swap, photo, reconstruction: [C, S, S] in [-1, 1].
-        looks: [L, S, S, C] uint8, the twin in each look that the photo allows; None where there is no twin.
-
-    Returns:
-        Inside: squared error against the twin over that of the photo, 0 = the twin, 1 = nothing done. Outside: mean squared
-        error of the swap against the photo, then of the reconstruction.
+    swap, photo, reconstruction: [C, S, S] in [-1, 1]. looks: [L, S, S, C] uint8, the twin in each look that the photo
+    allows; None where there is no twin. Returns inside: squared error against the twin over that of the photo, 0 = the
+    twin, 1 = nothing done. Outside: mean squared error of the swap against the photo, then of the reconstruction.
     """
     if looks is None:
         return torch.full((3,), math.nan, dtype=torch.float64, device=swap.device)

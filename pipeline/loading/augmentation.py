@@ -29,8 +29,7 @@ def augmented(images: Tensor, draws: Draws, settings: AugmentConfig) -> Tensor:
         draws: of the same N records.
         settings: the largest deviations; what is 0 is left alone.
 
-    Returns:
-        [N, C, S, S] in [-1, 1], on the same device.
+    Returns [N, C, S, S] in [-1, 1], on the same device.
     """
     if settings.rotation_degrees or settings.translation:
         angle = _around_zero(draws, "rotation") * math.radians(settings.rotation_degrees)

@@ -35,8 +35,7 @@ def finish(
         rows: [B] int64, `request.rows` on the device of `labels`.
         seed: of the run, with its salt.
 
-    Returns:
-        The batch, on the device of `labels`.
+    Returns the batch, on the device of `labels`.
     """
     index = share(rows, rank, world_size)
     draws = Draws.of(seed, request.stream, request.draw, index)

@@ -40,8 +40,7 @@ def choose(cache: Cache, num_bytes: int, device: torch.device, on_node: OnNode =
     machine for all its ranks. "auto" takes the device where that leaves half of it free; the host where it leaves three
     tenths of that; none otherwise. Ranks that share a machine's CPU share its memory, too.
 
-    Raises:
-        ValueError: an unknown word; a place was asked for that has no room.
+    Raises ValueError: an unknown word; a place was asked for that has no room.
     """
     if cache not in get_args(Cache):
         raise ValueError(f"unknown cache {cache!r}; there are: {', '.join(get_args(Cache))}")
@@ -170,10 +169,7 @@ def open_kept(
     cache: Literal["device", "host"], size: int, shape: tuple[int, ...], device: torch.device, on_node: OnNode = alone
 ) -> Kept:
     """Memory for `size` pictures of a shape [S, S, C], none of them there yet. With "host" every rank of the machine
-    calls this, and all get the same memory.
-
-    Raises:
-        ValueError: this rank cannot open what the first one made.
+    calls this, and all get the same memory. Raises ValueError: this rank cannot open what the first one made.
     """
     if cache == "host":
         there, pixels = _shared(size, shape, on_node)

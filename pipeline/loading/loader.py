@@ -38,8 +38,7 @@ class Loader(Protocol):
         A loader may work ahead: it may read several requests more than it has given batches. Closing the iterator ends
         all work and all threads begun for it.
 
-        Raises:
-            ValueError: a record does not decode; the message names its key and shard.
+        Raises ValueError: a record does not decode; the message names its key and shard.
         """
         ...
 
@@ -58,9 +57,8 @@ class SplitLoader:
         prefetch: batches made ahead of the one being used.
         quarantine: where records go that do not decode, for others to stand in; None: they are an error.
 
-    Raises:
-        ValueError: the split lacks an attribute, the crop does not take a picture's size, threads or prefetch is below
-            1, or rank is not one of world_size.
+    Raises ValueError: the split lacks an attribute, the crop does not take a picture's size, threads or prefetch is below
+    1, or rank is not one of world_size.
     """
 
     def __init__(
@@ -110,8 +108,7 @@ class SplitLoader:
         """Give the same requests. Of a set that lies elsewhere, the tars of later requests are fetched meanwhile, as far
         ahead as two tars have records.
 
-        Args:
-            needed: those of some rows whose bytes will be read.
+        needed: those of some rows whose bytes will be read.
         """
         if self.split.remote is None:
             yield from requests
@@ -134,10 +131,8 @@ class SplitLoader:
             fetching.close()
 
     def leave_out(self, row: int, error: Exception) -> None:
-        """Put a record that does not decode into quarantine.
-
-        Raises:
-            ValueError: there is none, or there are too many in it.
+        """Put a record that does not decode into quarantine. Raises ValueError: there is none, or there are too many in
+        it.
         """
         if self.quarantine is not None and self.quarantine.most:
             self.quarantine.add(row, str(error))

@@ -82,11 +82,8 @@ def stock_stream(
 
     It reads front to back, once. A torch DataLoader may spread it over workers; over ranks it is not split.
 
-    Args:
-        window: records of webdataset's own shuffle buffer; 0 keeps the order of the tars.
-
-    Yields:
-        (key, uint8 [S, S, C], float32 [A] labels) of each record.
+    window: records of webdataset's own shuffle buffer; 0 keeps the order of the tars. Yields (key, uint8 [S, S, C],
+    float32 [A] labels) of each record.
     """
     stream = webdataset.WebDataset([str(shard) for shard in split.shards], shardshuffle=False, empty_check=False)
     stream = stream.shuffle(window, seed=seed) if window else stream

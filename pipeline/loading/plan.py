@@ -47,14 +47,14 @@ class Request:
 class Plan:
     """Which rows of a split make draw k of a stream.
 
-    A stream is an endless line of epochs of `size` positions; draw k with batch size B takes positions k·B …
-    (k+1)·B - 1 of it. Without replacement each epoch is a permutation, so every record is read exactly once an epoch
-    whatever B is; with replacement each position is an independent row.
+    A stream is an endless line of epochs of `size` positions; draw k with batch size B takes positions k·B … (k+1)·B - 1
+    of it. Without replacement each epoch is a permutation, so every record is read exactly once an epoch whatever B is;
+    with replacement each position is an independent row.
 
-    With weights a record of weight w (their mean counts as 1) stands ⌊w⌋ or ⌈w⌉ times in an epoch, w times on average,
-    by systematic sampling (Madow and Madow 1944, "On the theory of systematic sampling"): points one apart are laid
-    over the weights, put end to end group by group and shuffled inside each, so a group's share of an epoch is exact to
-    one record. With replacement each position is record i with probability w_i / size.
+    With weights a record of weight w (their mean counts as 1) stands ⌊w⌋ or ⌈w⌉ times in an epoch, w times on average, by
+    systematic sampling (Madow and Madow 1944, "On the theory of systematic sampling"): points one apart are laid over the
+    weights, put end to end group by group and shuffled inside each, so a group's share of an epoch is exact to one
+    record. With replacement each position is record i with probability w_i / size.
 
     Numbers come from Philox raw words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose stream
     numpy promises to keep over its versions; `Generator.permutation` carries no such promise.
@@ -69,9 +69,8 @@ class Plan:
         weights: [size] of the records, none below 0; None: all alike.
         groups: [size] integers, equal for records whose share of an epoch is to be exact together; None: one group.
 
-    Raises:
-        ValueError: size below 1, a window below 1, without `shard_of`, or with replacement; weights that are too few,
-            negative, not finite or all zero.
+    Raises ValueError: size below 1, a window below 1, without `shard_of`, or with replacement; weights that are too few,
+    negative, not finite or all zero.
     """
 
     def __init__(
@@ -113,10 +112,8 @@ class Plan:
         self._epoch = lru_cache(_EPOCHS_KEPT)(lambda stream, epoch: self._order(stream, epoch).astype(kind))
 
     def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
-        """[batch_size] int64: the global batch of this draw, in order.
-
-        Raises:
-            ValueError: batch_size below 1 or draw below 0.
+        """[batch_size] int64: the global batch of this draw, in order. Raises ValueError: batch_size below 1 or draw
+        below 0.
         """
         if batch_size < 1 or draw < 0:
             raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
@@ -192,9 +189,7 @@ def salted(seed: int, salt: int) -> int:
 
 def share(rows: Rows, rank: int, world_size: int) -> Rows:
     """This rank's contiguous part of a global batch: in rank order they are the whole, sizes differ by at most one.
-
-    Raises:
-        ValueError: rank is not one of world_size.
+    Raises ValueError: rank is not one of world_size.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}; ranks run from 0 to world_size - 1")

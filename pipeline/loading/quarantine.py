@@ -53,11 +53,7 @@ class Quarantine:
         return [str(key) for key in self.split.keys[self.rows]]
 
     def add(self, row: int, reason: str) -> None:
-        """Leave a record out from now on.
-
-        Raises:
-            ValueError: there are more than may be left out.
-        """
+        """Leave a record out from now on. Raises ValueError: there are more than may be left out."""
         with self._lock:
             if row in self.rows:
                 return

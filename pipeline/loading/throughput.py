@@ -72,14 +72,10 @@ def loading_rates(
 ) -> Rates:
     """Images a second of each way to load the split, round by round.
 
-    Args:
-        folder: an empty one for index files and for the split's pictures as files.
-        progress: is told what is being measured.
-
-    Returns:
-        "bare": DALI alone; "floats": the same to flipped floats, which all that follow give; "streamed", "cached": ours;
-        "webdataset": its stock stream, and "files": a torch DataLoader over picture files, both with Pillow in worker
-        processes.
+    folder: an empty one for index files and for the split's pictures as files. progress: is told what is being measured.
+    Returns "bare": DALI alone; "floats": the same to flipped floats, which all that follow give; "streamed", "cached":
+    ours; "webdataset": its stock stream, and "files": a torch DataLoader over picture files, both with Pillow in worker
+    processes.
     """
     stock = {"batch_size": measure.batch_size, "drop_last": True, "prefetch_factor": _PREFETCH}
     webdataset = DataLoader(

@@ -22,12 +22,9 @@ _MOVE_SECONDS = 60.0  # within which the holder of a lock begins its last reques
 def promote(name: str, version: int, replaces: int | None, tags: Mapping[str, str]) -> None:
     """Make a version the champion and tag it.
 
-    Args:
-        replaces: the version that is the champion as far as the caller knows; None when there is none.
-        tags: the figures that the promotion rests on.
-
-    Raises:
-        ValueError: another version became the champion meanwhile; or the store does not answer.
+    replaces: the version that is the champion as far as the caller knows; None when there is none. tags: the figures that
+    the promotion rests on. Raises ValueError: another version became the champion meanwhile; or the store does not
+    answer.
     """
     with open_store(None) as mlflow, _alone(mlflow, name) as still_alone:
         client = mlflow.MlflowClient()
@@ -42,10 +39,8 @@ def promote(name: str, version: int, replaces: int | None, tags: Mapping[str, st
 
 
 def rollback(name: str) -> tuple[int, int]:
-    """Make the version that the champion replaced the champion again; return the two versions, from and to.
-
-    Raises:
-        ValueError: there is no champion, or it replaced none; or the store does not answer.
+    """Make the version that the champion replaced the champion again; return the two versions, from and to. Raises
+    ValueError: there is no champion, or it replaced none; or the store does not answer.
     """
     with open_store(None) as mlflow, _alone(mlflow, name) as still_alone:
         client = mlflow.MlflowClient()

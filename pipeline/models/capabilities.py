@@ -82,10 +82,8 @@ class Capability:
         raise NotImplementedError
 
     def answer(self, array: Any, params: Mapping[str, str]) -> np.ndarray:
-        """Return what a service answers, computed in batches.
-
-        Raises:
-            ValueError: unknown attribute, a value that is no number, or an array of another shape.
+        """Return what a service answers, computed in batches. Raises ValueError: unknown attribute, a value that is no
+        number, or an array of another shape.
         """
         try:
             rows = torch.from_numpy(np.array(array, self.dtype))
@@ -190,12 +188,8 @@ class Editing(Capability):
         Each attribute is taken from `given`, else read by the judge, else estimated: the value with which the
         reconstruction is nearest to the picture, one attribute after another, twice around.
 
-        Args:
-            images: [N, C, S, S] in [-1, 1].
-            given: labels that the user knows, for all the pictures.
-
-        Returns:
-            [N, A] labels, and for each attribute "given", "judge" or "estimated".
+        images: [N, C, S, S] in [-1, 1]. given: labels that the user knows, for all the pictures. Returns [N, A] labels,
+        and for each attribute "given", "judge" or "estimated".
         """
         self._check_images(images)
         given, read = given or {}, self.judge.labels(images) if self.judge else {}
@@ -229,12 +223,8 @@ class Editing(Capability):
     def edit(self, images: Tensor, labels: Tensor, settings: Sequence[Sequence[Slider]]) -> Tensor:
         """Decode pictures under several settings of the sliders; an empty setting is the reconstruction.
 
-        Args:
-            images: [N, C, S, S] in [-1, 1].
-            labels: [N, A], the pictures' own.
-
-        Returns:
-            [N, len(settings), C, S, S] in [-1, 1].
+        images: [N, C, S, S] in [-1, 1]. labels: [N, A], the pictures' own. Returns [N, len(settings), C, S, S] in [-1,
+        1].
         """
         latent = self.encode(images, labels)
         return torch.stack([self.decode(latent, labels, sliders) for sliders in settings], 1)
@@ -259,8 +249,7 @@ class Editing(Capability):
 class Sampling(Capability):
     """Make pictures that nobody photographed, each of a seed of its own; a service takes seeds [N] int64.
 
-    Args:
-        occurring: labels of some training records, a line each.
+    occurring: labels of some training records, a line each.
     """
 
     needs, lacks = Samples, "does not sample pictures"

@@ -46,9 +46,7 @@ def licence(data: str | None) -> str:
 def limits(card: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
     """Return what a user must know before trusting a model: how far its pictures and its numbers reach.
 
-    Args:
-        card: the model's, without these.
-        evaluation: what `evaluated` gave.
+    card: the model's, without these. evaluation: what `evaluated` gave.
     """
     data, rule = card["data"], card["preprocessing"]
     known = [f"it reads pictures of {rule['image_size']}x{rule['image_size']} pixels, cut by the rule '{rule['crop']}'"]

@@ -64,8 +64,7 @@ def write(run: Path, images: int, state: State, extra: Mapping[str, Any], metric
         extra: JSON values that go into state.json.
         metrics: what was measured of this very state, by which the best are kept.
 
-    Raises:
-        OSError: the disk is full or refuses; whatever was there before is untouched.
+    Raises OSError: the disk is full or refuses; whatever was there before is untouched.
     """
     target = _place(run, images)
     story = json.dumps({"format": FORMAT, "images": images, "metrics": dict(metrics or {}), **extra}, indent=1)
@@ -147,10 +146,8 @@ def validated(run: Path) -> Path | None:
 
 
 def named(run: Path, which: str) -> Path:
-    """A sound checkpoint by its name: latest, best or images-64000.
-
-    Raises:
-        ValueError: there is none of that name, or it is damaged.
+    """A sound checkpoint by its name: latest, best or images-64000. Raises ValueError: there is none of that name, or it
+    is damaged.
     """
     if which == "latest":
         newest = latest(run)

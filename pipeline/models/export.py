@@ -30,8 +30,7 @@ def export(
         out: the export's folder; an export that is there already is replaced.
         judge: the judges to put in; by default those that the run names.
 
-    Raises:
-        ValueError: the run cannot be loaded, the judge does not fit, or `out` holds something else.
+    Raises ValueError: the run cannot be loaded, the judge does not fit, or `out` holds something else.
     """
     out = Path(out)
     if out.exists() and not (out / "card.json").is_file() and (not out.is_dir() or any(out.iterdir())):

@@ -45,8 +45,7 @@ def load(source: str | Path, *, checkpoint: str = "latest", ema: bool = True, ow
         ema: take the averaged weights where there are any.
         own_judge: load the model's judge too, if it names one.
 
-    Raises:
-        ValueError: nothing is there, or it is damaged; the message says what to do.
+    Raises ValueError: nothing is there, or it is damaged; the message says what to do.
     """
     folder, which = parse_source(source)
     if which is None and checkpoint != "latest":
@@ -182,10 +181,8 @@ def _from_registry(address: str, ema: bool, own_judge: bool) -> Model:
 
 
 def version_of(mlflow: Any, address: str, name: str, alias: str | None, version: str | None) -> Any:
-    """Return the registered version behind an address.
-
-    Raises:
-        ValueError: no such name, alias or version; the message lists what there is.
+    """Return the registered version behind an address. Raises ValueError: no such name, alias or version; the message
+    lists what there is.
     """
     client, store = mlflow.MlflowClient(), tracking.without_password(mlflow.get_tracking_uri())
     try:

@@ -39,11 +39,8 @@ class Model:
     def edit(self, image: Image.Image, **sliders: str | float) -> Image.Image:
         """Move sliders on a picture, as in `model.edit(image, Smiling=1.5)`; the result is square, as the model reads it.
 
-        Args:
-            sliders: as `Slider` reads them: a k-way attribute's value by its name, as Beard="full".
-
-        Raises:
-            ValueError: an unknown attribute or value; the model does not edit.
+        sliders: as `Slider` reads them: a k-way attribute's value by its name, as Beard="full". Raises ValueError: an
+        unknown attribute or value; the model does not edit.
         """
         editing = self.editing
         moves = [editing.slider(name, value) for name, value in sliders.items()]

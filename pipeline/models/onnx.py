@@ -59,15 +59,10 @@ def export_onnx(model: Model, out: Path, int8: bool = False) -> dict[str, Any]:
     The encoder takes `images` [N, C, S, S] in [-1, 1], and `labels` [N, A] where it reads them; it gives `latent_0` and
     on. The decoder takes these and `code` [N, code_width]; it gives `image`.
 
-    Args:
-        int8: keep the weights as int8, in a quarter of the space; the runtime computes with floats as before.
-
-    Returns:
-        What the card says: how far each graph is from torch ("off"), before rounding; and, of int8, the PSNR of drawn faces
-        through both rounded graphs against torch's, in dB ("int8_psnr").
-
-    Raises:
-        ValueError: the model does not edit, ONNX is not installed, or `out` holds something else.
+    int8: keep the weights as int8, in a quarter of the space; the runtime computes with floats as before. Returns what
+    the card says: how far each graph is from torch ("off"), before rounding; and, of int8, the PSNR of drawn faces
+    through both rounded graphs against torch's, in dB ("int8_psnr"). Raises ValueError: the model does not edit, ONNX is
+    not installed, or `out` holds something else.
     """
     if out.exists() and not (out / "decoder.onnx").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no export to ONNX; choose another folder")

@@ -15,9 +15,7 @@ from fader.attributes import Attribute, Attributes
 class Slider:
     """One slider and its position.
 
-    Args:
-        category: the value of a k-way attribute that it moves.
-        value: -1 = absent, 1 = present, beyond = exaggerated.
+    category: the value of a k-way attribute that it moves. value: -1 = absent, 1 = present, beyond = exaggerated.
     """
 
     attribute: str
@@ -32,10 +30,8 @@ class Slider:
 
 
 def parse_slider(attributes: Attributes, name: str, value: str | float) -> Slider:
-    """Read `Smiling`, 1.5; `Beard.moustache`, 1; or `Beard`, "moustache", which is the same.
-
-    Raises:
-        ValueError: unknown attribute or category; a value that is no number.
+    """Read `Smiling`, 1.5; `Beard.moustache`, 1; or `Beard`, "moustache", which is the same. Raises ValueError: unknown
+    attribute or category; a value that is no number.
     """
     attribute, category = _resolve(attributes, name)
     if attribute.kind == "k-way" and category is None:
@@ -50,10 +46,8 @@ def parse_slider(attributes: Attributes, name: str, value: str | float) -> Slide
 
 
 def parse_label(attributes: Attributes, name: str, value: str | float) -> float:
-    """Read one of a picture's own labels: 0 or 1, a category's name or number, or a share.
-
-    Raises:
-        ValueError: unknown attribute, or a value that it does not have.
+    """Read one of a picture's own labels: 0 or 1, a category's name or number, or a share. Raises ValueError: unknown
+    attribute, or a value that it does not have.
     """
     attribute, category = _resolve(attributes, name)
     if category is not None:

@@ -19,9 +19,7 @@ def open_store(uri: str | None, create: bool = False) -> Iterator[Any]:
 
     Environment variables of MLflow's own say so. They are set while this lasts, where the user has not set them.
 
-    Args:
-        uri: the store; None takes MLFLOW_TRACKING_URI or MLflow's default.
-        create: make the default store when there is none.
+    uri: the store; None takes MLFLOW_TRACKING_URI or MLflow's default. create: make the default store when there is none.
     """
     wanted = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

@@ -25,9 +25,7 @@ _ROOT = Path(__file__).resolve().parents[2]  # of our own code, which travels wi
 class Version:
     """A registered version.
 
-    Args:
-        run_id: the MLflow run it is linked to, if the run was tracked.
-        export: the folder of its export.
+    run_id: the MLflow run it is linked to, if the run was tracked. export: the folder of its export.
     """
 
     name: str
@@ -64,8 +62,7 @@ def register(
         out: where the export is written; RUN/export by default.
         judge, checkpoint, ema: as in `export`.
 
-    Raises:
-        ValueError: the run cannot be exported, MLflow does not take the name, or its store does not answer.
+    Raises ValueError: the run cannot be exported, MLflow does not take the name, or its store does not answer.
     """
     source, run = run, parse_source(run)[0]
     if not re.fullmatch(r"[^/:@.%\"'][^/:@%\"']*", name):

@@ -120,11 +120,8 @@ def sync(run: str | Path, again: bool = False) -> Delivery:
 
     The store is MLFLOW_TRACKING_URI, else the one the run went to before, else MLflow's default.
 
-    Args:
-        again: send everything from the beginning; what is there already stays as it is.
-
-    Raises:
-        ValueError: no spool; the run is being trained; or the store does not answer (everything is kept).
+    again: send everything from the beginning; what is there already stays as it is. Raises ValueError: no spool; the run
+    is being trained; or the store does not answer (everything is kept).
     """
     spool = spool_of(run)
     with (spool / "sender.log").open("ab") as log:

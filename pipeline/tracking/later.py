@@ -38,19 +38,15 @@ def add(
 ) -> Addition | None:
     """Add what was found out about a run to its MLflow run: delivered now, or later by its trainer or `fader sync`.
 
-    What was added before is not added again: metrics with the same values at the same images seen, and files that
-    have not changed since. The run's status stays, and no point counts as superseded.
+    What was added before is not added again: metrics with the same values at the same images seen, and files that have
+    not changed since. The run's status stays, and no point counts as superseded.
 
     Args:
         metrics: numbers at `images` seen.
         tags: words by name, which replace older ones.
         files: files in the run's folder, kept in MLflow under the folder they have there (RUN/report/a as report/a).
 
-    Returns:
-        None for a run that is not tracked.
-
-    Raises:
-        ValueError: a file lies outside the run's folder.
+    Returns None for a run that is not tracked. Raises ValueError: a file lies outside the run's folder.
     """
     folder = Path(run).resolve()
     spool = folder / "spool"
@@ -116,10 +112,8 @@ class Stored:
 
 
 def stored(run_id: str) -> Stored:
-    """Read a run back from the store in use (MLFLOW_TRACKING_URI, else MLflow's default).
-
-    Raises:
-        ValueError: the store does not answer, or has no such run.
+    """Read a run back from the store in use (MLFLOW_TRACKING_URI, else MLflow's default). Raises ValueError: the store
+    does not answer, or has no such run.
     """
     import mlflow
     from mlflow.exceptions import MlflowException

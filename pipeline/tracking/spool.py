@@ -151,10 +151,8 @@ class Point:
 
 
 def points(run: str | Path) -> list[Point]:
-    """Return every point that the loop of a run ever logged, in order, with the superseded ones marked.
-
-    Raises:
-        ValueError: the run has no spool.
+    """Return every point that the loop of a run ever logged, in order, with the superseded ones marked. Raises
+    ValueError: the run has no spool.
     """
     path = spool_of(run) / "main.jsonl"
     rows: list[list[Any]] = []

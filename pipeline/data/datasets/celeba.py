@@ -48,10 +48,9 @@ def read_celeba(
         name: of the set, for another set in the same file format.
         origin: what dataset.json says of the source; by default the digests of the annotation files.
 
-    Raises:
-        ValueError: a file is missing; an annotation stops short of its own count; a row has too few or too many values,
-            or one that is no label; a key stands twice, is no plain name, or has no partition. The message names file
-            and line.
+    Raises ValueError: a file is missing; an annotation stops short of its own count; a row has too few or too many
+    values, or one that is no label; a key stands twice, is no plain name, or has no partition. The message names file and
+    line.
     """
     source = Place(fspath(source))
     images = _find(source, IMAGES, "folder of pictures", Place.is_dir)

@@ -88,11 +88,7 @@ class Kind:
 
     @staticmethod
     def parse(text: str) -> tuple[str, Kind]:
-        """Read "COLUMN=KIND"; the column `*` means every one that is not named.
-
-        Raises:
-            ValueError: not of that form.
-        """
+        """Read "COLUMN=KIND"; the column `*` means every one that is not named. Raises ValueError: not of that form."""
         column, equals, kind = text.rpartition("=")
         name, _, rest = kind.partition(":")
         try:
@@ -136,9 +132,7 @@ class Column:
 
     def finish(self) -> tuple[dict[str, Any], np.ndarray, dict[int, str]]:
         """The attribute as `Attributes.to_list` has it, labels [n] float32, and what is wrong with each faulty row.
-
-        Raises:
-            ValueError: what kind the column is does not follow from its cells.
+        Raises ValueError: what kind the column is does not follow from its cells.
         """
         codes = np.array(self._codes, np.int32)
         values = self.kind.values if self.kind else ()
@@ -289,8 +283,7 @@ def choose(header: Sequence[str], wanted: Sequence[str], kinds: Sequence[str], o
         kinds: what the user says, as `Kind.parse` reads it.
         others: columns that have another use.
 
-    Raises:
-        ValueError: a name that is not in the header, or nothing is left.
+    Raises ValueError: a name that is not in the header, or nothing is left.
     """
     said = dict(map(Kind.parse, kinds))
     names = list(wanted) or [name for name in header if name not in others and is_attribute(name, said)]

@@ -39,8 +39,7 @@ def read_daynight(
         camera: the column that names the camera; by default one of CAMERAS.
         shares: split the records anew. With cameras, 80/10/10 of them by default.
 
-    Raises:
-        ValueError: as `read_table` and `read_folders`; a camera column that is not there.
+    Raises ValueError: as `read_table` and `read_folders`; a camera column that is not there.
     """
     place = Place(os.fspath(source))
     table = place / LABELS if place.is_dir() else place

@@ -16,11 +16,7 @@ from pipeline.images import png_bytes
 
 
 def read_digits(*, shares: Shares | None = None, skip_bad: bool = False) -> Dataset:
-    """The index of the set, which gives no splits: 80/10/10 by default.
-
-    Raises:
-        ValueError: scikit-learn is not installed.
-    """
+    """The index of the set, which gives no splits: 80/10/10 by default. Raises ValueError: scikit-learn is not installed."""
     pictures, labels = _digits()
     index = Index(skip_bad)
     for number in range(len(pictures)):

@@ -54,10 +54,8 @@ def face_labels(seed: int, index: int) -> dict[str, int]:
 
 
 def draw_face(seed: int, index: int, **forced: int) -> Image.Image:
-    """A face, 178x218 RGB. `forced` replaces labels and nothing else: the person, pose and light stay.
-
-    Raises:
-        ValueError: an unknown attribute or value.
+    """A face, 178x218 RGB. `forced` replaces labels and nothing else: the person, pose and light stay. Raises ValueError:
+    an unknown attribute or value.
     """
     labels = face_labels(seed, index)
     for name, value in forced.items():
@@ -126,8 +124,7 @@ def draw_missing(
         origin: count, seed and version of the drawing.
         path_of, picture: of each index, the file below `source`, and what stands in it. Both pickle.
 
-    Raises:
-        ValueError: fewer than 10 pictures, or the folder holds others.
+    Raises ValueError: fewer than 10 pictures, or the folder holds others.
     """
     count = origin["count"]
     if count < 10 or (workers is not None and workers < 1):
@@ -143,13 +140,12 @@ def read_faces(
     source: Path | str, *, count: int, seed: int = 0, workers: int | None = None, skip_bad: bool = False,
     progress: Progress = silent,
 ) -> Dataset:
-    """Draw the faces that are missing in `source`, in CelebA's file format, and read them as CelebA is read; Beard,
-    which that format cannot hold, follows from the seed.
+    """Draw the faces that are missing in `source`, in CelebA's file format, and read them as CelebA is read; Beard, which
+    that format cannot hold, follows from the seed.
 
     The first 80% are train, the next 10% valid, the rest test.
 
-    Raises:
-        ValueError: as `draw_missing`.
+    Raises ValueError: as `draw_missing`.
     """
     source, origin = Path(source), {"drawn": VERSION, "count": count, "seed": seed}
     draw_missing(source, "faces", origin, _path, partial(draw_face, seed), workers, progress)

@@ -48,9 +48,8 @@ def read_folders(
         shares: split the records anew.
         skip_bad: leave out what cannot be a record (two files of one key), and list it.
 
-    Raises:
-        ValueError: no folder, fewer than two classes, a class of pictures that shards do not hold, a folder beside the
-            splits, or two files of one key.
+    Raises ValueError: no folder, fewer than two classes, a class of pictures that shards do not hold, a folder beside the
+    splits, or two files of one key.
     """
     source = Place(os.fspath(source))
     if not source.is_dir():

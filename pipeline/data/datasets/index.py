@@ -15,9 +15,8 @@ from pipeline.data.datasets.splits import NAMES, Shares, assign
 class Index:
     """One entry a record in each list; the first fault raises, or all of them are collected.
 
-    Args:
-        skip_bad: leave out records that are wrong, and list them.
-        grouped: records of one group stand in one split; a record whose group is unknown stands alone.
+    skip_bad: leave out records that are wrong, and list them. grouped: records of one group stand in one split; a record
+    whose group is unknown stands alone.
     """
 
     def __init__(self, skip_bad: bool, grouped: bool = False) -> None:
@@ -30,10 +29,8 @@ class Index:
         self._groups: list[str | None] = []
 
     def fault(self, key: str | None, place: str, reason: str) -> None:
-        """Leave out what is wrong at this place. key: None when it belongs to no record.
-
-        Raises:
-            ValueError: nothing may be left out.
+        """Leave out what is wrong at this place. key: None when it belongs to no record. Raises ValueError: nothing may
+        be left out.
         """
         if not self.skip_bad:
             raise ValueError(f"{place}: {reason}; mend the file, or leave such records out with --skip-bad")

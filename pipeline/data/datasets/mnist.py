@@ -43,8 +43,7 @@ def read_mnist(
         shares: split the records anew.
         skip_bad: nothing to skip: a damaged idx file says nothing of where its records lie.
 
-    Raises:
-        ValueError: a file is missing, damaged, of another type, or pictures and labels differ in number.
+    Raises ValueError: a file is missing, damaged, of another type, or pictures and labels differ in number.
     """
     source = Place(os.fspath(source))
     folders = [source / part if part else source for part in FOLDERS]

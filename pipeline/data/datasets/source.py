@@ -119,10 +119,8 @@ class Place:
         return sorted(self._ask(_remote_files) if self.remote else _local_files(self.address))
 
     def _ask(self, question: Callable[[AbstractFileSystem, str], Result]) -> Result:
-        """What the file system answers.
-
-        Raises:
-            OSError: it does not, at an address after some trials; libraries behind fsspec raise kinds of their own.
+        """What the file system answers. Raises OSError: it does not, at an address after some trials; libraries behind
+        fsspec raise kinds of their own.
         """
         for trial in range(RETRIES):
             try:

@@ -27,11 +27,7 @@ class Shares:
 
     @staticmethod
     def parse(text: str) -> Shares:
-        """Read "80/10/10".
-
-        Raises:
-            ValueError: not three whole numbers that sum to 100.
-        """
+        """Read "80/10/10". Raises ValueError: not three whole numbers that sum to 100."""
         parts = text.split("/")
         if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts) or sum(map(int, parts)) != 100:
             raise ValueError(f"--split is {text!r}; three whole numbers that sum to 100 are needed, as 80/10/10")

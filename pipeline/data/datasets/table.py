@@ -45,15 +45,14 @@ def read_table(
     Args:
         source: the file.
         images: folder or address that paths are relative to; by default the file's own.
-        path, key, split, group: names of columns. Without `key` the key is made from the path; without `split`, a
-            column of that name is taken when there is one; records of one `group` stand in one split.
+        path, key, split, group: names of columns. Without `key` the key is made from the path; without `split`, a column
+            of that name is taken when there is one; records of one `group` stand in one split.
         attributes: columns to take; none takes every other one.
         kinds: what columns are where it does not follow from their cells; see `columns.Kind`.
         shares: split the records anew, by a hash.
         skip_bad: leave out rows that are wrong, and list them.
 
-    Raises:
-        ValueError: not readable, a column is missing, a row is wrong. The message names file and line.
+    Raises ValueError: not readable, a column is missing, a row is wrong. The message names file and line.
     """
     source = Place(os.fspath(source))
     header, rows = _open(source)
@@ -89,11 +88,7 @@ def read_table(
 
 
 def read_header(source: Place) -> list[str]:
-    """Names of the columns of a table.
-
-    Raises:
-        ValueError: not readable, or a name is missing or stands twice.
-    """
+    """Names of the columns of a table. Raises ValueError: not readable, or a name is missing or stands twice."""
     header, rows = _open(source)
     rows.close()
     return header

@@ -41,8 +41,7 @@ class _Job:
 def keep_twins(source: Path, drawn: Dataset, seed: int, workers: int | None, progress: Progress) -> None:
     """Draw the twins of the first records of the valid and the test split, those that are not there yet.
 
-    Args:
-        source: the folder of the drawn pictures. drawn: what was read of it. seed: that they were drawn with.
+    source: the folder of the drawn pictures. drawn: what was read of it. seed: that they were drawn with.
     """
     jobs = []
     for split in ("valid", "test"):

@@ -78,9 +78,8 @@ def read_wds(
         shares: split the records anew, by a hash.
         skip_bad: leave out what is wrong, and list it. What img2dataset itself failed to fetch is always left out.
 
-    Raises:
-        ValueError: no tar, a damaged one, only some of them say their split, or a record is wrong. The message names tar
-            and record.
+    Raises ValueError: no tar, a damaged one, only some of them say their split, or a record is wrong. The message names
+    tar and record.
     """
     source = Place(os.fspath(source))
     folder, tars = (source.parent, [source.name]) if source.is_file() else (source, _tars(source))

@@ -80,9 +80,8 @@ def spread(
         few: fewer than these are few. A process takes as long to start as a thread takes for some 10,000 small pictures;
             0 where `function` holds the interpreter's lock.
 
-    Raises:
-        whatever `function` raises, and KeyboardInterrupt, after the other workers have stopped; OSError when one of
-        them was killed.
+    Raises whatever `function` raises, and KeyboardInterrupt, after the other workers have stopped; OSError when one of;
+    them was killed.
     """
     threads = workers == 1 or (workers is None and total < few)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))

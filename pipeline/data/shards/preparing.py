@@ -57,12 +57,8 @@ def prepare(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
         out: a folder that is absent, empty, or holds an unfinished set of the same source.
         settings: see `Settings`.
 
-    Returns:
-        The finished set; also when it was finished before.
-
-    Raises:
-        ValueError: the folder holds something else, another process is writing to it, or a picture is bad; the message
-            names file and line.
+    Returns the finished set; also when it was finished before. Raises ValueError: the folder holds something else,
+    another process is writing to it, or a picture is bad; the message names file and line.
     """
 
     how = Settings(**settings)
@@ -70,11 +66,8 @@ def prepare(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
 
 
 def finish(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
-    """Make one set of what all tasks wrote.
-
-    Raises:
-        ValueError: as `prepare`; a task still runs; or one has not finished or has failed: it is named, and nothing is
-            written.
+    """Make one set of what all tasks wrote. Raises ValueError: as `prepare`; a task still runs; or one has not finished
+    or has failed: it is named, and nothing is written.
     """
     out, how = Path(out), Settings(**settings)
     note = out / WORK / "tasks"
@@ -106,11 +99,8 @@ def write_part(dataset: Dataset, out: Path | str, task: int, tasks: int, **setti
         tasks: how many there are; every task must be told the same.
         settings: see `Settings`.
 
-    Returns:
-        The names of the task's shards.
-
-    Raises:
-        ValueError: as `prepare`; the task runs already; or others were told another number of tasks.
+    Returns the names of the task's shards. Raises ValueError: as `prepare`; the task runs already; or others were told
+    another number of tasks.
     """
     out, how = Path(out), Settings(**settings)
     if not 0 <= task < tasks:

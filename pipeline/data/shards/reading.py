@@ -30,11 +30,7 @@ _MAP_TRIALS = 20
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """dataset.json, checked as far as readers rely on it.
-
-    Raises:
-        ValueError: absent, unfinished or damaged.
-    """
+    """dataset.json, checked as far as readers rely on it. Raises ValueError: absent, unfinished or damaged."""
     if not path.is_dir():
         raise ValueError(f"{path} is not there; write it with 'fader prepare'")
     if not (path / DESCRIPTION).is_file():
@@ -85,12 +81,8 @@ class ShardSet:
     def open(cls, path: Path | str) -> ShardSet:
         """Open a set; sizes of all files and the manifest's digest are checked, the tars are not read (`verify` does).
 
-        Args:
-            path: a folder, which may begin with ~, or an address that fsspec knows.
-
-        Raises:
-            ValueError: not there, not finished, or damaged.
-            OSError: the address does not answer.
+        path: a folder, which may begin with ~, or an address that fsspec knows. Raises ValueError: not there, not
+        finished, or damaged; OSError: the address does not answer.
         """
         if is_remote(path):
             return _open_remote(Place(os.fspath(path)))
@@ -121,19 +113,13 @@ class ShardSet:
 
     @cached_property
     def manifest(self) -> pa.Table:
-        """The manifest, one row a record, all at once.
-
-        Raises:
-            ValueError: a column is missing, or a row points outside its tar.
+        """The manifest, one row a record, all at once. Raises ValueError: a column is missing, or a row points outside
+        its tar.
         """
         return read_manifest(self.path, self.info)
 
     def split(self, name: str) -> Split:
-        """The records of one split.
-
-        Raises:
-            ValueError: no such split, not one record in it, or what `manifest` raises.
-        """
+        """The records of one split. Raises ValueError: no such split, not one record in it, or what `manifest` raises."""
         if name not in SPLITS:
             raise ValueError(f"unknown split {name!r}; there are {', '.join(SPLITS)}")
         names = [shard["file"] for shard in self.info["splits"][name]["shards"]]
@@ -179,11 +165,8 @@ def _open_remote(place: Place) -> ShardSet:
 
 def upload(path: Path | str, address: str) -> None:
     """Copy a finished set to an address, its description last, so that nobody takes a part of it for the whole. What lies
-    there already is read back, and sent again where it differs.
-
-    Raises:
-        ValueError: `path` is no finished set or damaged, or another set lies at the address.
-        OSError: the address cannot be written to.
+    there already is read back, and sent again where it differs. Raises ValueError: `path` is no finished set or damaged,
+    or another set lies at the address; OSError: the address cannot be written to.
     """
     whole, place = ShardSet.open(path), Place(address)
     description = (whole.path / DESCRIPTION).read_bytes()
@@ -231,10 +214,8 @@ class Split:
         return len(self.keys)
 
     def columns(self, attributes: Attributes) -> np.ndarray:
-        """Labels of the named attributes: [n, len(attributes)] float32.
-
-        Raises:
-            ValueError: the set has no such attribute, or one of another kind or other categories.
+        """Labels of the named attributes: [n, len(attributes)] float32. Raises ValueError: the set has no such attribute,
+        or one of another kind or other categories.
         """
         rows = [self.attributes.index(attribute.name) for attribute in attributes]
         for attribute, row in zip(attributes, rows):
@@ -253,11 +234,7 @@ class Split:
         return tar[offset : offset + int(self.size[row])]
 
     def picture(self, row: int) -> Image.Image:
-        """The picture, upright, in RGB.
-
-        Raises:
-            ValueError: it does not decode.
-        """
+        """The picture, upright, in RGB. Raises ValueError: it does not decode."""
         return decode(self.bytes(row), None if self.orientation is None else int(self.orientation[row]))
 
     def _mapped(self, number: int) -> np.ndarray:
@@ -272,11 +249,9 @@ class Split:
 
 
 def mapped(path: Path, remote: Remote | None) -> np.ndarray:
-    """The bytes of a tar, mapped: 1-D uint8. Where the set lies elsewhere, it is fetched first.
-
-    Raises:
-        ValueError: what came is not what the set says of it.
-        OSError: it cannot be read, or others take its room in the cache as soon as it has come.
+    """The bytes of a tar, mapped: 1-D uint8. Where the set lies elsewhere, it is fetched first. Raises ValueError: what
+    came is not what the set says of it; OSError: it cannot be read, or others take its room in the cache as soon as it
+    has come.
     """
     for _ in range(_MAP_TRIALS if remote else 1):
         local = remote.fetch(path.name) if remote else path

@@ -121,8 +121,7 @@ class DaliDecoder(SplitLoader):
         A record that DALI refuses ends its pipeline. It is rewritten or goes into quarantine, and a new pipeline does
         again what the old one had in its hands; `consume` then gets the pixels of what replaces it.
 
-        Args:
-            part: those of a request's rows that this process decodes.
+        part: those of a request's rows that this process decodes.
         """
         feed = _Feed(
             self._job(request, part(request.rows) if request.images else request.rows[:0]) for request in requests
@@ -204,10 +203,8 @@ class DaliDecoder(SplitLoader):
 
     def replace_refused(self, jobs: Iterable[_Job], error: str) -> None:
         """Rewrite or quarantine what DALI refuses in the first batch that has such a record: DALI names none itself.
-
-        Raises:
-            ValueError: there is no quarantine, or too much in it.
-            RuntimeError: DALI takes every record when it is asked again.
+        Raises ValueError: there is no quarantine, or too much in it; RuntimeError: DALI takes every record when it is
+        asked again.
         """
         for job in jobs:
             refused = self._refused(np.unique(self.readable(job.rows)))

@@ -22,8 +22,7 @@ class Geometry:
 
     The order is: cut, resize, turn upright, put on black. So the whole picture is never turned, only what is left of it.
 
-    Args:
-        boxes: [n, 4] int64 (left, top, right, bottom) of the upright pictures, as `Preprocessing.boxes` gives them.
+    boxes: [n, 4] int64 (left, top, right, bottom) of the upright pictures, as `Preprocessing.boxes` gives them.
     """
 
     def __init__(self, split: Split, preprocessing: Preprocessing, boxes: np.ndarray) -> None:
@@ -100,8 +99,7 @@ def build(
 ) -> Pipeline:
     """A pipeline from `source`'s inputs to pixels [N, S, S, C].
 
-    Args:
-        source: gives, a batch a call, the encoded bytes and what `Geometry.of` gives.
+    source: gives, a batch a call, the encoded bytes and what `Geometry.of` gives.
     """
     on_gpu, size = device.type == "cuda", geometry.preprocessing.image_size
 

@@ -35,11 +35,10 @@ logger = logging.getLogger(__name__)
 class DaliLoader(DaliDecoder):
     """Takes and raises what `SplitLoader` does; on a CUDA device DALI decodes there ("mixed").
 
-    Args:
-        cache: keep every record that was decoded, as uint8: "device", "host", "none", or "auto" as memory allows. What
-            the other streams of a run have decoded is there, too; with "host" also what the machine's other ranks have.
-            Two that want a record at the same moment may both decode it.
-        on_node: see `OnNode`; the ranks of a machine open their loaders together.
+    cache: keep every record that was decoded, as uint8: "device", "host", "none", or "auto" as memory allows. What the
+    other streams of a run have decoded is there, too; with "host" also what the machine's other ranks have. Two that want
+    a record at the same moment may both decode it. on_node: see `OnNode`; the ranks of a machine open their loaders
+    together.
     """
 
     def __init__(
@@ -122,10 +121,8 @@ def open_loader(
     on_node: OnNode = alone,
     **options,
 ) -> Loader:
-    """The loader a config asks for; `options` are `SplitLoader`'s.
-
-    Raises:
-        ValueError: an unknown kind, a cache for a loader that keeps nothing, and what the loaders raise.
+    """The loader a config asks for; `options` are `SplitLoader`'s. Raises ValueError: an unknown kind, a cache for a
+    loader that keeps nothing, and what the loaders raise.
     """
     if kind == "dali":
         return DaliLoader(split, attributes, preprocessing, cache=cache, on_node=on_node, **options)
