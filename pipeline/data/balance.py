@@ -30,15 +30,12 @@ _RARE = 20.0  # weight above which a record is repeated so often that the log sa
 
 
 def balanced_weights(split: Split, shares: Shares) -> tuple[np.ndarray, np.ndarray]:
-    """How often each record of a split is to be drawn, relative to the mean.
+    """How often each record of a split is to be drawn: weights [n] float64 with mean 1, the same to the bit on every
+    machine, and groups [n] int64, equal for records whose labels of these attributes are equal.
 
     A target is a share of the records whose label is known. Values of a k-way attribute that are not named keep their
-    ratio. What is unknown keeps its weight under that attribute's target.
-
-    shares: see `Shares`; the attributes need not be among those that a method is conditioned on. Returns weights [n]
-    float64 with mean 1, the same to the bit on every machine; groups [n] int64, equal for records whose labels of these
-    attributes are equal. Raises ValueError: an attribute that the set lacks, or a continuous one; a share that is not
-    between 0 and 1, or shares that sum to more; a value that no record has; targets that no weights meet together.
+    ratio. What is unknown keeps its weight under that attribute's target. Raises ValueError where no weights give the
+    shares.
     """
     chosen = split.attributes.select(tuple(shares))
     targets = [_targets(attribute, shares[attribute.name]) for attribute in chosen]

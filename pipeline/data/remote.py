@@ -50,13 +50,7 @@ def cache_limit() -> int | None:
 
 @dataclass(frozen=True)
 class Remote:
-    """The files of one set.
-
-    Args:
-        place: where it lies.
-        folder: where its files are kept.
-        files: name to (size, sha256).
-    """
+    """The files of the set at `place`, kept in `folder`: name to (size, sha256)."""
 
     place: Place
     folder: Path
@@ -67,10 +61,8 @@ class Remote:
         return _is_whole(self.folder / name, self.files[name][0])
 
     def fetch(self, name: str, stopped: threading.Event | None = None) -> Path:
-        """The local file of this name, fetched if it is not here.
-
-        stopped: gives up, with Stopped, when it is set. Raises OSError: it cannot be read, or the disk is full;
-        ValueError: what came is not what the set says of it.
+        """The local file of this name, fetched if it is not here; gives up, with Stopped, when `stopped` is set. Raises
+        OSError: it cannot be read, or the disk is full; ValueError: what came is not what the set says of it.
         """
         path = self.folder / name
         size, digest = self.files[name]
@@ -163,10 +155,8 @@ def _make_room(size: int) -> None:
 
 
 def publish(folder: Path, place: Place, files: Mapping[str, tuple[int, str]]) -> None:
-    """Copy files of a local folder to an address, unless they lie there already, and read back what came.
-
-    files: name to (size, sha256). Raises ValueError: a local file is damaged, or the address gives back something else
-    than was sent; OSError: the address cannot be written to.
+    """Copy files, name to (size, sha256), of a local folder to an address, unless they lie there already, and read back
+    what came. Raises ValueError: one is damaged here or there; OSError: the address cannot be written to.
     """
 
     def send(name: str) -> None:

@@ -40,16 +40,10 @@ def read_celeba(
     name: str = "celeba",
     origin: dict[str, Any] | None = None,
 ) -> Dataset:
-    """The index of a CelebA folder; pictures are read later, by whoever writes shards.
+    """The index of a CelebA folder, of which no picture is read yet. name, origin: of another set in the same file
+    format.
 
-    Args:
-        source: the folder.
-        skip_bad: leave out what is wrong and list it, instead of raising at the first fault.
-        name: of the set, for another set in the same file format.
-        origin: what dataset.json says of the source; by default the digests of the annotation files.
-
-    Raises ValueError: a file is missing; an annotation stops short of its own count; a row has too few or too many
-    values, or one that is no label; a key stands twice, is no plain name, or has no partition. The message names file and
+    Raises ValueError where a file is missing or damaged, or a row is wrong, unless `skip_bad`; the message names file and
     line.
     """
     source = Place(fspath(source))

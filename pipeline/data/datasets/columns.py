@@ -122,7 +122,6 @@ class Column:
     _numbers: dict[str, int] = field(default_factory=dict)
 
     def add(self, cell: Any) -> None:
-        """Take the next record's cell: text, a number, true or false, or None."""
         self._codes.append(self._numbers.setdefault(text_of(cell), len(self._numbers)))
 
     def add_unknown(self, count: int) -> None:
@@ -275,15 +274,8 @@ def _needed(kind: Kind, categories: Sequence[str]) -> str:
 
 
 def choose(header: Sequence[str], wanted: Sequence[str], kinds: Sequence[str], others: Sequence[str]) -> list[Column]:
-    """The columns that are attributes.
-
-    Args:
-        header: names of all columns.
-        wanted: names the user asks for; none takes all but `others`.
-        kinds: what the user says, as `Kind.parse` reads it.
-        others: columns that have another use.
-
-    Raises ValueError: a name that is not in the header, or nothing is left.
+    """The columns that are attributes: those that are wanted, or all but `others`. kinds: what the user says, as
+    `Kind.parse` reads it. Raises ValueError: a name that is not in the header, or nothing is left.
     """
     said = dict(map(Kind.parse, kinds))
     names = list(wanted) or [name for name in header if name not in others and is_attribute(name, said)]

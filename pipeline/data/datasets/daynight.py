@@ -31,15 +31,9 @@ def read_daynight(
     shares: Shares | None = None,
     skip_bad: bool = False,
 ) -> Dataset:
-    """The index of a folder with labels.csv, of such a file, or of a tree of folders day/ and night/.
-
-    Args:
-        source: a folder, or a CSV or Parquet file with the columns path, `labels`, and maybe split and camera.
-        labels: the column that says day or night.
-        camera: the column that names the camera; by default one of CAMERAS.
-        shares: split the records anew. With cameras, 80/10/10 of them by default.
-
-    Raises ValueError: as `read_table` and `read_folders`; a camera column that is not there.
+    """The index of a folder with labels.csv, of such a file (CSV or Parquet: path, label, maybe split and camera), or of
+    a tree of folders day/ and night/. Records are split by the column `camera`, by default one of CAMERAS. Raises as
+    those readers do.
     """
     place = Place(os.fspath(source))
     table = place / LABELS if place.is_dir() else place

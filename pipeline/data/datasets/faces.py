@@ -119,12 +119,9 @@ def draw_missing(
 ) -> None:
     """Draw the pictures of a drawn set that are not there yet.
 
-    Args:
-        name: of the set; SOURCE/NAME.json says what it is.
-        origin: count, seed and version of the drawing.
-        path_of, picture: of each index, the file below `source`, and what stands in it. Both pickle.
-
-    Raises ValueError: fewer than 10 pictures, or the folder holds others.
+    origin: count, seed and version of the drawing, which SOURCE/NAME.json says. path_of, picture: of each index, the file
+    below `source` and what stands in it; both pickle. Raises ValueError: fewer than 10 pictures, or the folder holds
+    others.
     """
     count = origin["count"]
     if count < 10 or (workers is not None and workers < 1):
@@ -141,11 +138,7 @@ def read_faces(
     progress: Progress = silent,
 ) -> Dataset:
     """Draw the faces that are missing in `source`, in CelebA's file format, and read them as CelebA is read; Beard, which
-    that format cannot hold, follows from the seed.
-
-    The first 80% are train, the next 10% valid, the rest test.
-
-    Raises ValueError: as `draw_missing`.
+    that format cannot hold, follows from the seed. The first 80% are train, the next 10% valid, the rest test.
     """
     source, origin = Path(source), {"drawn": VERSION, "count": count, "seed": seed}
     draw_missing(source, "faces", origin, _path, partial(draw_face, seed), workers, progress)

@@ -39,17 +39,8 @@ def read_folders(
     skip_bad: bool = False,
     name: str = "folders",
 ) -> Dataset:
-    """The index of a folder of folders.
-
-    Args:
-        source: the folder.
-        attribute: what to call the attribute; by default the second class when there are two, otherwise "class".
-        names: of the two domains A and B.
-        shares: split the records anew.
-        skip_bad: leave out what cannot be a record (two files of one key), and list it.
-
-    Raises ValueError: no folder, fewer than two classes, a class of pictures that shards do not hold, a folder beside the
-    splits, or two files of one key.
+    """The index of a folder of folders. attribute: its name, by default that of the second of two classes, else "class".
+    names: of the domains A and B. Raises ValueError where the folders are no classes, or hold what shards do not hold.
     """
     source = Place(os.fspath(source))
     if not source.is_dir():

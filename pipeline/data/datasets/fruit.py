@@ -71,7 +71,7 @@ def read_fruit(
     source: Path | str, *, count: int, seed: int = 0, workers: int | None = None, skip_bad: bool = False,
     progress: Progress = silent,
 ) -> Dataset:
-    """Draw the fruit that is missing in `source`, and read it as folders are read. Raises ValueError: as `draw_missing`."""
+    """Draw the fruit that is missing in `source`, and read it as folders are read."""
     source, origin = Path(source), {"drawn": VERSION, "count": count, "seed": seed}
     path_of, picture = partial(_path, seed, count), partial(draw_one, seed)
     draw_missing(source, "fruit", origin, path_of, picture, workers, progress)

@@ -13,10 +13,8 @@ from pipeline.data.datasets.splits import NAMES, Shares, assign
 
 
 class Index:
-    """One entry a record in each list; the first fault raises, or all of them are collected.
-
-    skip_bad: leave out records that are wrong, and list them. grouped: records of one group stand in one split; a record
-    whose group is unknown stands alone.
+    """One entry a record in each list; the first fault raises, or with `skip_bad` all of them are collected. grouped:
+    records of one group stand in one split; a record whose group is unknown stands alone.
     """
 
     def __init__(self, skip_bad: bool, grouped: bool = False) -> None:
@@ -62,12 +60,8 @@ class Index:
         shares: Shares | None = None,
         bad: Mapping[int, str] | None = None,
     ) -> Dataset:
-        """Return the set, without records whose key an earlier record has.
-
-        Args:
-            labels: [N, A] of the records that were taken; of one attribute also [N].
-            shares: split the records anew, by a hash.
-            bad: what else is wrong, by the number of the record.
+        """Return the set, without records whose key an earlier record has. labels: [N, A] of the records that were taken,
+        of one attribute also [N]. bad: what else is wrong, by the number of the record.
         """
         bad, first = dict(bad or {}), dict[str, int]()
         for row, key in enumerate(self.keys):

@@ -36,14 +36,8 @@ def read_mnist(
     name: str = "mnist",
 ) -> Dataset:
     """The index of a folder with the four idx files. The set gives train and test; a tenth of train becomes valid.
-
-    Args:
-        source: the folder.
-        attribute: what to call the label.
-        shares: split the records anew.
-        skip_bad: nothing to skip: a damaged idx file says nothing of where its records lie.
-
-    Raises ValueError: a file is missing, damaged, of another type, or pictures and labels differ in number.
+    attribute: what the label is called. Raises ValueError: a file is missing, damaged or of another type, which
+    `skip_bad` cannot skip.
     """
     source = Place(os.fspath(source))
     folders = [source / part if part else source for part in FOLDERS]

@@ -27,17 +27,12 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """The light index of a set. Images are not in it.
+    """The light index of a set, whose name is one in DATASETS. Images are not in it.
 
-    Args:
-        name: of the set; a name in DATASETS.
-        source: what dataset.json says of the origin. No path and no time: equal data must give equal files.
-        attribute_list: as `Attributes.to_list()` gives it.
-        keys, splits, locations: one string a record.
-        labels: [N, A] float32 as `fader.attributes` defines labels, -1 unknown.
-        places: where each record is declared ("list_attr_celeba.txt line 17").
-        read: location to image bytes; raises OSError or ValueError. It is sent to other processes, so it pickles.
-        left_out: what the reader of the index already left out (only when told to skip what is bad).
+    source: what dataset.json says of the origin; no path and no time, because equal data must give equal files. labels:
+    [N, A] float32, -1 unknown; keys, splits, locations and places (where it is declared) are one string a record. read:
+    location to image bytes; raises OSError or ValueError, and pickles. left_out: what the reader of the index left out
+    already.
     """
 
     name: str
@@ -91,10 +86,9 @@ class Dataset:
 
 
 def key_from_name(name: str) -> str:
-    """The key of a picture that has a file name and no key: the name without its extension, folders parted by `__`.
+    """The key of a picture that has a file name alone: the name without its extension, folders parted by `__`.
 
-    Where the name has other letters than a key may have, or is too long, a digest of it is added, so that no other name
-    gives the same key. The key depends on the name alone, so it stays when the set grows.
+    A name with other letters than a key may have, or a long one, gets a digest, so that no other name gives the same key.
     """
     folder, _, last = name.rpartition("/")
     stem = f"{folder}/{last.rpartition('.')[0] or last}" if folder else last.rpartition(".")[0] or last

@@ -34,10 +34,9 @@ def is_remote(address: str | os.PathLike[str]) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder, here or at an address, with what readers of sets ask of one. It pickles.
-
-    Remote reading is tried again a few times, with longer and longer pauses, unless the answer is that there is no such
-    file or that it may not be read. Whatever cannot be read, listed or written raises an OSError.
+    """A file or folder, here or at an address, with what readers of sets ask of one. It pickles. Remote reading is tried
+    again a few times, unless there is no such file or it may not be read. What cannot be read or written raises an
+    OSError.
     """
 
     address: str
@@ -119,9 +118,7 @@ class Place:
         return sorted(self._ask(_remote_files) if self.remote else _local_files(self.address))
 
     def _ask(self, question: Callable[[AbstractFileSystem, str], Result]) -> Result:
-        """What the file system answers. Raises OSError: it does not, at an address after some trials; libraries behind
-        fsspec raise kinds of their own.
-        """
+        """What the file system answers. Raises OSError, at an address after some trials, whatever its library raises."""
         for trial in range(RETRIES):
             try:
                 return question(*_file_system(self.address))

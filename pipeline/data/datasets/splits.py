@@ -54,13 +54,9 @@ def assign(
 ) -> tuple[list[str], str]:
     """The split of each record, and how it came about, in words.
 
-    Args:
-        keys: of the records.
-        given: the split that the set gives each record; None when it gives none.
-        groups: a name for each record; records of one name stand in one split, and one without a name stands alone.
-            None: each record by its key.
-        shares: overrides what is given. Where nothing is given: 80/10/10. Where train records are given and either no
-            valid or no test ones, a tenth of train becomes those.
+    groups: records of one name stand in one split, and one without a name stands alone; None: each by its key. shares
+    override what is given. Where nothing is given they are 80/10/10; where only valid or test is missing, a tenth of
+    train becomes it.
     """
     by = "its key" if groups is None else "its group"
     names = [key if group is None else group for key, group in zip(keys, groups or [None] * len(keys), strict=True)]

@@ -42,17 +42,9 @@ def read_table(
 ) -> Dataset:
     """The index of a CSV (`.csv`, `.tsv`, `.txt`) or Parquet (`.parquet`) file.
 
-    Args:
-        source: the file.
-        images: folder or address that paths are relative to; by default the file's own.
-        path, key, split, group: names of columns. Without `key` the key is made from the path; without `split`, a column
-            of that name is taken when there is one; records of one `group` stand in one split.
-        attributes: columns to take; none takes every other one.
-        kinds: what columns are where it does not follow from their cells; see `columns.Kind`.
-        shares: split the records anew, by a hash.
-        skip_bad: leave out rows that are wrong, and list them.
-
-    Raises ValueError: not readable, a column is missing, a row is wrong. The message names file and line.
+    images: folder or address that paths are relative to, by default the file's own. path, key, split, group: names of
+    columns; without `key` it is made from the path. attributes: columns to take, by default all others. kinds: see
+    `columns.Kind`. Raises ValueError: not readable, a column is missing, a row is wrong; the message names file and line.
     """
     source = Place(os.fspath(source))
     header, rows = _open(source)

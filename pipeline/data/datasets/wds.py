@@ -65,21 +65,11 @@ def read_wds(
 ) -> Dataset:
     """The index of a folder of tars, or of one tar.
 
-    Splits are what `split` says, else what the tars' names or folders say (train-000.tar, faces-train-000.tar,
-    train/000.tar), else a field of the first record that is called "split", else 80/10/10 by a hash. Where names of
-    records begin anew in each tar, the tar's name is part of the key.
-
-    Args:
-        source: the folder or tar.
-        key, split, group: fields of the JSON that name the record, its split, and a group that one split must hold;
-            without `key` the name of its members is taken.
-        attributes: fields to take; none takes every field of any record but img2dataset's own.
-        kinds: what fields are where it does not follow from their values; see `columns.Kind`.
-        shares: split the records anew, by a hash.
-        skip_bad: leave out what is wrong, and list it. What img2dataset itself failed to fetch is always left out.
-
-    Raises ValueError: no tar, a damaged one, only some of them say their split, or a record is wrong. The message names
-    tar and record.
+    Splits are what the field `split` says, else what the tars' names or folders say (faces-train-000.tar, train/000.tar),
+    else a field of the first record that is called "split", else 80/10/10 by a hash. Where names of records begin anew in
+    each tar, the tar's name is part of the key. key, group: fields, too. attributes: fields to take, by default all but
+    img2dataset's. kinds: see `columns.Kind`. What img2dataset failed to fetch is left out. Raises ValueError: the message
+    names tar and record.
     """
     source = Place(os.fspath(source))
     folder, tars = (source.parent, [source.name]) if source.is_file() else (source, _tars(source))

@@ -70,18 +70,12 @@ def spread(
 ) -> list[Result]:
     """Call `function` with every job, in processes, or in threads where records are few; return its results in order.
 
-    Reading, digests and decoding leave the interpreter's lock to others, so threads keep some cores busy at once;
-    processes take a second or two to start and then keep all of them busy.
+    Reading, digests and decoding leave the interpreter's lock to others, so threads keep some cores busy at once; a
+    process takes as long to start as a thread takes for some 10,000 small pictures. few: fewer records than these get
+    threads; 0 where `function`, which pickles and calls `tick()` once a record, holds the lock. workers: None: one for
+    each core.
 
-    Args:
-        function: one that pickles. It calls `tick()` once a record.
-        workers: processes; None: one for each core this process may use, or as many threads for few records.
-        total: records in all, for `progress`.
-        few: fewer than these are few. A process takes as long to start as a thread takes for some 10,000 small pictures;
-            0 where `function` holds the interpreter's lock.
-
-    Raises whatever `function` raises, and KeyboardInterrupt, after the other workers have stopped; OSError when one of;
-    them was killed.
+    Raises what `function` raises, or KeyboardInterrupt, when all have stopped; OSError when one was killed.
     """
     threads = workers == 1 or (workers is None and total < few)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))

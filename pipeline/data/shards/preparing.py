@@ -31,11 +31,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """How a set is written.
-
-    shard_records: records a tar. workers: processes; None: one a core. skip_bad: leave out pictures that are missing or
-    cannot be decoded and list them in dataset.json. check: how each picture is proven to be sound; see `images.check`; the
-    set is the same. progress: called now and then with (records done, records in all).
+    """How a set is written: shard_records a tar; workers: processes, None one a core; skip_bad: leave out bad pictures,
+    and list them; check: how each is proven to be sound (see `images.check`; the set is the same); progress(records done,
+    in all).
     """
 
     shard_records: int = 4096
@@ -50,17 +48,10 @@ class Settings:
 
 
 def prepare(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
-    """Write a shard set, or go on with one that was interrupted. Every byte is the same however often that happens.
-
-    Args:
-        dataset: the index of what to write.
-        out: a folder that is absent, empty, or holds an unfinished set of the same source.
-        settings: see `Settings`.
-
-    Returns the finished set; also when it was finished before. Raises ValueError: the folder holds something else,
-    another process is writing to it, or a picture is bad; the message names file and line.
+    """Write a shard set, or go on with one that was interrupted; settings: see `Settings`. Every byte is the same however
+    often that happens. Raises ValueError: the folder is another's or in use, or a picture is bad; the message names file
+    and line.
     """
-
     how = Settings(**settings)
     return _complete(dataset, Path(out), how, lambda jobs: _write(jobs, how))
 
@@ -92,15 +83,9 @@ def finish(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
 
 
 def write_part(dataset: Dataset, out: Path | str, task: int, tasks: int, **settings: Any) -> list[str]:
-    """Write the shards of one task, or those that an interrupted one left. Tasks may run at the same time.
-
-    Args:
-        task: which one, counted from 0.
-        tasks: how many there are; every task must be told the same.
-        settings: see `Settings`.
-
-    Returns the names of the task's shards. Raises ValueError: as `prepare`; the task runs already; or others were told
-    another number of tasks.
+    """Write the shards of task 0, 1, … of `tasks`, or those that an interrupted one left; return their names. Tasks may
+    run at the same time. Raises ValueError: as `prepare`; the task runs already; or others were told another number of
+    tasks.
     """
     out, how = Path(out), Settings(**settings)
     if not 0 <= task < tasks:

@@ -79,10 +79,9 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: Path | str) -> ShardSet:
-        """Open a set; sizes of all files and the manifest's digest are checked, the tars are not read (`verify` does).
-
-        path: a folder, which may begin with ~, or an address that fsspec knows. Raises ValueError: not there, not
-        finished, or damaged; OSError: the address does not answer.
+        """Open a set in a folder or at an address; sizes of all files and the manifest's digest are checked, the tars are
+        not read (`verify` does). Raises ValueError: not there, not finished, or damaged; OSError: the address does not
+        answer.
         """
         if is_remote(path):
             return _open_remote(Place(os.fspath(path)))
@@ -113,9 +112,7 @@ class ShardSet:
 
     @cached_property
     def manifest(self) -> pa.Table:
-        """The manifest, one row a record, all at once. Raises ValueError: a column is missing, or a row points outside
-        its tar.
-        """
+        """The manifest, one row a record, all at once. Raises what `read_manifest` raises."""
         return read_manifest(self.path, self.info)
 
     def split(self, name: str) -> Split:

@@ -67,10 +67,8 @@ def _picture(job: ShardJob, record: int) -> tuple[bytes, Checked] | str:
 
 
 def _write_shard(job: ShardJob) -> Written:
-    """Write one tar and, when it is whole, the note on it.
-
-    Neither is flushed to the disk: a tar that differs from its note is written again, and all tars are flushed before the
-    set is described.
+    """Write one tar and, when it is whole, the note on it. Neither is flushed to the disk: a tar that differs from its
+    note is written again, and all tars are flushed before the set is described.
     """
     rows, left_out, data = [], [], job.data
     members = label_members(*job.names_and_kinds, data.labels)
