@@ -102,9 +102,7 @@ def _shares_now(chosen: Attributes, patterns: np.ndarray, mass: np.ndarray) -> l
     return shares
 
 
-def _raked(
-    chosen: Attributes, patterns: np.ndarray, mass: np.ndarray, targets: list[np.ndarray], split: str
-) -> np.ndarray:
+def _raked(chosen: Attributes, patterns: np.ndarray, mass: np.ndarray, targets: list[np.ndarray], split: str) -> np.ndarray:
     """The mass [patterns] that meets every target, which are met by turns."""
     for _ in range(_ROUNDS):
         for j, target in enumerate(targets):
@@ -128,9 +126,7 @@ def _raked(
     )
 
 
-def _tell(
-    split: str, chosen: Attributes, targets: list[np.ndarray], before: list[np.ndarray], weights: np.ndarray
-) -> None:
+def _tell(split: str, chosen: Attributes, targets: list[np.ndarray], before: list[np.ndarray], weights: np.ndarray) -> None:
     parts = [
         f"{_named(attribute, value)} {share[value]:.1%} -> {target[value]:.1%}"
         for attribute, target, share in zip(chosen, targets, before)

@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
@@ -60,38 +60,27 @@ def inspect(whole: ShardSet, *, seed: int = 0) -> Inspection:
     size = np.concatenate([split.size for split in splits])
     quality, num_read = _qualities(splits, seed)
     duplicates, torn, about_duplicates = _duplicates(whole)
-    text = "\n".join(
-        [
-            _head(whole, splits, int(size.sum())),
-            *_balance(splits, values, whole.info["attributes"]),
-            _spread("width", width, "pixels"),
-            _spread("height", height, "pixels"),
-            _spread("file size", size, "bytes"),
-            _formats(whole),
-            _spread(f"JPEG quality, read off the tables of {num_read:,}", quality, "of 100"),
-            about_duplicates,
-        ]
-    )
-    pictures = {"contact": _contact(splits, values, np.random.default_rng(seed))}
-    if together.names:
-        pictures["attributes"] = _histogram(together)
-        pictures["cooccurrence"] = _cooccurrence(together)
-    pictures["sizes"] = _sizes(width, height, size, quality)
+    formats = Counter(whole.manifest["extension"].to_pylist()).most_common()
+    lines = [_head(whole, splits, int(size.sum())), *_balance(splits, values, whole.info["attributes"])]
+    lines += [_spread("width", width, "pixels"), _spread("height", height, "pixels"), _spread("file size", size, "bytes")]
+    lines.append("formats: " + ", ".join(f"{extension} {count:,}" for extension, count in formats))
+    lines += [_spread(f"JPEG quality, read off the tables of {num_read:,}", quality, "of 100"), about_duplicates]
+    pictures = {"attributes": _histogram(together), "cooccurrence": _cooccurrence(together)} if together.names else {}
+    pictures |= {"contact": _contact(splits, values, np.random.default_rng(seed))}
+    pictures |= {"sizes": _sizes(width, height, size, quality)}
     metrics = {f"{s.name}/records": float(len(s)) for s in splits}
     metrics |= {"duplicates/records": float(duplicates), "duplicates/across_splits": float(torn)}
-    return Inspection(text, dict(sorted(pictures.items())), metrics)
+    return Inspection("\n".join(lines), pictures, metrics)
 
 
 def _values(split: Split) -> _Values:
     names, columns = [], []
     for attribute, labels in zip(split.attributes, split.labels.T):
-        unknown = labels < 0
-        wanted = range(attribute.k) if attribute.kind == "k-way" else (1,)
-        for value in wanted:
-            name = f"{attribute.name} {attribute.categories[value]}" if attribute.kind == "k-way" else attribute.name
+        for value in range(attribute.k) if attribute.kind == "k-way" else (1,):
             held = (labels > 0.5 if attribute.kind == "continuous" else labels == value).astype(np.float32)
-            names.append(f"{name} > 0.5" if attribute.kind == "continuous" else name)
-            columns.append(np.where(unknown, np.nan, held))
+            end = {"k-way": f" {attribute.value_name(value)}", "continuous": " > 0.5"}.get(attribute.kind, "")
+            names.append(attribute.name + end)
+            columns.append(np.where(labels < 0, np.nan, held))
     return _Values(names, np.stack(columns, 1) if columns else np.zeros((len(split), 0), np.float32))
 
 
@@ -109,10 +98,8 @@ def _head(whole: ShardSet, splits: Sequence[Split], size: int) -> str:
     counts = ", ".join(f"{split.name} {len(split):,} ({len(split) / number:.0%})" for split in splits)
     shards = sum(len(split.shards) for split in splits)
     left_out = f"\nleft out when it was made: {len(whole.info['left_out']):,}" if whole.info["left_out"] else ""
-    return (
-        f"{whole.name}: {number:,} records, {size / 1e6:,.1f} MB of pictures, in {shards} shards; "
-        f"data digest {whole.digest[:16]}\n{counts}{left_out}"
-    )
+    about = f"{number:,} records, {size / 1e6:,.1f} MB of pictures, in {shards} shards; data digest {whole.digest[:16]}"
+    return f"{whole.name}: {about}\n{counts}{left_out}"
 
 
 def _balance(splits: Sequence[Split], values: dict[str, _Values], attribute_list: list[dict]) -> list[str]:
@@ -143,11 +130,6 @@ def _spread(what: str, values: np.ndarray, unit: str) -> str:
         return f"{what}: {least:,.0f} {unit} everywhere"
     usual = f"median {middle:,.0f}, nine in ten from {low:,.0f} to {high:,.0f}"
     return f"{what}: {least:,.0f} to {most:,.0f} {unit}, {usual}"
-
-
-def _formats(whole: ShardSet) -> str:
-    counts = Counter(whole.manifest["extension"].to_pylist())
-    return "formats: " + ", ".join(f"{extension} {count:,}" for extension, count in counts.most_common())
 
 
 def _duplicates(whole: ShardSet) -> tuple[int, int, str]:
@@ -195,6 +177,13 @@ def _qualities(splits: Sequence[Split], seed: int) -> tuple[np.ndarray, int]:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(1, columns)
+
+
 def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
@@ -203,12 +192,8 @@ def _png(figure: Figure) -> bytes:
 
 def _histogram(values: _Values) -> bytes:
     """A bar for each value: the records that hold it, and those that do not as the rest."""
-    from matplotlib.figure import Figure
-
-    present = np.nansum(values.held, 0)
-    known = np.isfinite(values.held).sum(0)
-    figure = Figure(figsize=(9, 1.2 + 0.24 * len(values.names)))
-    axes = figure.subplots()
+    present, known = np.nansum(values.held, 0), np.isfinite(values.held).sum(0)
+    figure, axes = _figure(9, 1.2 + 0.24 * len(values.names))
     axes.barh(values.names, known, color="#d9dde3")
     axes.barh(values.names, present, color="#3b6ea5")
     for row, (count, number) in enumerate(zip(present, known)):
@@ -228,11 +213,8 @@ def cooccurrence(held: np.ndarray) -> np.ndarray:
 
 
 def _cooccurrence(values: _Values) -> bytes:
-    from matplotlib.figure import Figure
-
     side = 2.5 + 0.24 * len(values.names)
-    figure = Figure(figsize=(side, side))
-    axes = figure.subplots()
+    figure, axes = _figure(side, side)
     picture = axes.imshow(cooccurrence(values.held), vmin=0, vmax=1, cmap="viridis")
     axes.set_xticks(range(len(values.names)), values.names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(values.names)), values.names, fontsize=7)
@@ -242,10 +224,7 @@ def _cooccurrence(values: _Values) -> bytes:
 
 
 def _sizes(width: np.ndarray, height: np.ndarray, size: np.ndarray, quality: np.ndarray) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.4))
-    shapes, files, qualities = figure.subplots(1, 3)
+    figure, (shapes, files, qualities) = _figure(12, 3.4, 3)
     kinds, counts = np.unique(np.stack([width, height], 1), axis=0, return_counts=True)
     shapes.scatter(kinds[:, 0], kinds[:, 1], s=12 + 200 * counts / counts.max(), alpha=0.5, color="#3b6ea5")
     shapes.set(xlabel="width, pixels", ylabel="height, pixels", title="sizes", xlim=(0, None), ylim=(0, None))
@@ -258,10 +237,8 @@ def _sizes(width: np.ndarray, height: np.ndarray, size: np.ndarray, quality: np.
 
 def _contact(splits: Sequence[Split], values: dict[str, _Values], chance: np.random.Generator) -> bytes:
     """A row of pictures for each value of the first split, and the value's name beside it."""
-    split, held = splits[0], values[splits[0].name].held
-    names = values[split.name].names
-    rule = Preprocessing(_CELL, crop="letterbox")
-    rows = [(name, np.flatnonzero(held[:, j] == 1)) for j, name in enumerate(names)]
+    split, rule = splits[0], Preprocessing(_CELL, crop="letterbox")
+    rows = [(name, np.flatnonzero(held == 1)) for name, held in zip(values[split.name].names, values[split.name].held.T)]
     rows = [(name, those) for name, those in rows if len(those)][:_MOST_ROWS] or [("all", np.arange(len(split)))]
     gap, margin = 2, 150
     sheet = Image.new("RGB", (margin + _ROW_LENGTH * (_CELL + gap), len(rows) * (_CELL + gap)), "white")

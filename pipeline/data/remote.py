@@ -9,6 +9,7 @@ Loaders have the tars of the batches to come fetched ahead, several at a time (`
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -39,13 +40,10 @@ def cache_limit() -> int | None:
     text = os.environ.get("FADER_CACHE_GB")
     if not text:
         return None
-    try:
-        limit = float(text) * 1e9
-    except ValueError:
-        limit = 0.0
-    if not 0 < limit < float("inf"):
-        raise ValueError(f"FADER_CACHE_GB is {text!r}; a number of gigabytes above 0 is needed")
-    return int(limit)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return int(float(text) * 1e9)
+    raise ValueError(f"FADER_CACHE_GB is {text!r}; a number of gigabytes above 0 is needed")
 
 
 @dataclass(frozen=True)

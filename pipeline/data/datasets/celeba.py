@@ -34,11 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_celeba(
-    source: PathLike[str] | str,
-    *,
-    skip_bad: bool = False,
-    name: str = "celeba",
-    origin: dict[str, Any] | None = None,
+    source: PathLike[str] | str, *, skip_bad: bool = False, name: str = "celeba", origin: dict[str, Any] | None = None
 ) -> Dataset:
     """The index of a CelebA folder, of which no picture is read yet. name, origin: of another set in the same file
     format.
@@ -67,9 +63,8 @@ def read_celeba(
 
 
 def _find(source: Place, candidates: tuple[str, ...], what: str, exists: Callable[[Place], bool]) -> Place:
-    for candidate in candidates:
-        if exists(source / candidate):
-            return source / candidate
+    if found := next((source / candidate for candidate in candidates if exists(source / candidate)), None):
+        return found
     hint = ""
     if what == "folder of pictures" and any((source / f"{name}.zip").is_file() for name in candidates):
         hint = "; img_align_celeba.zip lies there: unzip it first"
@@ -179,7 +174,5 @@ def _locations(images: Place, names: list[str]) -> list[str]:
     if not names or (images / names[0]).is_file():
         return names
     stem = names[0].rpartition(".")[0]
-    for extension in _EXTENSIONS:
-        if (images / f"{stem}{extension}").is_file():
-            return [f"{name.rpartition('.')[0]}{extension}" for name in names]
-    return names
+    own = next((extension for extension in _EXTENSIONS if (images / f"{stem}{extension}").is_file()), None)
+    return [f"{name.rpartition('.')[0]}{own}" for name in names] if own else names

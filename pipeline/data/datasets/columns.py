@@ -170,17 +170,13 @@ class Column:
 
     def _categories(self, texts: set[str]) -> list[str]:
         if not 2 <= len(texts) <= MOST_CATEGORIES:
-            raise ValueError(
-                f"column {self.name} holds {len(texts):,} different values; a k-way attribute has 2 to "
-                f"{MOST_CATEGORIES}: name the columns to take with --attributes"
-            )
+            allowed = f"a k-way attribute has 2 to {MOST_CATEGORIES}: name the columns to take with --attributes"
+            raise self._refusal(f"{len(texts):,} different values", allowed)
         numbers = {text: _number(text) for text in texts}
         least = min(filter(None, numbers.values()), default=0)
         if least < 0 and any(_number(text) == -1 for text in self._numbers):
-            raise ValueError(
-                f"column {self.name} holds -1, which means unknown, beside {least:g}; empty the cells that are unknown, and "
-                f"say --kind {self.name}=k-way:{least:g},-1,… with all values"
-            )
+            remedy = f"empty the cells that are unknown, and say --kind {self.name}=k-way:{least:g},-1,… with all values"
+            raise self._refusal(f"-1, which means unknown, beside {least:g}", remedy)
         return sorted(texts) if None in numbers.values() else sorted(texts, key=numbers.__getitem__)
 
     def _guess(self, texts: list[str]) -> Kind:
@@ -192,23 +188,20 @@ class Column:
         words = [text for text, number in numbers.items() if number is None]
         odd = next((text for text in words if _LIKE_NUMBER.fullmatch(text)), None)
         if odd:
-            raise ValueError(
-                f"column {self.name} holds {odd[:_SHOWN]!r}, which may be a number and may be read in two ways; "
-                f"write plain numbers, as 1234.5, or {say}k-way if they are names"
-            )
+            remedy = f"write plain numbers, as 1234.5, or {say}k-way if they are names"
+            raise self._refusal(f"{odd[:_SHOWN]!r}, which may be a number and may be read in two ways", remedy)
         if len(words) == len(texts):
             lower = {text.lower() for text in texts}
-            if len(lower) < len({*map(plain, texts)}) and not any(lower <= set(words) for words in _WORDS):
-                raise ValueError(f"column {self.name} holds words that differ in capitals alone; mend it, or {say}k-way")
-            return Kind("binary") if any(lower <= set(words) for words in _WORDS) else Kind("k-way")
+            is_binary = any(lower <= set(pair) for pair in _WORDS)
+            if len(lower) < len({*map(plain, texts)}) and not is_binary:
+                raise self._refusal("words that differ in capitals alone", f"mend it, or {say}k-way")
+            return Kind("binary" if is_binary else "k-way")
         if words:
-            raise ValueError(f"column {self.name} holds {words[0][:_SHOWN]!r} among numbers; mend it, or {say}k-way")
+            raise self._refusal(f"{words[0][:_SHOWN]!r} among numbers", f"mend it, or {say}k-way")
         values = set(numbers.values())
         if values == {1.0} and any(_number(text) == -1 for text in self._numbers):
-            raise ValueError(
-                f"column {self.name} holds 1 and -1 and no 0: is -1 absent, as in CelebA's own file, or unknown? "
-                f"{say}binary:-1,1 (or --kind '*=binary:-1,1' for all columns), or {say}binary"
-            )
+            remedy = f"{say}binary:-1,1 (or --kind '*=binary:-1,1' for all columns), or {say}binary"
+            raise self._refusal("1 and -1 and no 0", f"is -1 absent, as in CelebA's own file, or unknown? {remedy}")
         if values <= {0.0, 1.0}:
             return Kind("binary")
         if all(0 <= number <= 1 for number in values):
@@ -219,27 +212,25 @@ class Column:
         if low < 0:  # then -1, which is unknown elsewhere, is a number among others
             low = min(low, -1.0) if any(_number(text) == -1 for text in self._numbers) else low
             say = f"empty the cells that are unknown, and {say}k-way:{low:g},… with all values, or --kind {self.name}="
-        raise ValueError(
-            f"column {self.name} holds numbers from {low:g} to {high:g}; {say}continuous:{low:g}:{high:g} for a slider "
-            f"over that range, or name the columns to take with --attributes"
-        )
+        slider = f"{say}continuous:{low:g}:{high:g} for a slider over that range"
+        remedy = f"{slider}, or name the columns to take with --attributes"
+        raise self._refusal(f"numbers from {low:g} to {high:g}", remedy)
+
+    def _refusal(self, holds: str, remedy: str) -> ValueError:
+        return ValueError(f"column {self.name} holds {holds}; {remedy}")
 
     def _refuse_no_attribute(self, texts: list[str], numbers: dict[str, float | None], say: str) -> None:
         """Refuse columns that are of other use: splits, names of records, lists."""
         splits = {text.lower() for text in map(plain, texts)} <= NAMES.keys()
         if splits and (not any(numbers.values()) and 0.0 not in numbers.values() or self.name.lower() in _OF_SPLITS):
-            raise ValueError(
-                f"column {self.name} holds {texts[0]!r}, as splits are called: take it as them with --split-column "
-                f"{self.name}, leave it out with --attributes, or {say}k-way"
-            )
+            remedy = f"take it as them with --split-column {self.name}, leave it out with --attributes, or {say}k-way"
+            raise self._refusal(f"{texts[0]!r}, as splits are called", remedy)
         if any(map(_NESTED.fullmatch, texts)):
-            raise ValueError(f"column {self.name} holds lists or fields, no labels; name the columns to take with --attributes")
+            raise self._refusal("lists or fields, no labels", "name the columns to take with --attributes")
         names = all(number is None or number.is_integer() for number in numbers.values())
         if names and _MOST_APART <= len(texts) == len(self._codes) <= MOST_CATEGORIES:
-            raise ValueError(
-                f"column {self.name} holds another value in each record, so it names them: take it with --key "
-                f"{self.name}, name the columns to take with --attributes, or {say}k-way"
-            )
+            remedy = f"take it with --key {self.name}, name the columns to take with --attributes, or {say}k-way"
+            raise self._refusal("another value in each record, so it names them", remedy)
 
 
 def _number(text: str) -> float | None:

@@ -86,9 +86,7 @@ def _path(index: int) -> str:
     return f"{IMAGES[0]}/{_file_name(index)}"
 
 
-def _draw_files(
-    source: Path, path_of: Callable[[int], str], picture: Callable[[int], Image.Image], indices: range
-) -> None:
+def _draw_files(source: Path, path_of: Callable[[int], str], picture: Callable[[int], Image.Image], indices: range) -> None:
     """Draw those of these pictures that are not there yet."""
     for index in indices:
         tick()
@@ -166,8 +164,5 @@ def _annotate(source: Path, labels: list[dict[str, int]]) -> None:
     signs = [" ".join(f"{2 * label[name] - 1:2d}" for name in RATES) for label in labels]
     rows = [f"{_file_name(i)} {sign}" for i, sign in enumerate(signs)]
     splits = [f"{_file_name(i)} {SPLITS.index(split_of_place(i, count))}" for i in range(count)]
-    for name, lines in (
-        (ANNOTATION[0], [str(count), " ".join(RATES) + " ", *rows]),
-        (PARTITION[0], splits),
-    ):
+    for name, lines in ((ANNOTATION[0], [str(count), " ".join(RATES) + " ", *rows]), (PARTITION[0], splits)):
         write_whole(source / name, "".join(f"{line}\r\n" for line in lines))

@@ -49,9 +49,7 @@ class Dataset:
     def __post_init__(self) -> None:
         shape = (len(self.keys), len(self.attribute_list))
         if self.labels.shape != shape:
-            raise ValueError(
-                f"labels are {self.labels.shape}; {shape[0]} records with {shape[1]} attributes need {shape}"
-            )
+            raise ValueError(f"labels are {self.labels.shape}; {shape[0]} records with {shape[1]} attributes need {shape}")
         if len({*self.keys}) < len(self.keys) or not {*self.splits} <= {*SPLITS}:
             raise ValueError(f"{self.name}: a key stands twice, or a split is none of {', '.join(SPLITS)}")
         for key, place in zip(self.keys, self.places, strict=True):

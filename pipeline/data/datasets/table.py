@@ -126,17 +126,15 @@ def _csv_rows(source: Place) -> Generator[Row]:
                     raise ValueError(f"a line has more than {_LONGEST_LINE:,} characters")
                 yield line
 
-        number = before = 0
+        number = 0
         try:
             first = text.readline(_LONGEST_LINE)
             said = _DELIMITER.fullmatch(first)  # a line of Excel's own, before the header
-            if said:
-                before = 1
-            else:
+            if not said:
                 text.seek(0)
             reader = csv.reader(lines(), delimiter=said[1] if said else max(",;\t", key=first.count), strict=True)
             for cells in reader:
-                number = reader.line_num + before
+                number = reader.line_num + bool(said)
                 if cells:
                     yield number, cells
         except (csv.Error, UnicodeDecodeError, ValueError) as error:

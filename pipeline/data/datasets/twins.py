@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -28,16 +28,6 @@ _TWINS: dict[str, Callable[[int, str], Iterator[tuple[str, int, list[Image.Image
 }
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The twins of some records, in one tar."""
-
-    path: Path
-    name: str
-    seed: int
-    keys: tuple[str, ...]
-
-
 def keep_twins(source: Path, drawn: Dataset, seed: int, workers: int | None, progress: Progress) -> None:
     """Draw the twins of the first records of the valid and the test split, those that are not there yet.
 
@@ -48,18 +38,20 @@ def keep_twins(source: Path, drawn: Dataset, seed: int, workers: int | None, pro
         keys = sorted((key for key, own in zip(drawn.keys, drawn.splits) if own == split), key=lambda key: key[-6:])[:TWINNED]
         for start in range(0, len(keys), _CHUNK):
             path = source / _FOLDER / f"{split}-{start:06d}.tar"
-            jobs.append(_Job(path, drawn.name, seed, tuple(keys[start : start + _CHUNK])))
+            jobs.append((path, keys[start : start + _CHUNK]))
     (source / _FOLDER).mkdir(exist_ok=True)
-    spread(_draw, jobs, workers, sum(len(job.keys) for job in jobs), progress, few=0)
+    spread(partial(_draw, drawn.name, seed), jobs, workers, sum(len(keys) for _, keys in jobs), progress, few=0)
 
 
-def _draw(job: _Job) -> None:
-    if job.path.exists():
+def _draw(of: str, seed: int, job: tuple[Path, list[str]]) -> None:
+    """Draw the twins of some records into one tar. of: which set they belong to."""
+    path, keys = job
+    if path.exists():
         return
-    with replacing(job.path, durable=False) as file, tarfile.open(fileobj=file, mode="w") as tar:
-        for key in job.keys:
+    with replacing(path, durable=False) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for key in keys:
             tick()
-            for name, value, twins in _TWINS[job.name](job.seed, key):
+            for name, value, twins in _TWINS[of](seed, key):
                 for look, twin in enumerate(twins):
                     data = jpeg_bytes(twin)
                     entry = tarfile.TarInfo(f"{key}.{name}.{value}.{look}.jpg")

@@ -51,9 +51,7 @@ def read_description(path: Path) -> dict[str, Any]:
             str(entry["name"]), str(entry["kind"]), list(entry["categories"])
         str(info["manifest"]["digest"]), str(info["name"]), str(info["digest"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path / DESCRIPTION} is damaged ({error}); remove {path} and run 'fader prepare' again"
-        ) from error
+        raise ValueError(f"{path / DESCRIPTION} is damaged ({error}); remove {path} and run 'fader prepare' again") from error
     return info
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,39 +30,29 @@ class Report:
     size: int
 
 
-@dataclass(frozen=True)
-class _VerifyJob:
-    """One tar to check: what dataset.json and the manifest say of it."""
-
-    path: Path
-    shard: dict[str, Any]
-    attribute_list: list[dict[str, Any]]
-    rows: pa.Table
-    remote: Remote | None
-
-
-def _verify_shard(job: _VerifyJob) -> list[str]:
-    """What is damaged in one tar; one that rotted in the cache is fetched anew."""
-    faults = _faults(job)
-    if faults and job.remote and job.path.exists():
-        job.path.unlink()
-        faults = _faults(job)
+def _verify_shard(attribute_list: list[dict[str, Any]], remote: Remote | None, job: tuple[Path, dict, pa.Table]) -> list[str]:
+    """What is damaged in one tar, of which dataset.json and the manifest speak; one that rotted in the cache is fetched anew."""
+    path, shard, rows = job
+    faults = _faults(path, shard, attribute_list, rows, remote)
+    if faults and remote and path.exists():
+        path.unlink()
+        faults = _faults(path, shard, attribute_list, rows, remote)
     return faults
 
 
-def _faults(job: _VerifyJob) -> list[str]:
+def _faults(path: Path, shard: dict, attribute_list: list[dict], rows: pa.Table, remote: Remote | None) -> list[str]:
     """What is damaged in one tar. All of it follows from the manifest; of the pictures their digests do."""
-    name, position, faults = job.path.name, 0, list[str]()
-    fault = None if job.remote else size_fault(job.path, job.shard["size"])
+    name, position, faults = path.name, 0, list[str]()
+    fault = None if remote else size_fault(path, shard["size"])
     if fault:
         return [fault]
     try:
-        tar = mapped(job.path, job.remote)
+        tar = mapped(path, remote)
     except ValueError as error:
         return [str(error)]
-    columns = [job.rows[column].to_pylist() for column in ("key", "offset", "size", "digest", "extension")]
-    names, kinds = ([entry[what] for entry in job.attribute_list] for what in ("name", "kind"))
-    members = label_members(names, kinds, labels_of(job.rows, job.attribute_list))
+    columns = [rows[column].to_pylist() for column in ("key", "offset", "size", "digest", "extension")]
+    names, kinds = ([entry[what] for entry in attribute_list] for what in ("name", "kind"))
+    members = label_members(names, kinds, labels_of(rows, attribute_list))
     for key, offset, size, digest, extension, labels in zip(*columns, members, strict=True):
         tick()
         if offset != position + BLOCK:
@@ -77,7 +68,7 @@ def _faults(job: _VerifyJob) -> list[str]:
             faults.append(f"{name}: {key}.json differs from the labels in the manifest")
     if len(tar) < position + 2 * BLOCK or tar[position:].any():
         faults.append(f"{name}: the end of the tar is damaged")
-    if not faults and sha256(tar) != job.shard["digest"]:
+    if not faults and sha256(tar) != shard["digest"]:
         faults.append(f"{name} differs from its digest in {DESCRIPTION}")
     return faults
 
@@ -98,11 +89,9 @@ def verify(path: Path | str, *, workers: int | None = None, progress: Progress =
     numbers = numbered(table["shard"], {shard["file"]: number for number, shard in enumerate(shards)})
     numbers, first, counts = np.unique(numbers, return_index=True, return_counts=True)
     rows_of = {number: np.arange(start, start + count) for number, start, count in zip(numbers.tolist(), first, counts)}
-    jobs = [
-        _VerifyJob(path / shard["file"], shard, info["attributes"], table.take(rows_of.get(number, np.arange(0))), remote)
-        for number, shard in enumerate(shards)
-    ]
-    faults = [fault for part in spread(_verify_shard, jobs, workers, len(table), progress) for fault in part]
+    jobs = [(path / shard["file"], shard, table.take(rows_of.get(n, np.arange(0)))) for n, shard in enumerate(shards)]
+    verify_shard = partial(_verify_shard, info["attributes"], remote)
+    faults = [fault for part in spread(verify_shard, jobs, workers, len(table), progress) for fault in part]
     if data_digest(info["attributes"], table) != info["digest"]:
         faults.append(f"{MANIFEST} does not give the data digest in {DESCRIPTION}")
     known = {shard["file"] for shard in shards}

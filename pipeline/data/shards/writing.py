@@ -66,10 +66,12 @@ def _picture(job: ShardJob, record: int) -> tuple[bytes, Checked] | str:
     return data, checked
 
 
-def _write_shard(job: ShardJob) -> Written:
-    """Write one tar and, when it is whole, the note on it. Neither is flushed to the disk: a tar that differs from its
-    note is written again, and all tars are flushed before the set is described.
+def write_shard(job: ShardJob) -> Written:
+    """Write one tar and, when it is whole, the note on it, unless an earlier run did. Neither is flushed to the disk: a
+    tar that differs from its note is written again, and all tars are flushed before the set is described.
     """
+    if written := finished_shard(job):
+        return written
     rows, left_out, data = [], [], job.data
     members = label_members(*job.names_and_kinds, data.labels)
     with replacing(job.out / job.name, job.out / WORK, durable=False) as file:
@@ -110,13 +112,3 @@ def finished_shard(job: ShardJob, short: bool = False) -> Written | None:
         return None
     tick(len(job.data))
     return written
-
-
-def written_by_task(job: ShardJob) -> Written | None:
-    """What a task wrote of a shard; bad records may be left out only where that is allowed."""
-    return finished_shard(job, short=job.skip_bad)
-
-
-def shard(job: ShardJob) -> Written:
-    """Write the shard, unless an earlier run did."""
-    return finished_shard(job) or _write_shard(job)

@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline.data.datasets import LeftOut
 from pipeline.data.datasets.celeba import read_celeba
 from pipeline.data.datasets.record import Dataset
-from pipeline.data.shards import ShardSet, describing, prepare, verify
+from pipeline.data.shards import ShardSet, prepare, preparing, verify
 from pipeline.images import decode
 from tests.commands import environment
 from tests.pipeline import planted
@@ -397,7 +397,7 @@ def test_what_the_index_left_out_is_listed_too(tmp_path, source):
 
 def test_a_mended_picture_is_taken_in_when_a_skipping_run_goes_on(tmp_path, finished, monkeypatch):
     folder = bad_source(tmp_path)
-    monkeypatch.setattr(describing, "_manifest", lambda *_: 1 / 0)  # ends after the shards, before the set is finished
+    monkeypatch.setattr(preparing, "_manifest", lambda *_: 1 / 0)  # ends after the shards, before the set is finished
     with pytest.raises(ZeroDivisionError):
         prepare(read_celeba(folder), tmp_path / "set", shard_records=8, workers=1, skip_bad=True)
     monkeypatch.undo()
@@ -408,7 +408,7 @@ def test_a_mended_picture_is_taken_in_when_a_skipping_run_goes_on(tmp_path, fini
 
 
 def test_finished_shards_are_kept_and_damaged_ones_written_again(tmp_path, source, finished, monkeypatch):
-    monkeypatch.setattr(describing, "_manifest", lambda *_: 1 / 0)
+    monkeypatch.setattr(preparing, "_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(read_celeba(source), tmp_path / "set", shard_records=8, workers=1)
     monkeypatch.undo()
@@ -432,7 +432,7 @@ def test_a_finished_set_is_left_alone_and_another_source_refused(copy, source, t
 
 
 def test_an_unfinished_set_of_another_source_is_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(describing, "_manifest", lambda *_: 1 / 0)
+    monkeypatch.setattr(preparing, "_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(read_celeba(source), tmp_path / "set", shard_records=8, workers=1)
     with pytest.raises(ValueError, match="unfinished set of another source"):
