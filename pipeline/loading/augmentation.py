@@ -22,14 +22,8 @@ _YIQ = torch.tensor([_GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.5225
 
 
 def augmented(images: Tensor, draws: Draws, settings: AugmentConfig) -> Tensor:
-    """Pictures moved and coloured, each by numbers of its own.
-
-    Args:
-        images: [N, C, S, S] float32 in [-1, 1].
-        draws: of the same N records.
-        settings: the largest deviations; what is 0 is left alone.
-
-    Returns [N, C, S, S] in [-1, 1], on the same device.
+    """Pictures [N, C, S, S] float32 in [-1, 1], moved and coloured, each by numbers of its own. settings: the largest
+    deviations; what is 0 is left alone.
     """
     if settings.rotation_degrees or settings.translation:
         angle = _around_zero(draws, "rotation") * math.radians(settings.rotation_degrees)
@@ -60,12 +54,9 @@ def _half_or_none(draws: Draws, name: str) -> Tensor:
 
 
 def moved(images: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
-    """Pictures turned about their centre, then shifted; sampled bilinearly, mirrored at the border.
-
-    Args:
-        images: [N, C, S, S].
-        angle: [N] radians, counter-clockwise as a person sees it.
-        shift: [N, 2] right and down, as a share of the side.
+    """Pictures [N, C, S, S] turned about their centre, by angle [N] in radians, counter-clockwise as a person sees it,
+    then shifted by shift [N, 2] to the right and down, as a share of the side; sampled bilinearly, mirrored at the
+    border.
     """
     size = images.shape[-1]
     place = (torch.arange(size, device=images.device, dtype=torch.float32) * 2 + 1) / size - 1
@@ -88,16 +79,12 @@ def grained(images: Tensor, draws: Draws, sigma: Tensor) -> Tensor:
 
 
 def coloured(images: Tensor, *, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """Pictures in other colours. All four are linear in the colour, so together they are one 3×3 matrix a picture, an
-    offset, and one cut to [-1, 1] at the end.
+    """Pictures [N, 3 or 1, S, S] in [-1, 1] in other colours; brightness, contrast and saturation [N] are factors, hue
+    [N] is in turns. All four are linear in the colour, so together they are one 3×3 matrix a picture, an offset, and one
+    cut at the end.
 
     Brightness scales towards black; contrast blends with the picture's mean grey and saturation with each pixel's grey,
     as Pillow's ImageEnhance does; hue turns the colours about the grey axis (in YIQ), so a grey pixel stays as it is.
-
-    Args:
-        images: [N, 3 or 1, S, S] in [-1, 1].
-        brightness, contrast, saturation: [N] factors, 1 changes nothing.
-        hue: [N] turns, 0 changes nothing.
     """
     gain = brightness * contrast
     channels = images.shape[1]

@@ -26,16 +26,10 @@ def finish(
     rank: int,
     world_size: int,
 ) -> Batch:
-    """Make one rank's Batch of pixels and labels, in the same way for every decoder.
+    """Make one rank's Batch of pixels and labels, in the same way for every decoder, on the device of `labels`.
 
-    Args:
-        request: the records of the global batch, and what is wanted of them.
-        pixels: [N, S, S, C] uint8, this rank's share; None when the request has no images.
-        labels: [n, A] float, of the whole split.
-        rows: [B] int64, `request.rows` on the device of `labels`.
-        seed: of the run, with its salt.
-
-    Returns the batch, on the device of `labels`.
+    pixels: [N, S, S, C] uint8, this rank's share; None when the request has no images. labels: [n, A] float, of the whole
+    split. rows: [B] int64, `request.rows` on the device of `labels`. seed: of the run, with its salt.
     """
     index = share(rows, rank, world_size)
     draws = Draws.of(seed, request.stream, request.draw, index)
@@ -52,10 +46,9 @@ def finish(
 
 
 def _floats(pixels: Tensor, mirrored: Tensor) -> Tensor:
-    """Return `to_float` of pictures [N, S, S, C], those of the mask `mirrored` [N] mirrored left to right.
-
-    On the CPU the calling thread does it alone and picture by picture, because torch's threads spin while they wait for a
-    core that a decoder has, which cuts streaming to a third.
+    """Return `to_float` of pictures [N, S, S, C], those of the mask `mirrored` [N] mirrored left to right. On the CPU the
+    calling thread does it alone, because torch's threads spin while they wait for a decoder's core, which cuts streaming
+    to a third.
     """
     if pixels.device.type != "cpu":
         return to_float(flip(pixels.permute(0, 3, 1, 2), mirrored))

@@ -38,9 +38,7 @@ def choose(cache: Cache, num_bytes: int, device: torch.device, on_node: OnNode =
 
     "device" is the memory of each rank's own device; of ranks on the CPU, of each process. "host" is one memory of the
     machine for all its ranks. "auto" takes the device where that leaves half of it free; the host where it leaves three
-    tenths of that; none otherwise. Ranks that share a machine's CPU share its memory, too.
-
-    Raises ValueError: an unknown word; a place was asked for that has no room.
+    tenths of that; none otherwise. Raises ValueError: a place was asked for that has no room.
     """
     if cache not in get_args(Cache):
         raise ValueError(f"unknown cache {cache!r}; there are: {', '.join(get_args(Cache))}")
@@ -112,12 +110,9 @@ def _group_limits(own: Path, root: Path) -> Iterator[float]:
 
 
 class Kept:
-    """uint8 pictures [n, S, S, C], of which some are there. Not safe from several threads.
-
-    Args:
-        pixels: the memory: an array of this process, or one that it shares; or a tensor on the device.
-        there: [n] uint8, 1 for each picture that is whole.
-        device: where pictures are used.
+    """uint8 pictures [n, S, S, C], of which some are there. Not safe from several threads. pixels: an array of this
+    process, or one that it shares; or a tensor on the device. there: [n] uint8, 1 for each that is whole. device: where
+    they are used.
     """
 
     def __init__(self, pixels: np.ndarray | Tensor, there: np.ndarray, device: torch.device) -> None:

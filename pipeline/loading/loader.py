@@ -33,12 +33,9 @@ class Loader(Protocol):
     seed: int
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """This rank's share of each request, in order.
-
-        A loader may work ahead: it may read several requests more than it has given batches. Closing the iterator ends
-        all work and all threads begun for it.
-
-        Raises ValueError: a record does not decode; the message names its key and shard.
+        """This rank's share of each request, in order. A loader may read several requests ahead; closing the iterator
+        ends all work and all threads begun for it. Raises ValueError: a record does not decode; the message names its key
+        and shard.
         """
         ...
 
@@ -46,19 +43,9 @@ class Loader(Protocol):
 class SplitLoader:
     """What the loaders of one split share: labels on the device, this rank's rows, naming a bad record.
 
-    Args:
-        split: what to read.
-        attributes: the columns of `Batch.attributes`, in order.
-        preprocessing: crop, size and channels.
-        seed: of the run, with its salt; keys the draws.
-        rank, world_size: which share of each global batch to make.
-        device: where batches stand.
-        threads: decoding threads.
-        prefetch: batches made ahead of the one being used.
-        quarantine: where records go that do not decode, for others to stand in; None: they are an error.
-
-    Raises ValueError: the split lacks an attribute, the crop does not take a picture's size, threads or prefetch is below
-    1, or rank is not one of world_size.
+    attributes: the columns of `Batch.attributes`, in order. seed: of the run, with its salt; keys the draws. rank,
+    world_size: which share of each global batch to make. device: where batches stand. threads: that decode. prefetch:
+    batches made ahead. quarantine: where records go that do not decode, for others to stand in; None: they are an error.
     """
 
     def __init__(
@@ -106,9 +93,7 @@ class SplitLoader:
         self, requests: Iterable[Request], needed: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
     ) -> Iterator[Request]:
         """Give the same requests. Of a set that lies elsewhere, the tars of later requests are fetched meanwhile, as far
-        ahead as two tars have records.
-
-        needed: those of some rows whose bytes will be read.
+        ahead as two tars have records. needed: those of some rows whose bytes will be read.
         """
         if self.split.remote is None:
             yield from requests

@@ -25,15 +25,9 @@ _EPOCHS_KEPT = 8  # a few streams at a time, two epochs each when a batch spans 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One global batch to be made.
-
-    Args:
-        stream: the sequence of batches it belongs to.
-        draw: which batch of the stream it is; with the stream it keys the batch's random numbers.
-        rows: [B] int64 rows of the split, in order: the whole global batch, not one rank's share.
-        images: decode images; False for a phase that reads labels only.
-        flip: mirror each record left-right with probability one half.
-        augment: move and colour each record by so much; None leaves the pictures alone.
+    """One global batch to be made: draw `draw` of a stream, which key its random numbers. rows: [B] int64 rows of the
+    split, of all ranks. images: False for a phase that reads labels only. flip: mirror each with probability one half.
+    augment: by how much.
     """
 
     stream: str
@@ -59,18 +53,10 @@ class Plan:
     Numbers come from Philox raw words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose stream
     numpy promises to keep over its versions; `Generator.permutation` carries no such promise.
 
-    Args:
-        size: records in the split.
-        seed, salt: of the run; other values give other, independent orders.
-        window: shards read together. None: a full shuffle. Otherwise shards are permuted and taken `window` at a time,
-            and records are permuted inside each window. A window over all shards is a full shuffle.
-        shard_of: [size] shard number of each row; needed with a window.
-        replacement: draw rows independently instead of by permutations.
-        weights: [size] of the records, none below 0; None: all alike.
-        groups: [size] integers, equal for records whose share of an epoch is to be exact together; None: one group.
-
-    Raises ValueError: size below 1, a window below 1, without `shard_of`, or with replacement; weights that are too few,
-    negative, not finite or all zero.
+    seed, salt: other values give other, independent orders. window: shards, permuted, that are taken together, and
+    records are permuted inside each window; None: a full shuffle. shard_of: [size] the shard of each row; needed with a
+    window. weights: [size] of the records, none below 0. groups: [size] integers, equal for records whose share is exact
+    together.
     """
 
     def __init__(

@@ -45,14 +45,8 @@ _PREFETCH = 3  # batches that DALI alone, and each worker process, makes ahead
 
 @dataclass(frozen=True)
 class Measure:
-    """How to measure.
-
-    Args:
-        batch_size: records of a batch.
-        threads: decoding threads of DALI, and worker processes of a DataLoader.
-        rounds: turns that everyone has.
-        seconds: how long a turn is, at least.
-        device: where batches end.
+    """How to measure: threads of DALI, and worker processes of a DataLoader; rounds, turns that everyone has, of so many
+    seconds at least; device, where batches end.
     """
 
     batch_size: int = 64
@@ -70,11 +64,10 @@ def median_ratio(rates: Rates, of: str, to: str) -> float:
 def loading_rates(
     split: Split, preprocessing: Preprocessing, folder: Path, measure: Measure, progress: Callable[[str], None]
 ) -> Rates:
-    """Images a second of each way to load the split, round by round.
+    """Images a second of each way to load the split, round by round. folder: an empty one for index files and pictures.
 
-    folder: an empty one for index files and for the split's pictures as files. progress: is told what is being measured.
     Returns "bare": DALI alone; "floats": the same to flipped floats, which all that follow give; "streamed", "cached":
-    ours; "webdataset": its stock stream, and "files": a torch DataLoader over picture files, both with Pillow in worker
+    ours; "webdataset": its stock stream, and "files": a DataLoader over picture files, both with Pillow in worker
     processes.
     """
     stock = {"batch_size": measure.batch_size, "drop_last": True, "prefetch_factor": _PREFETCH}
@@ -181,10 +174,8 @@ def write_files(split: Split, folder: Path) -> list[Path]:
 
 
 def prepare_seconds(paths: list[Path], folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds that `fader prepare` and `tar cf` take for the same picture files, round by round, in turns.
-
-    Both read what the system has kept in memory. "prepare" decodes every picture, "prepare header" does not; both digest
-    and sync, which tar does not. Python is running already, and has loaded what prepare needs.
+    """Seconds that `fader prepare` and `tar cf` take for the same picture files, round by round, in turns; files are in
+    memory. "prepare" decodes every picture, "prepare header" does not; both digest and sync, which tar does not.
     """
     table = folder / "list.csv"
     table.write_text("\n".join(["path,odd", *(f"{path},{number % 2}" for number, path in enumerate(paths))]))

@@ -116,12 +116,11 @@ class Delivery:
 
 
 def sync(run: str | Path, again: bool = False) -> Delivery:
-    """Deliver what is left of a run's spool, now; create the MLflow run if there is none.
+    """Deliver what is left of a run's spool, now; create the MLflow run if there is none. The store is
+    MLFLOW_TRACKING_URI, else the one the run went to before, else MLflow's default. again: send everything; what is there
+    already stays as it is.
 
-    The store is MLFLOW_TRACKING_URI, else the one the run went to before, else MLflow's default.
-
-    again: send everything from the beginning; what is there already stays as it is. Raises ValueError: no spool; the run
-    is being trained; or the store does not answer (everything is kept).
+    Raises ValueError: no spool; the run is being trained; or the store does not answer (everything is kept).
     """
     spool = spool_of(run)
     with (spool / "sender.log").open("ab") as log:

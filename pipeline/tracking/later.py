@@ -20,7 +20,7 @@ from pipeline.tracking.spool import Log, State, as_numbers, read_events, run_id_
 
 @dataclass(frozen=True)
 class Addition:
-    """What `add` did. spooled: new events; 0 when everything was there before. problem: why they wait in the spool."""
+    """What `add` did: new events, 0 when everything was there before; and the problem for which they wait in the spool."""
 
     spooled: int
     run_id: str | None
@@ -39,14 +39,8 @@ def add(
     """Add what was found out about a run to its MLflow run: delivered now, or later by its trainer or `fader sync`.
 
     What was added before is not added again: metrics with the same values at the same images seen, and files that have
-    not changed since. The run's status stays, and no point counts as superseded.
-
-    Args:
-        metrics: numbers at `images` seen.
-        tags: words by name, which replace older ones.
-        files: files in the run's folder, kept in MLflow under the folder they have there (RUN/report/a as report/a).
-
-    Returns None for a run that is not tracked. Raises ValueError: a file lies outside the run's folder.
+    not changed since. The run's status stays, and no point counts as superseded. tags replace older ones. files: in the
+    run's folder, whose place they keep in MLflow (RUN/report/a as report/a). Returns None for a run that is not tracked.
     """
     folder = Path(run).resolve()
     spool = folder / "spool"

@@ -144,9 +144,8 @@ class Sender:
     def _attempt(self, path: Path, event: dict[str, Any]) -> None:
         """Deliver one event; leave it out, with a word in the log, when the store will never take it.
 
-        What a store refuses because of the state it is in is tried again by whoever called. Any other error that is no
-        clear refusal is, too; after five times at the same event, while the store answers otherwise, it counts as one:
-        an artifact store without rights must not hold up the metrics.
+        An error that is no clear refusal is raised, to be tried again; after five times at the same event, while the
+        store answers otherwise, it counts as one: an artifact store without rights must not hold up the metrics.
         """
         try:
             getattr(self, f"_send_{event['kind']}")(event)

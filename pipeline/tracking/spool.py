@@ -175,12 +175,9 @@ def spool_of(run: str | Path) -> Path:
 
 
 class State:
-    """What each store has received: `spool/state.json`, written by whoever holds the spool's lock.
-
-    A copy of a run's folder has received nothing, so that it does not write into the MLflow run of the first.
-
-    key: the tag by which the MLflow run of a copy is found; None for a run that is no copy.
-    copied_from: the folder that this one was copied from, until the copy's own state is saved.
+    """What each store has received: `spool/state.json`, written by whoever holds the spool's lock. A copy of a run's
+    folder has received nothing, so that it does not write into the first's MLflow run; `key` is the tag by which its own
+    is found, and `copied_from` the first's folder, until the copy's own state is saved.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], uri: str | None) -> None:

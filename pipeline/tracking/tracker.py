@@ -27,9 +27,8 @@ QUEUE_EVENTS = 10_000  # about 30 MB of metrics; reached only when the disk itse
 
 
 class Tracker:
-    """What the loop says about a run. This one keeps nothing, because tracking is off or another rank does it.
-
-    No method raises or waits, `finish` excepted, which waits a bounded time.
+    """What the loop says about a run. This one keeps nothing, because tracking is off or another rank does it. No method
+    raises or waits, `finish` excepted, which waits a bounded time.
     """
 
     def start(self, images: int = 0) -> None:
@@ -67,13 +66,8 @@ class Tracker:
 
 
 class MlflowTracker(Tracker):
-    """One MLflow run, spooled into the run's folder and delivered by a child process.
-
-    Args:
-        run: the run's folder; the spool is `run/spool`.
-        experiment, run_name: what MLflow calls the experiment and the run.
-        node: None on a single machine; else this node's name, which stands in its system metrics' names.
-        deliver: False spools only; `fader sync RUN` delivers.
+    """One MLflow run, spooled into `run/spool` and delivered by a child process, unless `deliver` is False (`fader sync
+    RUN` does it then). node: None on a single machine; else this node's name, which stands in its system metrics' names.
     """
 
     def __init__(self, run: str | Path, experiment: str, run_name: str, *, node: str | None = None, deliver: bool = True) -> None:
@@ -218,15 +212,8 @@ def open_tracker(
     enabled: bool, run_folder: str | Path, experiment: str, name: str, main: bool,
     *, node: str | None = None, local_main: bool = False,
 ) -> Tracker:  # fmt: skip
-    """Return the tracker of this rank.
-
-    Args:
-        enabled: False gives everyone the tracker that keeps nothing.
-        run_folder: the run's folder, shared by all nodes.
-        experiment, name: what MLflow calls the experiment and the run.
-        main: whether this is rank 0, the only one that reports.
-        node: this node's name when there are several.
-        local_main: whether this is its node's first rank, which samples the system.
+    """Return the tracker of this rank: rank 0 (main) alone reports; the first rank of each other node (local_main)
+    samples the system. node: this node's name when there are several.
     """
     if enabled and main:
         return MlflowTracker(run_folder, experiment, name, node=node)

@@ -28,11 +28,9 @@ def dali_alone(
     floats: bool = False,
     device: torch.device = torch.device("cpu"),
 ) -> Iterator[None]:
-    """An endless iterator that gives nothing and has, each time, made uint8 squares of one more batch of the split.
-
-    floats: make of them, in DALI's threads, what training reads: floats in [-1, 1], half of them mirrored. folder: where
-    the index files that DALI reads beside the tars are written. Raises ValueError: pictures differ in size, where this
-    pipeline would need more than the reader gives.
+    """An endless iterator that gives nothing and has, each time, made uint8 squares of one more batch of the split; with
+    `floats` what training reads, half of them mirrored. folder: for the index files that DALI reads beside the tars.
+    Raises ValueError where pictures differ in size.
     """
     boxes = preprocessing.boxes(split.width, split.height)
     if (boxes != boxes[0]).any():

@@ -50,10 +50,9 @@ class _Job:
 class _Feed:
     """Hands jobs to DALI in their order, and keeps those whose results nobody has read yet.
 
-    DALI asks `source` for its inputs whenever its queue has room: `prefetch` times at the first `schedule_run`, and once
-    at each later one. When there is nothing to hand out now, StopIteration tells DALI to finish what it has, and after
-    `reset` it asks again. That happens at the end; at a batch larger than the pipeline was built for; and where many
-    requests in a row have no images, because those would otherwise be read ahead without end.
+    DALI asks `source` for its inputs whenever its queue has room. When there is nothing to hand out now, StopIteration
+    tells it to finish what it has, and after `reset` it asks again: at the end; at a batch larger than the pipeline was
+    built for; and where many requests in a row have no images, because those would otherwise be read ahead without end.
     """
 
     def __init__(self, jobs: Iterator[_Job]) -> None:
@@ -93,10 +92,8 @@ class _Feed:
 
 
 class DaliDecoder(SplitLoader):
-    """Turns requests into pixels on the device. Takes and raises what `SplitLoader` does.
-
-    A picture that Pillow decodes and DALI refuses is given to DALI as a PNG of what Pillow decoded: so both read the
-    same pictures.
+    """Turns requests into pixels on the device. Takes and raises what `SplitLoader` does. A picture that Pillow decodes
+    and DALI refuses is given to DALI as a PNG of what Pillow decoded, so both read the same pictures.
     """
 
     def __init__(self, *args, **options) -> None:
@@ -116,12 +113,11 @@ class DaliDecoder(SplitLoader):
         consume: Callable[[Request, Tensor | None], Result],
         part: Callable[[np.ndarray], np.ndarray],
     ) -> Iterator[Result]:
-        """`consume(request, pixels [N, S, S, C] on the device)` of each request, in order, decoding ahead.
+        """`consume(request, pixels [N, S, S, C] on the device)` of each request, in order, decoding ahead the rows that
+        `part` gives.
 
         A record that DALI refuses ends its pipeline. It is rewritten or goes into quarantine, and a new pipeline does
         again what the old one had in its hands; `consume` then gets the pixels of what replaces it.
-
-        part: those of a request's rows that this process decodes.
         """
         feed = _Feed(
             self._job(request, part(request.rows) if request.images else request.rows[:0]) for request in requests
@@ -178,12 +174,12 @@ class DaliDecoder(SplitLoader):
         return build(self.geometry, source, batch_size, self.threads, self.prefetch, self.device)
 
     def outputs(self, pipeline: Pipeline, count: int) -> Tensor | str:
-        """The next pixels [count, S, S, C], on the device; on the CPU they are valid until `release_outputs`. When a record
-        of a batch on its way does not decode: what DALI said. It is no exception, because that would keep alive the frames
-        that it went through, and with them the pipeline.
+        """The next pixels [count, S, S, C], on the device; on the CPU they are valid until `release_outputs`. When a
+        record of a batch on its way does not decode: what DALI said; an exception would keep alive the frames it went
+        through, and so the pipeline.
 
-        On CUDA: `share_outputs` returns when the outputs are there. They are copied on a stream of its own, which is
-        waited for, so DALI may reuse its buffer; training's stream, and what it has queued, are left alone.
+        On CUDA they are copied on a stream of its own, which is waited for, so DALI may reuse its buffer; training's is
+        left alone.
         """
         try:
             (pixels,) = pipeline.share_outputs()

@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
 
 class Geometry:
-    """What is cut out of each record of a split, and how it becomes an upright square.
-
-    The order is: cut, resize, turn upright, put on black. So the whole picture is never turned, only what is left of it.
-
-    boxes: [n, 4] int64 (left, top, right, bottom) of the upright pictures, as `Preprocessing.boxes` gives them.
+    """What is cut out of each record of a split, and how it becomes an upright square: cut, resize, turn upright, put on
+    black. So the whole picture is never turned. boxes: [n, 4] int64 (left, top, right, bottom) of the upright pictures.
     """
 
     def __init__(self, split: Split, preprocessing: Preprocessing, boxes: np.ndarray) -> None:
@@ -97,10 +94,7 @@ def build(
     prefetch: int,
     device: torch.device,
 ) -> Pipeline:
-    """A pipeline from `source`'s inputs to pixels [N, S, S, C].
-
-    source: gives, a batch a call, the encoded bytes and what `Geometry.of` gives.
-    """
+    """A pipeline to pixels [N, S, S, C]. source: gives, a batch a call, the encoded bytes and what `Geometry.of` gives."""
     on_gpu, size = device.type == "cuda", geometry.preprocessing.image_size
 
     @pipeline_def(

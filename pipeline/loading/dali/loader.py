@@ -33,12 +33,9 @@ logger = logging.getLogger(__name__)
 
 
 class DaliLoader(DaliDecoder):
-    """Takes and raises what `SplitLoader` does; on a CUDA device DALI decodes there ("mixed").
-
-    cache: keep every record that was decoded, as uint8: "device", "host", "none", or "auto" as memory allows. What the
-    other streams of a run have decoded is there, too; with "host" also what the machine's other ranks have. Two that want
-    a record at the same moment may both decode it. on_node: see `OnNode`; the ranks of a machine open their loaders
-    together.
+    """Takes and raises what `SplitLoader` does; on a CUDA device DALI decodes there ("mixed"). cache: keep every record
+    that was decoded, as uint8, for all streams of a run; with "host" for the machine's other ranks, which open their
+    loaders together.
     """
 
     def __init__(
