@@ -22,11 +22,9 @@ _MSE, _SWAP = "mse", "swap_accuracy"
 
 @dataclass(frozen=True)
 class Compared:
-    """What is known of one run.
-
-    settings: its config, flat. losses: the newest value of what its loop logged. metrics: an evaluation's numbers
-    without the split's name. rests_on: judge, split digest and number of records of the evaluation, where known.
-    intervals: 95% of the two numbers that are plotted.
+    """What is known of one run: its config, flat; the newest of what its loop logged; an evaluation's numbers without the
+    split's name; judge, split digest and number of records that these rest on; and 95% intervals of the two that are
+    plotted.
     """
 
     name: str

@@ -33,12 +33,9 @@ class Features:
 
 
 def inception_features(file: Path, device: torch.device) -> Features:
-    """Features of the TorchScript network in a file, which takes uint8 [N, 3, H, W] and does its own resizing.
-
-    The published Inception-v3 of 2015-12-05 in TorchScript is such a file; where its forward takes `return_features`,
-    that is asked for.
-
-    Raises ValueError: the file is not there, is no TorchScript, or does not give [N, F].
+    """Features of the TorchScript network in a file, which takes uint8 [N, 3, H, W] and does its own resizing, as the
+    published Inception-v3 of 2015-12-05 does; where its forward takes `return_features`, that is asked for. Raises
+    ValueError: the file is not there, is no TorchScript, or does not give [N, F].
     """
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file; name the TorchScript file of an Inception network")

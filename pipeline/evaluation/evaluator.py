@@ -53,15 +53,10 @@ def evaluate(
 ) -> Report:
     """Measure a model. Every rank calls it and gets the same report (the cost apart: rank 0 measures it).
 
-    Args:
-        model: edits or samples; or judges only, for a table of a judge's own accuracy. Its networks and the judge's stand
-            on the specification's device; they are not moved, because that would break what wraps them in training.
-        judges: say what an image shows. Each must know every attribute of the model with the same values, at the same
-            crop and size (or PANEL_SIZE, if that is smaller); it may know more. None is needed when only tables that need
-            no judge are asked for, and for a model that is a judge itself.
-        shards: where the split is, and the training split from which the leak table's probe learns.
-        open_loader, progress: see `Records`; the default loader is the reference decoder.
-
+    model: edits or samples; or judges only, for a table of a judge's own accuracy. Its networks and the judges' stand on
+    the specification's device; they are not moved, because that would break what wraps them in training. judges: see
+    `check_judge`; a table without judged pictures needs none. shards: of the split, and of the training split from which
+    the leak table's probe learns. open_loader, progress: see `Records`; the default loader is the reference decoder.
     Raises ValueError: a judge does not fit the model, or started as it did; what a table needs is missing.
     """
     split = shards.split(specification.split)

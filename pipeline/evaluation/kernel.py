@@ -13,21 +13,13 @@ class KernelReader:
 
     For a value v, μ_v is the mean feature vector of the records that have it. μ̄ is the mean of all μ_v, so that rare
     values count as much as common ones. Σ is the covariance of all records and ρ the ridge. The direction that tells v is
-    d_v = (Σ + ρ)⁻¹ (μ_v - μ̄), and its separation is J_v = (μ_v - μ̄)ᵀ d_v.
+    d_v = (Σ + ρ)⁻¹ (μ_v - μ̄), and its separation is J_v = (μ_v - μ̄)ᵀ d_v. Features are those of the kernel exp(-|u -
+    u'|² / 2F), where F numbers of a latent are standardised first.
 
-    Features are those of the kernel exp(-|u - u'|² / 2F), where F numbers of a latent are standardised first. Two latents
-    of usual distance then have the kernel e⁻¹, if their numbers are independent.
-
-    The ridge decides how fine the reader sees. If it is too large, the reader misses what lies in directions of small
-    variance. If it is too small, the reader learns the accidents of its records: with N records and F' features that the
-    ridge leaves, a share of about F'/N of J is accident.
-
-    Args:
-        latents: [N, F] of the records that it learns from.
-        members: [N, width], how far each record has each value; all 0 where the label is unknown. An attribute is not read
-            when one of its values has no record.
-        slices: for each attribute, the columns of its values.
-        ridge: ρ, as a share of the mean squared length of a feature vector about its mean.
+    latents: [N, F] of the records that it learns from. members: [N, width], how far each record has each value, 0 where
+    the label is unknown; slices: for each attribute, the columns of its values. ridge: ρ, as a share of the mean squared
+    length of a feature vector about its mean: if it is too large, directions of small variance are missed; if too small,
+    accidents learnt.
 
     Source: Mika, Rätsch, Weston, Schölkopf, Müller 1999, "Fisher discriminant analysis with kernels",
     doi:10.1109/NNSP.1999.788121; several values: Rao 1948, section 7.

@@ -32,7 +32,6 @@ def makes_pictures(method: Method) -> bool:
 
 def pictures(method: Method, batch: Batch) -> tuple[Callable[[Tensor], Tensor], Any]:
     """Return the function from codes [N, code_width] to pictures, float32 in [-1, 1]; and the latent behind it, if any.
-
     They are edits of the batch's photos, each encoded once; of a method that only samples they are of noise that each
     record draws once.
     """
@@ -83,9 +82,8 @@ def evaluating(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 
 class Rows:
-    """Results by name, one row a record of the split. Each rank fills in its own; a sum over ranks gathers them.
-
-    All are allocated beforehand, because a rank that has no batch still takes part in every sum.
+    """Results by name, one row a record of the split, allocated beforehand, because a rank that has no batch still takes
+    part in every sum that gathers them.
     """
 
     def __init__(self, records: int, device: torch.device) -> None:

@@ -29,12 +29,8 @@ def leaks(
     specification: Specification,
     warnings: list[str],
 ) -> list[Leak]:
-    """Let probes learn from the training split's latents and answer for the evaluated split's.
-
-    Args:
-        records: reads the training split. probe_split: that split.
-        test, labels: latents [N, F] and labels [N, A] of the evaluated split.
-        warnings: what cannot be probed is added here.
+    """Let probes learn from the training split's latents and answer for the evaluated split's latents [N, F], whose
+    labels are [N, A]. What cannot be probed is added to the warnings.
     """
     attributes, ranks = pass_.attributes, records.ranks
     learnt = Rows(min(PROBE_RECORDS, len(probe_split)), pass_.device)
@@ -98,22 +94,17 @@ def answers(
     epochs: int = 30,
     hidden: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """What fresh classifiers, trained on frozen latents, say of other latents.
+    """What fresh classifiers, trained on frozen latents [N, F], say of other latents [M, F]; a pure function of its
+    arguments.
 
     Logistic regressions with several strengths of L2 and a network with one hidden layer learn every attribute with
     class-balanced cross-entropy, on latents standardised by what they learn from; kernel discriminants with several
     ridges (see `KernelReader`) are solved for them. For each attribute the classifier (and the network's epoch) is chosen
-    by balanced accuracy on the last fifth of the training records, from which none of them learns. A pure function of its
-    arguments.
+    by balanced accuracy on the last fifth of the training records, from which none of them learns.
 
-    Args:
-        train, test: [N, F] and [M, F] float32.
-        train_labels: [N, A] int64, -1 = unknown (left out).
-        ks: values of each attribute.
-        seed: of the network's first weights and of the order of its batches.
-
-    Returns preds [M, A] float64; the index in PROBES of the classifier chosen [A] float64, -1 where the part learnt from
-    holds fewer than two values.
+    train_labels: [N, A] int64, -1 = unknown (left out). ks: values of each attribute. seed: of the network's first
+    weights and its batches. Returns preds [M, A] float64, and the index in PROBES of the classifier chosen [A] float64,
+    -1 where the part learnt from holds fewer than two values.
     """
     num_learn = max(1, len(train) - len(train) // 5)
     mean, std = train[:num_learn].mean(0), train[:num_learn].std(0, correction=0)

@@ -16,10 +16,7 @@ USUAL = ("swap_accuracy", "judge_accuracy")  # what "better" means unless told o
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on one number of a report.
-
-    lower: the number must be at least the value, else at most.
-    """
+    """A bound on one number of a report, which must be at least the value if `lower`, else at most."""
 
     quantity: str
     value: float
@@ -44,9 +41,8 @@ def parse_bound(word: str, option: str, known: Sequence[str]) -> Bound:
 
 
 def quantity(name: str, known: Sequence[str]) -> str:
-    """Return the number that a person means: `swap_accuracy.Smiling`, in short `smiling.swap`; or `swap`.
-
-    known: the numbers that an evaluation has. Raises ValueError: there is none; the message offers the nearest.
+    """Return which of the known numbers a person means by `swap_accuracy.Smiling`, in short `smiling.swap`; or `swap`.
+    Raises ValueError: there is none; the message offers the nearest.
     """
     by_lower = {full.lower(): full for full in known}
     attribute, dot, kind = name.lower().rpartition(".")
@@ -62,12 +58,8 @@ def quantity(name: str, known: Sequence[str]) -> str:
 def reasons_against(
     candidate: Report, champion: Report | None, bounds: Sequence[Bound], better_by: str | None = None
 ) -> list[str]:
-    """Say why a candidate may not become the champion; nothing when it may.
-
-    Args:
-        champion: of the same evaluation; None when there is no champion, or it need not be beaten.
-        bounds: on the candidate's numbers.
-        better_by: the quantity in which the champion must be beaten; by default the first of USUAL that there is.
+    """Say why a candidate may not become the champion; nothing when it may. champion: of the same evaluation, where it
+    must be beaten, in `better_by`, by default the first of USUAL that there is. bounds: on the candidate's numbers.
     """
     reasons = [broken for bound in bounds if (broken := bound.broken(candidate))]
     reasons += [f"{f.attribute} is flattered: {f.pleased} reads swaps that {f.other} does not" for f in candidate.flattered or ()]

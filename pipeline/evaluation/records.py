@@ -40,12 +40,9 @@ class OneProcess:
 
 @dataclass(frozen=True)
 class Records:
-    """Reads the first records of a split, this rank's share of them.
-
-    Whole batches are dealt to ranks, so that the result of a record cannot depend on the number of ranks.
-
-    open_loader: gives a loader whose batches are whole, on any rank. progress: called with (records read by this rank,
-    records that it reads in all).
+    """Reads the first records of a split, this rank's share of them, in whole batches, so that the result of a record
+    cannot depend on the number of ranks. open_loader: gives a loader whose batches are whole. progress: called with
+    (records read by this rank, records that it reads in all).
     """
 
     batch_size: int

@@ -22,12 +22,11 @@ def slider_values(attributes: Attributes) -> Iterator[tuple[int, Attribute, int,
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy by the judge with its 95% bootstrap interval.
+    """An accuracy by a reader with its 95% bootstrap interval.
 
-    images: real, reconstruction, sample or swap. attribute: its name, or "*" for the mean over attributes.
-    start, to: value names. A swap has both for one ordered pair, only `to` for the mean over all pairs that end there,
-    and neither when balanced; for other images `to` is the label they carry.
-    records: how many records it rests on; 0 leaves the value not a number. reader: who read it.
+    images: of IMAGES. attribute: its name, or "*" for the mean over attributes. start, to: value names. A swap has both
+    for one ordered pair, only `to` for the mean over all pairs that end there, and neither when balanced; for other
+    images `to` is the label they carry. records: how many it rests on; 0 leaves the value not a number.
     """
 
     images: str
@@ -43,10 +42,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Flattery:
-    """An attribute whose swaps please the reader `pleased` and not the reader `other`.
-
-    excess: by how much the two differ on swaps beyond their difference on real pictures and the margin; low, high: its 95%
-    bootstrap interval.
+    """An attribute whose swaps please the reader `pleased` and not the reader `other`. excess: by how much they differ on
+    swaps beyond their difference on real pictures and the margin, with its 95% bootstrap interval.
     """
 
     attribute: str
@@ -69,10 +66,8 @@ class Measure:
 @dataclass(frozen=True)
 class Truth:
     """How near the swaps of one attribute, from one value to another, come to the twins: drawn faces with it changed.
-
-    inside: in the region that should change, squared error against the twin over that of doing nothing: 0 = the twin,
-    1 = nothing done. outside, reconstruction_outside: mean squared error against the photo elsewhere, of the swap and of the
-    reconstruction. records: how many have twins.
+    inside: in the region that should change, squared error against the twin over that of doing nothing: 0 = the twin, 1 =
+    nothing done. outside: mean squared error against the photo elsewhere. records: how many have twins.
     """
 
     attribute: str
@@ -86,10 +81,8 @@ class Truth:
 
 @dataclass(frozen=True)
 class Slider:
-    """What the judge says of one value of one attribute as its slider moves from -2 to 2.
-
-    response: mean probability at each position. monotonic: share of records that rise and never turn back.
-    effective_from, effective_to: where the middle 80% of the rise takes place.
+    """What the judge says of one value of one attribute as its slider moves: its mean probability at each position, the
+    share of records that rise and never turn back, and where the middle 80% of the rise takes place.
     """
 
     attribute: str
@@ -104,10 +97,9 @@ class Slider:
 
 @dataclass(frozen=True)
 class Preservation:
-    """How far the attributes that one did not touch move when `attribute` is swapped, against the reconstruction.
-
-    kept: share of the other judged attributes whose judged value stays. shift: mean total variation distance between
-    the judge's probabilities before and after. most_moved: the other attribute with the largest shift, and that shift.
+    """How far the attributes that one did not touch move when it is swapped, against the reconstruction: the share whose
+    judged value stays, the mean total variation distance of the judge's probabilities, and the attribute with the
+    largest.
     """
 
     attribute: str
@@ -119,9 +111,8 @@ class Preservation:
 
 @dataclass(frozen=True)
 class Leak:
-    """What a fresh probe reads of one attribute from frozen latents: balanced accuracy on other records.
-
-    chance is 1/k. probe: which of the probes did best on held-out training records ("linear", "mlp" or "kernel").
+    """What a fresh probe, the one of "linear", "mlp" and "kernel" that did best on held-out training records, reads of
+    one attribute from frozen latents: balanced accuracy on other records. chance is 1/k.
     """
 
     attribute: str
@@ -136,11 +127,8 @@ class Leak:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far the features of some decoded images lie from those of real images.
-
-    images: reconstruction (against the same records), swap (attribute and to say which; against the real images that
-    hold the value asked for) or sample (against all). fid: Fréchet distance. kid, kid_std: kernel distance and its
-    standard deviation over subsets. records, real_records: how many images on each side.
+    """How far the features of some decoded images lie from those of real images, as Fréchet and kernel distance. A swap,
+    which attribute and to name, is held against the real images of that value, a reconstruction or a sample against all.
     """
 
     images: str
@@ -155,12 +143,10 @@ class Distance:
 
 @dataclass(frozen=True)
 class Conditional:
-    """Scores of images by class.
-
-    images: real, reconstruction, swap or sample. classes: the attributes whose joint values are the classes; a swap is
-    of the class it was asked for, every other image of the class it is labelled. num_classes: classes with at least two
-    images on both sides. inception, between, within: IS, BCIS and WCIS of the judge's probabilities over the classes.
-    bcfid, wcfid: between- and within-class Fréchet distance to real images; not numbers for real images.
+    """Scores of images by class: the joint values of `classes`; a swap is of the class it was asked for, every other
+    image of the class it is labelled. num_classes: with at least two images on both sides. inception, between, within:
+    IS, BCIS and WCIS of the judge's probabilities. bcfid, wcfid: Fréchet distance to real images, between and within
+    classes.
     """
 
     images: str
@@ -176,11 +162,9 @@ class Conditional:
 
 @dataclass
 class Report:
-    """Everything that `evaluate` measured of one model. Parts that were not asked for are empty.
-
-    scores: for each number the lowest of the readers'. readings: every reader's own. flattered: None where it was not asked,
-    because numbers have no intervals. look_at_grid: the attributes whose
-    lowest reader reads swaps better than real pictures, which may be so because labels of real pictures are noisy.
+    """Everything that `evaluate` measured of one model. Parts that were not asked for are empty. scores: for each number
+    the lowest of the readers'; readings: every reader's own. flattered: None where numbers have no intervals.
+    look_at_grid: attributes whose lowest reader reads swaps better than real pictures, whose labels may be noisy.
     """
 
     model: str
@@ -213,9 +197,7 @@ class Report:
     cost: dict[str, Any] = field(default_factory=dict)
 
     def score(self, images: str, attribute: str = "*", to: str | None = None, start: str | None = None) -> Score:
-        """One accuracy: balanced when no value is named, of one direction with `to`, of one pair with `start` as well.
-        Raises ValueError: the report has no such number.
-        """
+        """One accuracy: balanced when no value is named, of one direction with `to`, of one pair with `start` as well."""
         for score in self.scores:
             if (score.images, score.attribute, score.to, score.start) == (images, attribute, to, start):
                 return score

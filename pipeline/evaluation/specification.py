@@ -17,22 +17,14 @@ USUAL_TABLES = ("swap", "fidelity", "leak", "cost")
 class Specification:
     """An evaluation as a user asks for it; whoever takes part in it reads what it needs from here.
 
-    Args:
-        models: runs, exports or registry addresses. checkpoint: which of a run's. averaged: take the moving averages of a
-            run's weights, where it keeps them.
-        judges: runs, exports or registry addresses; none takes the models' own, or a panel that is trained and kept.
-        judge_images: length of that training; None takes the usual.
-        data: the shard set; None takes the one that the first model was trained on.
-        split, limit: the records, the first so many of them; None takes all (their order on disk is shuffled).
-        tables: any of TABLES; "error" is the squared error alone, out of "fidelity".
-        inception: TorchScript file of the network whose features the distribution table compares; without it, what the
-            judge's last layer reads.
-        classes: definitions of a class for that table, each the names of attributes whose joint values are the classes;
-            empty takes each attribute alone.
-        resamples: of the bootstrap; with 0 no number has an interval.
-        seed: of the bootstrap and of the probe.
-
-    Raises ValueError: an unknown table, or a limit below 1.
+    models: runs, exports or registry addresses; checkpoint: which of a run's; averaged: the moving averages of its
+    weights. judges: addresses, too; none takes the models' own, or a panel that is trained (on judge_images) and kept.
+    data: the shard set; None takes the one that the first model was trained on. split, limit: the first so many of its
+    records; None: all. tables: any of TABLES; "error" is the squared error alone, out of "fidelity". inception:
+    TorchScript file of the network whose features the distribution table compares, instead of what the judge's last layer
+    reads; classes: for that table, names of attributes whose joint values are the classes; empty takes each alone.
+    resamples: of the bootstrap; with 0 no number has an interval. seed: of the bootstrap and of the probe. Raises
+    ValueError: an unknown table, or a limit below 1.
     """
 
     models: tuple[str, ...] = ()

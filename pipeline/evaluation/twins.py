@@ -31,9 +31,8 @@ class TwinErrors:
         self._twins, self._keys, self._attributes, self._preprocessing = twins, keys, attributes, preprocessing
 
     def __call__(self, batch: Batch, picture: Callable[[Tensor], Tensor], decoded: Tensor) -> Tensor:
-        """Return [N, swaps, 3] the `errors` of every swap; not numbers where there is no twin.
-
-        picture: from codes to the swaps of the batch. decoded: its reconstructions.
+        """Return [N, swaps, 3] the `errors` of every swap that `picture` makes of codes; decoded: the batch's
+        reconstructions.
         """
         assert batch.images is not None
         columns = []
@@ -54,8 +53,9 @@ def errors(swap: Tensor, looks: Tensor | None, photo: Tensor, reconstruction: Te
     outside.
 
     swap, photo, reconstruction: [C, S, S] in [-1, 1]. looks: [L, S, S, C] uint8, the twin in each look that the photo
-    allows; None where there is no twin. Returns inside: squared error against the twin over that of the photo, 0 = the
-    twin, 1 = nothing done. Outside: mean squared error of the swap against the photo, then of the reconstruction.
+    allows. Returns inside: squared error against the twin over that of the photo, 0 = the twin, 1 = nothing done;
+    outside: mean squared error of the swap against the photo, then of the reconstruction. Not numbers where there is no
+    twin.
     """
     if looks is None:
         return torch.full((3,), math.nan, dtype=torch.float64, device=swap.device)

@@ -20,11 +20,8 @@ _MOVE_SECONDS = 60.0  # within which the holder of a lock begins its last reques
 
 
 def promote(name: str, version: int, replaces: int | None, tags: Mapping[str, str]) -> None:
-    """Make a version the champion and tag it.
-
-    replaces: the version that is the champion as far as the caller knows; None when there is none. tags: the figures that
-    the promotion rests on. Raises ValueError: another version became the champion meanwhile; or the store does not
-    answer.
+    """Make a version the champion and tag it. replaces: the champion as far as the caller knows; None: there is none.
+    Raises ValueError: another version became the champion meanwhile; or the store does not answer.
     """
     with open_store(None) as mlflow, _alone(mlflow, name) as still_alone:
         client = mlflow.MlflowClient()
@@ -69,10 +66,9 @@ def _champion(client: Any, name: str) -> int | None:
 
 @contextlib.contextmanager
 def _alone(mlflow: Any, name: str) -> Iterator[Callable[[], None]]:
-    """Hold the lock on a model's champion; gives a function that raises when it was held too long to go on.
-
-    A lock is a registered model NAME.promoting-NUMBER, because making one is what MLflow does for one caller only. The
-    next number is taken when the newest lock is gone, or stands for `LEASE_SECONDS` of the waiting process's own time.
+    """Hold the lock on a model's champion; gives a function that raises when it was held too long to go on. A lock is a
+    registered model NAME.promoting-NUMBER, because making one is what MLflow does for one caller only. The next number is
+    taken when the newest lock is gone, or stands for `LEASE_SECONDS` of the waiting process's own time.
     """
     client, prefix = mlflow.MlflowClient(), f"{name}.promoting-"
     newest, since, told = 0, time.monotonic(), False

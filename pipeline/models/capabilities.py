@@ -48,13 +48,9 @@ def aligner(method: Method) -> Aligns | None:
 class Capability:
     """One thing that a model can do, and how a service calls it: an array and parameters in, an array out.
 
-    Args:
-        needs, lacks: the protocol of a method that can do it, and what is said of one that cannot.
-        dtype: of the array that goes in.
-        pictures: a service may give pictures of any size instead.
-        sliders: the answer depends on the parameters `sliders` and `attributes`, JSON objects.
-        use: what the model is meant for.
-        takes, gives: the shapes of one row of the two arrays; a picture's unless a class says otherwise.
+    needs, lacks: the protocol of a method that can do it, and what is said of one that cannot. pictures: a service may
+    give pictures of any size instead of an array of `dtype`. sliders: the answer depends on the parameters `sliders` and
+    `attributes`, JSON objects. use: what the model is meant for. takes, gives: the shapes of one row of the two arrays.
     """
 
     needs: ClassVar[type]
@@ -183,13 +179,9 @@ class Editing(Capability):
 
     @torch.inference_mode()
     def labels(self, images: Tensor, given: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, str]]:
-        """Say what pictures show, as the decoder needs it to reconstruct them.
-
-        Each attribute is taken from `given`, else read by the judge, else estimated: the value with which the
-        reconstruction is nearest to the picture, one attribute after another, twice around.
-
-        images: [N, C, S, S] in [-1, 1]. given: labels that the user knows, for all the pictures. Returns [N, A] labels,
-        and for each attribute "given", "judge" or "estimated".
+        """Say what pictures [N, C, S, S] in [-1, 1] show, as the decoder needs it to reconstruct them: labels [N, A], and
+        for each attribute "given" (the user knows it, for all the pictures), "judge" (which reads it), or "estimated":
+        the value with which the reconstruction is nearest to the picture, one attribute after another, twice around.
         """
         self._check_images(images)
         given, read = given or {}, self.judge.labels(images) if self.judge else {}
@@ -221,10 +213,8 @@ class Editing(Capability):
 
     @torch.inference_mode()
     def edit(self, images: Tensor, labels: Tensor, settings: Sequence[Sequence[Slider]]) -> Tensor:
-        """Decode pictures under several settings of the sliders; an empty setting is the reconstruction.
-
-        images: [N, C, S, S] in [-1, 1]. labels: [N, A], the pictures' own. Returns [N, len(settings), C, S, S] in [-1,
-        1].
+        """Decode pictures [N, C, S, S] in [-1, 1], whose own labels are [N, A], under several settings of the sliders:
+        [N, settings, C, S, S]; an empty setting is the reconstruction.
         """
         latent = self.encode(images, labels)
         return torch.stack([self.decode(latent, labels, sliders) for sliders in settings], 1)
@@ -279,18 +269,13 @@ class Sampling(Capability):
         truncation: float | None = None,
         to: int | None = None,
     ) -> Tensor:
-        """Return one picture for each seed, the same whatever the other seeds are: [N, C, S, S] in [-1, 1].
+        """Return one picture for each seed [N], the same whatever the other seeds are: [N, C, S, S] in [-1, 1].
 
-        Args:
-            seeds: [N] int64.
-            given: labels that all the pictures get.
-            sliders: are moved afterwards.
-            only: labels that are neither given nor moved are 0, absent. By default they are drawn by the seed: together,
-                from training records that come nearest to what is asked for; or every value equally likely, where the
-                model knows of no records.
-            truncation: the largest number of the noise; see `truncated`.
-            to: a seed. The pictures go from the noise of their own seeds to this one's, the first not at all, the last all
-                the way: z cos θ + z' sin θ, which is N(0, 1) for every θ.
+        given: labels that all the pictures get; `sliders` are moved afterwards. only: labels that are neither given nor
+        moved are 0, absent. By default they are drawn by the seed, together, from training records that come nearest to
+        what is asked for; or every value equally likely, where the model knows of no records. truncation: see
+        `truncated`. to: a seed to whose noise the pictures go from their own, from first to last: z cos θ + z' sin θ,
+        which is N(0, 1) for every θ.
         """
         draws, asked = Draws.of(0, "sample", 0, seeds), {**(given or {}), **self._labels_of(sliders)}
         columns = [self.attributes.index(name) for name in asked]
@@ -328,9 +313,8 @@ class Sampling(Capability):
 
 
 def truncated(noise: Tensor, most: float) -> Tensor:
-    """Numbers from N(0, 1) moved, in their order, to where those lie that are within [-most, most]: F_most⁻¹(F(z)).
-
-    Less noise gives pictures nearer to the average: better ones, and more alike.
+    """Numbers from N(0, 1) moved, in their order, to where those lie that are within [-most, most]: F_most⁻¹(F(z)). Less
+    noise gives pictures nearer to the average: better ones, and more alike.
 
     Source: Brock et al. 2019, arXiv:1809.11096, section 3.1, which draws again what is beyond.
     """

@@ -57,14 +57,9 @@ def images_of(checkpoint: Path) -> int:
 
 
 def write(run: Path, images: int, state: State, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> Path:
-    """Write one checkpoint; it is there whole or not at all.
-
-    Args:
-        images: images seen, which names it.
-        extra: JSON values that go into state.json.
-        metrics: what was measured of this very state, by which the best are kept.
-
-    Raises OSError: the disk is full or refuses; whatever was there before is untouched.
+    """Write one checkpoint; it is there whole or not at all. extra: JSON values that go into state.json. metrics: what
+    was measured of this very state, by which the best are kept. Raises OSError: the disk refuses; whatever was there is
+    untouched.
     """
     target = _place(run, images)
     story = json.dumps({"format": FORMAT, "images": images, "metrics": dict(metrics or {}), **extra}, indent=1)

@@ -23,12 +23,9 @@ def export(
     checkpoint: str = "latest",
     ema: bool = True,
 ) -> Path:
-    """Write a model for use: model.safetensors, card.json, and its judges' exports in judge/, judge-2/ …, whole.
-
-    Args:
-        run, checkpoint, ema: what `load` takes.
-        out: the export's folder; an export that is there already is replaced.
-        judge: the judges to put in; by default those that the run names.
+    """Write a model for use: model.safetensors, card.json, and its judges' exports in judge/, judge-2/ …, whole; an
+    export that is there already is replaced. run, checkpoint, ema: what `load` takes. judge: the judges to put in, by
+    default the run's own.
 
     Raises ValueError: the run cannot be loaded, the judge does not fit, or `out` holds something else.
     """

@@ -59,10 +59,9 @@ def readers_of(judges: Sequence[Model], attributes: Attributes) -> tuple[Reader,
 
 
 def check_independent(judge: Model, seed: int | None, source: str, method: Method | None = None) -> None:
-    """Refuse a judge whose networks started where those of a run did, or that gave the run its weights.
-
-    seed: the run's; None where its config is not known. source: what errors call the run. method: the run's; None where
-    its networks are not made yet. Raises ValueError: judge and run have the same seed, or the same weights in one layer.
+    """Refuse (ValueError) a judge whose networks started where those of a run did, or that gave the run its weights.
+    seed: the run's, where it is known. source: what errors call the run. method: the run's; None where its networks are
+    not made yet.
     """
     theirs, ours = (_weights(one) if one else [] for one in (judge.method, method))
     if any(a.shape == b.shape and torch.equal(a, b) for a in theirs for b in ours):
@@ -82,12 +81,10 @@ def _weights(method: Method) -> list[Tensor]:
 def check_judge(
     judge: Model, attributes: Attributes, preprocessing: Preprocessing, source: str, partly: bool = False
 ) -> None:
-    """Refuse a judge that cannot speak about the pictures of a model.
+    """Refuse (ValueError) a judge that cannot speak about the pictures of a model, which errors call `source`.
 
-    attributes, preprocessing: the model's. source: what errors call it. partly: the judge only reads the labels of photos
-    that are edited: it may do without attributes of the model, whose values are then estimated, and may see smaller
-    pictures. Raises ValueError: it does not judge, lacks an attribute or has it with other values, or sees images of
-    another size or preprocessing.
+    partly: it only reads the labels of photos that are edited, so it may lack attributes, whose values are then
+    estimated, and see smaller pictures.
     """
     if capabilities.judge(judge.method) is None:
         raise ValueError(f"{judge.source}: {judge.method.name} is not a judge; name a run or model of method 'judge'")

@@ -36,14 +36,9 @@ _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<versi
 
 
 def load(source: str | Path, *, checkpoint: str = "latest", ema: bool = True, own_judge: bool = True) -> Model:
-    """Load a model for use.
-
-    Args:
-        source: a run's folder, an export's folder, models:/NAME@ALIAS or models:/NAME/VERSION. RUN@best and
-            RUN@images-64000 name one of a run's checkpoints.
-        checkpoint: which checkpoint of a run whose source names none: latest (the newest sound one), best or images-N.
-        ema: take the averaged weights where there are any.
-        own_judge: load the model's judge too, if it names one.
+    """Load a model for use from a run's folder, RUN@best, RUN@images-64000, an export's folder, models:/NAME@ALIAS or
+    models:/NAME/VERSION. checkpoint: of a run whose source names none: latest (the newest sound one), best or images-N.
+    ema: take the averaged weights where there are any. own_judge: load the model's judge too, if it names one.
 
     Raises ValueError: nothing is there, or it is damaged; the message says what to do.
     """

@@ -17,14 +17,9 @@ from pipeline.models.capabilities import Aligning, Capability, Editing, Judging,
 
 @dataclass
 class Model:
-    """A method with its weights, in eval mode, and what is known about it.
-
-    Args:
-        card: what an export's card.json holds.
-        source: where it came from, for messages.
-        run: the folder of the run that it is of.
-        variant: which of that run's weights it has, as names of files about them end: "" for the newest as they are
-            used, else such as "-images-64000" or "-raw".
+    """A method with its weights, in eval mode, and its card. source: where it came from, for messages. run: the folder of
+    the run that it is of. variant: which of that run's weights it has, as names of files about them end: "" for the
+    newest as they are used, else such as "-images-64000" or "-raw".
     """
 
     method: Method
@@ -37,10 +32,8 @@ class Model:
     variant: str = ""
 
     def edit(self, image: Image.Image, **sliders: str | float) -> Image.Image:
-        """Move sliders on a picture, as in `model.edit(image, Smiling=1.5)`; the result is square, as the model reads it.
-
-        sliders: as `Slider` reads them: a k-way attribute's value by its name, as Beard="full". Raises ValueError: an
-        unknown attribute or value; the model does not edit.
+        """Move sliders on a picture, as in `model.edit(image, Smiling=1.5, Beard="full")`; the result is square, as the
+        model reads it. Raises ValueError: an unknown attribute or value; the model does not edit.
         """
         editing = self.editing
         moves = [editing.slider(name, value) for name, value in sliders.items()]

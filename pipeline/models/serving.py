@@ -59,14 +59,11 @@ def served_model() -> Any:
 def answer(model: Model, data: Any, params: Mapping[str, str]) -> Any:
     """Answer by the first of a model's capabilities.
 
-    data: an editor and a judge take pictures, a list of base64 PNG or JPEG files of any size; or float32 images [N, C, S,
-    S] in [-1, 1], cropped and resized as the card's preprocessing says. A sampler takes seeds [N], an aligner windows. A
-    table (pandas) of one column is taken as a list. params: of editors and samplers, `sliders`, a JSON object such as
-    {"Smiling": 1.5, "Beard": "moustache"}, and `attributes`, one of the pictures' own labels where they are known.
-    `format`: "png" or "tensor" for pictures that come out; by default they are given as they came. Returns edited or
-    sampled images as base64 PNG files or as float32 [N, C, S, S]; a judge's probabilities [N, code_width]; an aligner's
-    corrections [N, 4]. Raises ValueError: unknown attribute, a value that is no number, something that is no picture, an
-    array of another shape.
+    data: an editor and a judge take base64 PNG or JPEG files of any size, or float32 [N, C, S, S] in [-1, 1]; a sampler
+    seeds [N], an aligner windows; a table (pandas) of one column is a list. params: `sliders` and `attributes`, JSON
+    objects such as {"Smiling": 1.5}; `format`: "png" or "tensor" for pictures that come out, by default as they came.
+    Returns them as such, a judge's probabilities [N, code_width], or an aligner's corrections [N, 4]. Raises ValueError:
+    it is none of that.
     """
     capability = model.capabilities[0]
     kind = params.get("format") or ""

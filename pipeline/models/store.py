@@ -15,11 +15,9 @@ from pipeline.files import ensure_home
 
 @contextlib.contextmanager
 def open_store(uri: str | None, create: bool = False) -> Iterator[Any]:
-    """Give MLflow for one store. It waits seconds, not minutes, for a store that is gone; its errors become ValueErrors.
-
-    Environment variables of MLflow's own say so. They are set while this lasts, where the user has not set them.
-
-    uri: the store; None takes MLFLOW_TRACKING_URI or MLflow's default. create: make the default store when there is none.
+    """Give MLflow for one store, by default MLFLOW_TRACKING_URI or MLflow's own, which is made only with `create`. It
+    waits seconds, not minutes, for a store that is gone, by environment variables that are set while this lasts, where
+    the user has not set them; its errors become ValueErrors.
     """
     wanted = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

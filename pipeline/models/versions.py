@@ -23,9 +23,8 @@ _ROOT = Path(__file__).resolve().parents[2]  # of our own code, which travels wi
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version.
-
-    run_id: the MLflow run it is linked to, if the run was tracked. export: the folder of its export.
+    """A registered version; run_id: the MLflow run it is linked to, if the run was tracked; export: the folder of its
+    export.
     """
 
     name: str
@@ -53,15 +52,8 @@ def register(
     """Export a run and make it a version of a registered model, linked to the run's MLflow run.
 
     The store is MLFLOW_TRACKING_URI, else the one the run was tracked in, else MLflow's default. What tracking has not
-    delivered yet is delivered first, so that the link leads somewhere.
-
-    Args:
-        run: the run's folder, or RUN@best or RUN@images-N.
-        name: the registered model; made when there is none of that name.
-        alias: points to the new version afterwards.
-        out: where the export is written; RUN/export by default.
-        judge, checkpoint, ema: as in `export`.
-
+    delivered yet is delivered first, so that the link leads somewhere. run: also RUN@best or RUN@images-N. alias: points
+    to the new version afterwards. out: of the export, by default RUN/export. judge, checkpoint, ema: as in `export`.
     Raises ValueError: the run cannot be exported, MLflow does not take the name, or its store does not answer.
     """
     source, run = run, parse_source(run)[0]
