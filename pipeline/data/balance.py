@@ -10,14 +10,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fader.attributes import Attribute, Attributes
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
+from pipeline.data.shards import Split
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
@@ -14,9 +14,6 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from pipeline.data.datasets import SPLITS
 from pipeline.data.shards import ShardSet, Split
 from pipeline.images import Preprocessing, png_bytes, preprocess
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 RARE_SHARE = 0.2
 """Values below this part of an even share (10% of a binary attribute, 2% of a 10-way one) are called rare: without
@@ -177,14 +174,14 @@ def _qualities(splits: Sequence[Split], seed: int) -> tuple[np.ndarray, int]:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, columns)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Any) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
     return out.getvalue()

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fader.method import Method
 from fader.networks.normalization import num_parameters
-from pipeline.models import editor, sampler
-
-if TYPE_CHECKING:
-    from pipeline.models import Model
+from pipeline.models import Model, editor, sampler
 
 
 def cost_of(model: Model, device: torch.device, batch_size: int, seconds: float = 0.5) -> dict[str, Any]:

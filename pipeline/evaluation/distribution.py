@@ -7,18 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fader.attributes import Attributes
+from fader.draws import Draws
 from pipeline import metrics
 from pipeline.evaluation.report import Conditional, Distance
-
-if TYPE_CHECKING:
-    from fader.draws import Draws
-    from pipeline.models import Model
+from pipeline.models import Model
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fader.methods.judge import refuse_judges_networks
 from pipeline.data.datasets.twins import Twins
+from pipeline.data.shards import ShardSet, Split
 from pipeline.evaluation import tables as made
 from pipeline.evaluation.cost import cost_of
 from pipeline.evaluation.distribution import (
@@ -31,12 +31,8 @@ from pipeline.evaluation.report import Leak, Report
 from pipeline.evaluation.specification import Specification
 from pipeline.evaluation.twins import TwinErrors, truths
 from pipeline.loading.loader import Loader
-from pipeline.models import check_independent, check_judge, editor
+from pipeline.models import Model, check_independent, check_judge, editor
 from pipeline.models import judge as judge_of
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import ShardSet, Split
-    from pipeline.models import Model
 
 FID_RECORDS = 2048  # features of the Inception network: with fewer records its covariance is singular
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fader.method import Batch, Method, ReduceSum
 from pipeline import metrics
+from pipeline.evaluation.distribution import Classes, Features
 from pipeline.evaluation.report import SLIDER_POSITIONS, slider_values
-from pipeline.models import editor, readers_of, sampler
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.distribution import Classes, Features
-    from pipeline.evaluation.twins import TwinErrors
-    from pipeline.models import Model
+from pipeline.evaluation.twins import TwinErrors
+from pipeline.models import Model, editor, readers_of, sampler
 
 SLIDER_RECORDS = 256
 PROBE_RECORDS = 4000

@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fader.method import Batch
+from pipeline.data.shards import ShardSet, Split
 from pipeline.evaluation import pictures, plots
 from pipeline.evaluation.measure import makes_pictures
 from pipeline.evaluation.pictures import JUDGED_RECORDS, MOST_SLIDERS, SWEPT_FACES, Picture
@@ -19,11 +19,7 @@ from pipeline.evaluation.records import OneProcess, Records, pillow_loader
 from pipeline.evaluation.report import Report, slider_values
 from pipeline.evaluation.specification import Specification
 from pipeline.files import write_whole
-from pipeline.models import sampler
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import ShardSet, Split
-    from pipeline.models import Model
+from pipeline.models import Model, sampler
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,15 +15,12 @@ from torch import Tensor
 
 from fader.filters import reduced
 from fader.method import Batch, Method
+from pipeline.data.shards import Split
 from pipeline.evaluation.measure import evaluating, makes_pictures, pictures
 from pipeline.evaluation.report import SLIDER_POSITIONS, slider_values
 from pipeline.files import file_name
 from pipeline.images import png_bytes, to_uint8
-from pipeline.models import editor, readers_of, sampler
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
-    from pipeline.models import Model
+from pipeline.models import Model, editor, readers_of, sampler
 
 SWEPT_FACES = 6
 JUDGED_RECORDS = 256

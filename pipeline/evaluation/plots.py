@@ -6,24 +6,19 @@ import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from pipeline import tracking
+from pipeline.data.shards import Split
 from pipeline.evaluation.report import Report, Score
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from pipeline.data.shards import Split
-    from pipeline.models import Model
+from pipeline.models import Model
 
 _COLOURS = {"real": "#9aa5b1", "reconstruction": "#7fb2d6", "sample": "#7fb2d6", "swap": "#1f5f99"}
 
 
-def figure_of(width: float, height: float) -> tuple[Figure, Axes]:
+def figure_of(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -32,14 +27,14 @@ def figure_of(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _plain(axes: Axes) -> None:
+def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color="#e6e9ed", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
 
 
-def png_of(figure: Figure) -> bytes:
+def png_of(figure: Any) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130, metadata={"Software": None})
     return out.getvalue()

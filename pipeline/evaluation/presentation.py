@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.evaluation import published
-from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Report
+from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Leak, Measure, Report, Score
 
 _COLUMNS = 8  # values side by side in a table of directions
+
 
 @dataclass(frozen=True)
 class Table:
@@ -25,19 +26,27 @@ def _number(value: float, digits: int = 3) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _with_interval(value: float, low: float, high: float, digits: int = 3) -> str:
-    if math.isnan(value):
+def _with_interval(number: Score | Measure | Leak | None, digits: int = 3) -> str:
+    if number is None or math.isnan(number.value):
         return "–"
-    interval = "" if math.isnan(low) else f" ({low:.{digits}f}–{high:.{digits}f})"
-    return f"{value:.{digits}f}{interval}"
+    interval = "" if math.isnan(number.low) else f" ({number.low:.{digits}f}–{number.high:.{digits}f})"
+    return f"{number.value:.{digits}f}{interval}"
 
 
 def as_tables(reports: Sequence[Report]) -> list[Table]:
     """Everything in some reports as tables, side by side where several speak of the same."""
     tables = [_summary(reports), _readers(reports), *_directions(reports), *_published(reports)]
-    tables += [_fidelity_table(reports), _truth_table(reports), _preservation_table(reports), _slider_table(reports)]
-    tables += [_leak_table(reports), _distance_table(reports), _conditional_table(reports), _cost_table(reports)]
+    tables += [_fidelity(reports), _truth(reports), _preservation(reports), _sliders(reports)]
+    tables += [_leak(reports), _distances(reports), _conditional(reports), _cost(reports)]
     return [table for table in tables if table.rows]
+
+
+def _of_models(
+    reports: Sequence[Report], title: str, header: Sequence[str], rows_of: Callable[[Report], Iterable[Sequence[str]]], note: str
+) -> Table:
+    """Return a table of the rows of one model after another."""
+    rows = [[model, *row] for model, report in _labelled(reports) for row in rows_of(report)]
+    return Table(title, ["model", *header], rows, note)
 
 
 def _labelled(reports: Sequence[Report]) -> list[tuple[str, Report]]:
@@ -63,10 +72,8 @@ def _rows_of(reports: Sequence[Report]) -> list[tuple[str, Report, str]]:
 
 
 def _cell(report: Report, images: str, attribute: str, to: str | None = None, start: str | None = None) -> str:
-    for s in report.scores:
-        if (s.images, s.attribute, s.to, s.start) == (images, attribute, to, start):
-            return _with_interval(s.value, s.low, s.high)
-    return "–"
+    key = (images, attribute, to, start)
+    return _with_interval(next((s for s in report.scores if (s.images, s.attribute, s.to, s.start) == key), None))
 
 
 def _all_attributes(reports: Sequence[Report]) -> list[str]:
@@ -157,132 +164,112 @@ def _published(reports: Sequence[Report]) -> Iterator[Table]:
     names = [name for name in published.RATERS["Real Image"] if name in _all_attributes(reports)]
     header = ["images", *(f"{name} {what}" for name in names for what in ("naturalness", "accuracy"))]
     rows = [[row, *(f"{number:.1f}" for name in names for number in cells[name])] for row, cells in published.RATERS.items()]
-    title, seen, measures = "As published, in percent", _swapped(reports), ("psnr", "ssim")
-    yield Table(title, header, rows if names and seen else [], f"{published.RATERS_SOURCE}.")
-    ours = [
-        [name, *(_number(100 * r.score(images).value, 2) for images in ("real", "swap")), *(_measured(r, m) for m in measures)]
-        for name, r in _labelled(reports)
-        if published.THIRTEEN <= set(r.attributes()) and _swapped([r])
-    ]
-    digits = (2, 2, 2, 3)
-    rows = [[name, *(_number(n, d) for n, d in zip(row, digits))] for name, row in published.EDITORS.items()]
+    title, digits = "As published, in percent", (2, 2, 2, 3)
+    yield Table(title, header, rows if names and _swapped(reports) else [], f"{published.RATERS_SOURCE}.")
+    numbers = dict(published.EDITORS)
+    for name, report in _labelled(reports):
+        if published.THIRTEEN <= set(report.attributes()) and _swapped([report]):
+            measured = (report.fidelity[m].value if m in report.fidelity else math.nan for m in ("psnr", "ssim"))
+            numbers[name] = (*(100 * report.score(images).value for images in ("real", "swap")), *measured)
+    rows = [[name, *(_number(n, d) for n, d in zip(row, digits))] for name, row in numbers.items()]
     header = ["model", "real, %", "swaps, %", "PSNR, dB", "SSIM"]
-    yield Table(f"{title}: thirteen attributes", header, [*rows, *ours] if ours else [], f"{published.EDITORS_SOURCE}.")
+    ours = len(numbers) > len(published.EDITORS)
+    yield Table(f"{title}: thirteen attributes", header, rows if ours else [], f"{published.EDITORS_SOURCE}.")
 
 
-def _measured(report: Report, name: str) -> str:
-    measure = report.fidelity.get(name)
-    return _number(measure.value, 3 if name == "ssim" else 2) if measure else "–"
-
-
-def _fidelity_table(reports: Sequence[Report]) -> Table:
+def _fidelity(reports: Sequence[Report]) -> Table:
     names = list(dict.fromkeys(name for report in reports for name in report.fidelity))
-    title = {"mse": "MSE on [-1, 1]", "psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}
+    called = {"mse": "MSE on [-1, 1]", "psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}
     digits = {"mse": 5, "psnr": 2}
-    rows = []
-    for model, report in _labelled(reports):
-        if report.fidelity:
-            cells = []
-            for name in names:
-                m = report.fidelity.get(name)
-                cells.append(_with_interval(m.value, m.low, m.high, digits.get(name, 3)) if m else "–")
-            rows.append([model, *cells])
+
+    def rows_of(report: Report) -> list[list[str]]:
+        return [[_with_interval(report.fidelity.get(name), digits.get(name, 3)) for name in names]] if report.fidelity else []
+
     note = "Reconstructions against the images they are of; means over records of each image's number."
-    return Table("2. Fidelity of reconstructions", ["model", *(title[name] for name in names)], rows, note)
+    return _of_models(reports, "2. Fidelity of reconstructions", [called[name] for name in names], rows_of, note)
 
 
-def _truth_table(reports: Sequence[Report]) -> Table:
-    rows = []
-    for model, report in _labelled(reports):
+def _truth(reports: Sequence[Report]) -> Table:
+    def rows_of(report: Report) -> Iterator[list[str]]:
         for t in report.truth:
-            inside = _with_interval(t.inside.value, t.inside.low, t.inside.high)
             outside = [_number(measure.value, 5) for measure in (t.outside, t.reconstruction_outside)]
-            rows.append([model, t.attribute, f"{t.start} → {t.to}", inside, *outside, f"{t.records:,}"])
+            yield [t.attribute, f"{t.start} → {t.to}", _with_interval(t.inside), *outside, f"{t.records:,}"]
+
     note = (
         "Against the same face drawn with the attribute changed; no judge is asked. inside: where photo and twin differ by more "
         "than 8 grey levels, squared error over that of doing nothing: 0 = the twin, 1 = nothing done. outside: mean squared "
         "error against the photo, beside the reconstruction's."
     )
-    header = ["model", "swapped", "to", "inside", "outside", "reconstruction outside", "records"]
-    return Table("The truth, without a judge", header, rows, note)
+    header = ["swapped", "to", "inside", "outside", "reconstruction outside", "records"]
+    return _of_models(reports, "The truth, without a judge", header, rows_of, note)
 
 
-def _preservation_table(reports: Sequence[Report]) -> Table:
-    rows = [
-        [model, p.attribute, _number(p.kept), _number(p.shift), f"{p.most_moved} ({_number(p.most_moved_shift)})"]
-        for model, report in _labelled(reports)
-        for p in report.preservation
-    ]
+def _preservation(reports: Sequence[Report]) -> Table:
+    def rows_of(report: Report) -> Iterator[list[str]]:
+        for p in report.preservation:
+            yield [p.attribute, _number(p.kept), _number(p.shift), f"{p.most_moved} ({_number(p.most_moved_shift)})"]
+
     note = (
         "kept: share of the other judged attributes whose judged value stays under a swap, against the reconstruction. "
         "shift: mean total variation distance of the probabilities; both by the first reader."
     )
-    return Table(
-        "What a swap does to the other attributes", ["model", "swapped", "kept", "shift", "moves most"], rows, note
-    )
+    header = ["swapped", "kept", "shift", "moves most"]
+    return _of_models(reports, "What a swap does to the other attributes", header, rows_of, note)
 
 
-def _slider_table(reports: Sequence[Report]) -> Table:
-    rows = [
-        [
-            model,
-            slider.attribute if slider.value == "1" else f"{slider.attribute}.{slider.value}",
-            *(_number(response, 2) for response in slider.response),
-            _number(slider.monotonic),
-            f"{_number(slider.effective_from, 2)} … {_number(slider.effective_to, 2)}",
-        ]
-        for model, report in _labelled(reports)
-        for slider in report.sliders
-    ]
+def _sliders(reports: Sequence[Report]) -> Table:
+    def rows_of(report: Report) -> Iterator[list[str]]:
+        for slider in report.sliders:
+            effective = f"{_number(slider.effective_from, 2)} … {_number(slider.effective_to, 2)}"
+            responses = (_number(response, 2) for response in slider.response)
+            yield [slider.name, *responses, _number(slider.monotonic), effective]
+
     counts = {slider.records for report in reports for slider in report.sliders}
     note = (
         f"The first reader's mean probability at each slider position, over the first {max(counts, default=0):,} records. "
         "monotonic: share of records that rise by more than 0.05 and never fall by more than 0.01 between positions. "
         "effective: where the middle 80% of the mean rise takes place."
     )
-    header = ["model", "slider", *(f"{position:g}" for position in SLIDER_POSITIONS), "monotonic", "effective"]
-    return Table("The judge along the slider", header, rows, note)
+    header = ["slider", *(f"{position:g}" for position in SLIDER_POSITIONS), "monotonic", "effective"]
+    return _of_models(reports, "The judge along the slider", header, rows_of, note)
 
 
-def _leak_table(reports: Sequence[Report]) -> Table:
-    rows = [
-        [model, leak.attribute, _with_interval(leak.value, leak.low, leak.high), _number(leak.chance), leak.probe]
-        + [f"{leak.probe_records:,}", f"{leak.records:,}"]
-        for model, report in _labelled(reports)
-        for leak in report.leak
-    ]
+def _leak(reports: Sequence[Report]) -> Table:
+    def rows_of(report: Report) -> Iterator[list[str]]:
+        for leak in report.leak:
+            counts = [f"{leak.probe_records:,}", f"{leak.records:,}"]
+            yield [leak.attribute, _with_interval(leak), _number(leak.chance), leak.probe, *counts]
+
     note = "Balanced accuracy of a fresh probe on frozen latents: chance when the latent tells nothing, 1 when all."
-    header = ["model", "attribute", "probe accuracy", "chance", "probe", "learnt from", "tested on"]
-    return Table("3. Leak", header, rows, note)
+    header = ["attribute", "probe accuracy", "chance", "probe", "learnt from", "tested on"]
+    return _of_models(reports, "3. Leak", header, rows_of, note)
 
 
-def _distance_table(reports: Sequence[Report]) -> Table:
-    rows = []
-    for model, report in _labelled(reports):
+def _distances(reports: Sequence[Report]) -> Table:
+    def rows_of(report: Report) -> Iterator[list[str]]:
         for d in report.distances:
-            against = f"real {d.attribute} {d.to}" if d.attribute else "real"
-            made = f"{d.images} {d.attribute} to {d.to}" if d.attribute else d.images
+            made, real = (f" {d.attribute} to {d.to}", f" {d.attribute} {d.to}") if d.attribute else ("", "")
             kid = "–" if math.isnan(d.kid) else f"{d.kid:.5f} ± {d.kid_std:.5f}"
-            rows.append([model, made, against, _number(d.fid), kid, f"{d.records:,}", f"{d.real_records:,}"])
+            yield [d.images + made, "real" + real, _number(d.fid), kid, f"{d.records:,}", f"{d.real_records:,}"]
+
     note = _features_note(reports) + "KID: mean ± standard deviation over 100 subsets of at most 1,000."
-    header = ["model", "images", "against", "FID", "KID", "images", "real images"]
-    return Table("4. Distribution", header, rows, note)
+    header = ["images", "against", "FID", "KID", "images", "real images"]
+    return _of_models(reports, "4. Distribution", header, rows_of, note)
 
 
-def _conditional_table(reports: Sequence[Report]) -> Table:
-    rows = [
-        [model, c.images, " + ".join(c.classes), f"{c.num_classes}", f"{c.records:,}"]
-        + [_number(number) for number in (c.inception, c.between, c.within, c.bcfid, c.wcfid)]
-        for model, report in _labelled(reports)
-        for c in report.conditional
-    ]
+def _conditional(reports: Sequence[Report]) -> Table:
+    def rows_of(report: Report) -> Iterator[list[str]]:
+        for c in report.conditional:
+            numbers = map(_number, (c.inception, c.between, c.within, c.bcfid, c.wcfid))
+            yield [c.images, " + ".join(c.classes), f"{c.num_classes}", f"{c.records:,}", *numbers]
+
     note = (
         "A class is a joint value of the named attributes; a swap is of the class it was asked for, every other image "
         "of the class it is labelled. IS = BCIS · WCIS, of the judge's probabilities of the classes. BCFID and WCFID "
         "weigh classes alike, over those with two images on both sides. " + _features_note(reports)
     )
-    header = ["model", "images", "classes by", "classes", "images", "IS", "BCIS", "WCIS", "BCFID", "WCFID"]
-    return Table("Distribution by class", header, rows, note.strip())
+    header = ["images", "classes by", "classes", "images", "IS", "BCIS", "WCIS", "BCFID", "WCFID"]
+    return _of_models(reports, "Distribution by class", header, rows_of, note.strip())
 
 
 def _features_note(reports: Sequence[Report]) -> str:
@@ -290,20 +277,21 @@ def _features_note(reports: Sequence[Report]) -> str:
     return f"Features: {'; '.join(names)}. " if names else ""
 
 
-def _cost_table(reports: Sequence[Report]) -> Table:
+def _cost(reports: Sequence[Report]) -> Table:
     verbs = [verb for verb in ("encode", "decode", "sample") if any(f"{verb}_flops" in report.cost for report in reports)]
-    rows = []
-    for model, report in _labelled(reports):
+
+    def rows_of(report: Report) -> Iterator[list[str]]:
         if cost := report.cost:
-            row = [model, ", ".join(f"{name} {count:,}" for name, count in cost["parameters"].items())]
+            row = [", ".join(f"{name} {count:,}" for name, count in cost["parameters"].items())]
             for verb in verbs:
                 there = f"{verb}_flops" in cost
                 row.append(f"{cost[f'{verb}_flops'] / 1e9:.3f}" if there else "–")
                 row.append(f"{cost[f'{verb}_images_per_second']:,.0f}" if there else "–")
-            rows.append([*row, f"{cost['device']}, {cost['threads']} threads, batch {cost['batch_size']}"])
-    header = ["model", "parameters", *(f"{verb} {what}" for verb in verbs for what in ("GFLOP", "images/s")), "on"]
+            yield [*row, f"{cost['device']}, {cost['threads']} threads, batch {cost['batch_size']}"]
+
+    header = ["parameters", *(f"{verb} {what}" for verb in verbs for what in ("GFLOP", "images/s")), "on"]
     note = "GFLOP of one image in convolutions and matrix products, a multiply and an add counted as two."
-    return Table("5. Cost", header, rows, note)
+    return _of_models(reports, "5. Cost", header, rows_of, note)
 
 
 def markdown(reports: Sequence[Report]) -> str:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fader.method import Batch
 from pipeline import metrics
+from pipeline.data.shards import Split
 from pipeline.evaluation.kernel import KernelReader
 from pipeline.evaluation.measure import PROBE_RECORDS, Pass, Rows, flat_latent
 from pipeline.evaluation.records import Records
 from pipeline.evaluation.report import Leak
 from pipeline.evaluation.specification import Specification
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
 
 
 def leaks(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fader.method import Batch
+from pipeline.data.shards import Split
+from pipeline.evaluation.specification import Specification
 from pipeline.loading.loader import Loader
 from pipeline.loading.pillow import PillowLoader
 from pipeline.loading.plan import sequential
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
-    from pipeline.evaluation.specification import Specification
-    from pipeline.models import Model
+from pipeline.models import Model
 
 
 class Processes(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,11 +14,8 @@ from fader.method import Batch
 from pipeline import metrics
 from pipeline.data.datasets.twins import Twins
 from pipeline.evaluation.report import Measure, Truth
-from pipeline.images import decode, preprocess, to_float, to_uint8
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.specification import Specification
-    from pipeline.images import Preprocessing
+from pipeline.evaluation.specification import Specification
+from pipeline.images import Preprocessing, decode, preprocess, to_float, to_uint8
 
 FAINT = 8  # grey levels: where photo and twin differ by no more, nothing was asked to change
 

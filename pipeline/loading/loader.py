@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,15 +14,12 @@ from torch import Tensor
 from fader.attributes import Attributes
 from fader.method import Batch
 from pipeline.data.remote import Ahead
+from pipeline.data.shards import Split
 from pipeline.data.shards.manifest import untaught
 from pipeline.images import Preprocessing
 from pipeline.loading.batch import finish
 from pipeline.loading.plan import Request, share
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
-    from pipeline.loading.quarantine import Quarantine
-
+from pipeline.loading.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,12 +15,10 @@ from PIL import Image
 
 from fader.attributes import Attributes
 from fader.method import Batch
+from pipeline.data.shards import Split
 from pipeline.images import Preprocessing, preprocess
 from pipeline.loading.loader import SplitLoader
 from pipeline.loading.plan import Request, share
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
+from pipeline.data.shards import Split
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,12 +15,9 @@ from torch import Tensor
 from fader.attributes import Attribute, Attributes
 from fader.filters import blurred, reduced
 from fader.method import Method
+from pipeline.images import Preprocessing
 from pipeline.models import capabilities
-
-if TYPE_CHECKING:
-    from pipeline.images import Preprocessing
-    from pipeline.models.model import Model
-
+from pipeline.models.model import Model
 
 PANEL_SIZE = 128  # pixels a side: pictures of a larger model are reduced to it
 BLUR = 1.0  # sigma of the second reading, in pixels of a picture of 64

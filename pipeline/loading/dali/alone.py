@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from pipeline.data.shards import Split
 from pipeline.images import Preprocessing
 from pipeline.loading.dali.graph import index_of, resized
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
 
 
 def dali_alone(

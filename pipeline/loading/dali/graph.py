@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,10 +10,8 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
+from pipeline.data.shards import Split
 from pipeline.images import Preprocessing, kernel
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
 
 
 class Geometry:

@@ -12,22 +12,20 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from fader.attributes import Attributes
 from fader.method import Batch
+from pipeline.data.shards import Split
 from pipeline.images import Preprocessing
 from pipeline.loading.cache import Cache, Kept, OnNode, alone, choose, open_kept
 from pipeline.loading.dali.decoder import DaliDecoder
 from pipeline.loading.loader import Loader
 from pipeline.loading.pillow import PillowLoader
 from pipeline.loading.plan import Request, share
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Split
 
 logger = logging.getLogger(__name__)
 
