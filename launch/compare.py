@@ -11,7 +11,7 @@ from pipeline.files import write_whole
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="folders of runs, or MLflow run ids", metavar="RUN...")],
+    runs: Annotated[list[str], typer.Argument(help="folders of runs", metavar="RUN...")],
     split: Annotated[str, typer.Option(help="whose evaluation: train, valid or test")] = "test",
     plot: Annotated[Path, typer.Option(help="where the plot of MSE against swap accuracy goes")] = Path("compare.png"),
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything compared here")] = None,

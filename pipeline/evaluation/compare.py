@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from pipeline import config, models, tracking
 from pipeline.evaluation import plots
 from pipeline.evaluation.presentation import Table
 
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
 _PLACES = ("name", "run.", "tracking.")  # what differs between any two runs and decides nothing
 _USUAL = ("mse", "psnr", "ssim", "swap_accuracy", "judge_accuracy", "leak")
 _MSE, _SWAP = "mse", "swap_accuracy"
@@ -42,36 +40,22 @@ class Compared:
 
 
 def read(source: str, split: str = "test", report: Path | None = None) -> Compared:
-    """A run by its folder, RUN@best or RUN@images-N, or by its MLflow run id.
-
-    report: the evaluation to read, where it is not the usual one of the split. Raises ValueError: it is neither.
+    """Read a run by its folder, RUN@best or RUN@images-N, and its evaluation, where that is not the usual one of the
+    split.
     """
-    folder, which = models.parse_source(source)
-    if (folder / "config.yaml").is_file():
-        variant = models.variant_of(folder, which) if which else ""
-        usual = folder / "report" / f"evaluation-{split}{variant}.json"
-        return _from_folder(source, folder, split, report or usual)
-    if _RUN_ID.fullmatch(source):
-        return _from_mlflow(source, split)
-    raise ValueError(f"{source} is neither a run's folder (config.yaml) nor an MLflow run id (32 hexadecimal digits)")
-
-
-def _from_folder(source: str, run: Path, split: str, path: Path) -> Compared:
+    run, which = models.parse_source(source)
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{source} is no run's folder (config.yaml)")
+    variant = models.variant_of(run, which) if which else ""
+    path = report or run / "report" / f"evaluation-{split}{variant}.json"
     settings = dict(tracking.flatten(config.load_run(run).to_dict()))
     losses: dict[str, float] = {}
     if (run / "spool" / "main.jsonl").is_file():
         losses = {point.name: point.value for point in tracking.points(run) if not point.superseded}
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    rests_on = {key: report[key] for key in ("judge", "split_digest", "records") if key in report}
-    metrics = _of_split(report.get("metrics", {}), split)
-    intervals = _of_split(report.get("intervals", {}), split)
-    return Compared(source, settings, losses, metrics, report.get("images_seen"), rests_on, intervals)
-
-
-def _from_mlflow(run_id: str, split: str) -> Compared:
-    stored = tracking.stored(run_id)
-    losses = {name: value for name, value in stored.metrics.items() if not name.startswith(("test/", "system/"))}
-    return Compared(f"{stored.name} ({run_id[:8]})", stored.params, losses, _of_split(stored.metrics, split))
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rests_on = {key: known[key] for key in ("judge", "split_digest", "records") if key in known}
+    metrics, intervals = (_of_split(known.get(what, {}), split) for what in ("metrics", "intervals"))
+    return Compared(source, settings, losses, metrics, known.get("images_seen"), rests_on, intervals)
 
 
 def _of_split(metrics: Mapping[str, Any], split: str) -> dict[str, Any]:

@@ -26,12 +26,12 @@ same sender. It is no part of the loop's story: it neither supersedes points nor
     process    the sender process itself
     sender     delivers the spool to MLflow, and says what MLflow does not take
     address    which store is in use; no password is written anywhere
-    later      what is found out about a run afterwards, and a run read back from MLflow
+    later      what is found out about a run afterwards
 """
 
 from pipeline.tracking.address import without_password
 from pipeline.tracking.delivery import Delivery, sync
-from pipeline.tracking.later import Addition, Stored, add, stored
+from pipeline.tracking.later import Addition, add
 from pipeline.tracking.sender import reason
 from pipeline.tracking.spool import Point, flatten, points, run_id_of, spool_of, store_of, undelivered
 from pipeline.tracking.tracker import MlflowTracker, NodeTracker, Status, Tracker, open_tracker

@@ -1,4 +1,4 @@
-"""Add to a run what is measured afterwards, and read a run back from MLflow."""
+"""Add to a run what is measured afterwards."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import digest_of
-from pipeline.tracking.address import without_password
 from pipeline.tracking.delivery import sync
 from pipeline.tracking.process import take_lock
-from pipeline.tracking.sender import reason
 from pipeline.tracking.spool import Log, State, as_numbers, read_events, run_id_of, undelivered
 
 
@@ -93,29 +91,3 @@ def _content(event: Mapping[str, Any]) -> str:
     """Return what an event says, without the time at which it is said; a file and a tag say the same at every step."""
     left_out = {"time", "step"} if event.get("kind") in ("artifact", "tags") else {"time"}
     return json.dumps({key: value for key, value in event.items() if key not in left_out}, sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A run as MLflow holds it: the newest value of each metric."""
-
-    run_id: str
-    name: str
-    params: dict[str, str]
-    metrics: dict[str, float]
-
-
-def stored(run_id: str) -> Stored:
-    """Read a run back from the store in use (MLFLOW_TRACKING_URI, else MLflow's default). Raises ValueError: the store
-    does not answer, or has no such run.
-    """
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = mlflow.MlflowClient().get_run(run_id)
-    except MlflowException as error:
-        where = without_password(mlflow.get_tracking_uri())
-        raise ValueError(f"{run_id} is neither a run's folder nor a run in {where} ({reason(error)})") from None
-    name = run.info.run_name or run_id
-    return Stored(run_id, name, dict(run.data.params), {key: float(v) for key, v in run.data.metrics.items()})

@@ -75,13 +75,4 @@ def test_the_command_writes_the_plot_and_says_what_cannot_be_compared(runs, tmp_
 
 def test_what_is_no_run_is_said(tmp_path, capsys, monkeypatch):
     code, _, err = command(capsys, monkeypatch, tmp_path)
-    assert code == 2 and "is neither a run's folder" in err
-
-
-def test_a_run_is_read_from_mlflow_by_its_id(monkeypatch):
-    metrics = {"test/mse": 0.1, "test/swap_accuracy": 0.8, "autoencoder/mse": 0.2, "system/cpu": 1.0}
-    stored = tracking.Stored("a" * 32, "name", {"method.latent.weight": "0.1"}, metrics)
-    monkeypatch.setattr(tracking, "stored", lambda run_id: stored)
-    found = comparison.read("a" * 32)
-    assert found.metrics == {"mse": 0.1, "swap_accuracy": 0.8} and found.losses == {"autoencoder/mse": 0.2}
-    assert found.settings == {"method.latent.weight": "0.1"} and comparison.plot([found]) is not None
+    assert code == 2 and "is no run's folder" in err
