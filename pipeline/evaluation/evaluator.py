@@ -17,13 +17,7 @@ from pipeline.data.datasets.twins import Twins
 from pipeline.data.shards import ShardSet, Split
 from pipeline.evaluation import tables as made
 from pipeline.evaluation.cost import cost_of
-from pipeline.evaluation.distribution import (
-    class_definitions,
-    conditional,
-    distances,
-    inception_features,
-    judge_features,
-)
+from pipeline.evaluation.distribution import class_definitions, conditional, distances, inception_features, judge_features
 from pipeline.evaluation.measure import Pass, evaluating, makes_pictures
 from pipeline.evaluation.probe import leaks
 from pipeline.evaluation.records import OneProcess, Processes, Records, pillow_loader
@@ -38,13 +32,8 @@ FID_RECORDS = 2048  # features of the Inception network: with fewer records its 
 
 
 def evaluate(
-    model: Model,
-    judges: Sequence[Model],
-    shards: ShardSet,
-    specification: Specification,
-    ranks: Processes = OneProcess(),
-    *,
-    open_loader: Callable[[Split], Loader] | None = None,
+    model: Model, judges: Sequence[Model], shards: ShardSet, specification: Specification,
+    ranks: Processes = OneProcess(), *, open_loader: Callable[[Split], Loader] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Measure a model. Every rank calls it and gets the same report (the cost apart: rank 0 measures it).
@@ -103,9 +92,7 @@ def fitting(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> tup
         check_judge(judge, model.attributes, model.preprocessing, model.source)
         check_independent(judge, seed, model.source, model.method)
     if "swap" in tables and not judges:
-        raise ValueError(
-            f"{model.source}: no judge to say whether attributes changed; name one (--judge), or train one first"
-        )
+        raise ValueError(f"{model.source}: no judge to say whether attributes changed; name one (--judge), or train one first")
     if "distribution" in tables and not judges:
         raise ValueError("the distribution table scores classes by a judge; name one (--judge)")
     if editor(model.method) is None:
@@ -132,24 +119,15 @@ def quantities(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> 
     return list(report.quantities())
 
 
-def _opened(
-    model: Model, judges: Sequence[Model], split: Split, specification: Specification, data_digest: str
-) -> Report:
+def _opened(model: Model, judges: Sequence[Model], split: Split, specification: Specification, data_digest: str) -> Report:
     """A report without numbers: what they will rest on, and the warnings that this alone calls for."""
     if not len(split):
         raise ValueError(f"the {split.name} split is empty; there is nothing to evaluate")
     records = specification.records(len(split))
     report = Report(
-        model=model.source,
-        method=model.method.name,
-        judge=", ".join(judge.source for judge in judges) or None,
-        split=split.name,
-        split_digest=split.digest,
-        records=records,
-        split_records=len(split),
-        image_size=model.preprocessing.image_size,
-        images_seen=model.card.get("images_seen"),
-        seed=specification.seed,
+        model=model.source, method=model.method.name, judge=", ".join(judge.source for judge in judges) or None,
+        split=split.name, split_digest=split.digest, records=records, split_records=len(split),
+        image_size=model.preprocessing.image_size, images_seen=model.card.get("images_seen"), seed=specification.seed,
     )
     if split.name == "train":
         report.warnings.append("evaluated on TRAINING images: the numbers say nothing about pictures it has not seen")
@@ -167,12 +145,7 @@ def _opened(
 
 
 def _fill(
-    report: Report,
-    judges: Sequence[Model],
-    labels: Tensor,
-    pass_: Pass,
-    rows: dict[str, Tensor],
-    specification: Specification,
+    report: Report, judges: Sequence[Model], labels: Tensor, pass_: Pass, rows: dict[str, Tensor], specification: Specification
 ) -> None:
     """Make tables 1, 2 and 4 of all ranks' rows."""
     attributes = pass_.attributes

@@ -171,9 +171,7 @@ def _to_judge(model: Model, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
         return [(j, a.hard(labels[:, j]), batch.images) for j, a in enumerate(attributes) if j < MOST_SLIDERS]
     picture, _ = pictures(method, batch)
     return [
-        (j, target, picture(attributes.code(changed)))
-        for j, _, changed, target in attributes.swaps(labels)
-        if j < MOST_SLIDERS
+        (j, target, picture(attributes.code(changed))) for j, _, changed, target in attributes.swaps(labels) if j < MOST_SLIDERS
     ]
 
 

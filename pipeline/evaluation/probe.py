@@ -18,12 +18,7 @@ from pipeline.evaluation.specification import Specification
 
 
 def leaks(
-    pass_: Pass,
-    records: Records,
-    probe_split: Split,
-    test: Tensor,
-    labels: Tensor,
-    specification: Specification,
+    pass_: Pass, records: Records, probe_split: Split, test: Tensor, labels: Tensor, specification: Specification,
     warnings: list[str],
 ) -> list[Leak]:
     """Let probes learn from the training split's latents and answer for the evaluated split's latents [N, F], whose
@@ -62,13 +57,9 @@ def leaks(
         resampled = resampled[:, some].nanmean(1)
         result.append(
             Leak(
-                attribute.name,
-                metrics.balanced_accuracy(preds[:, j], hard_test[:, j], attribute.k),
-                *metrics.interval(resampled),
-                chance=1 / attribute.k,
-                probe=PROBES[int(kinds[j])],
-                probe_records=int((hard_train[:, j] >= 0).sum()),
-                records=int((hard_test[:, j] >= 0).sum()),
+                attribute.name, metrics.balanced_accuracy(preds[:, j], hard_test[:, j], attribute.k),
+                *metrics.interval(resampled), chance=1 / attribute.k, probe=PROBES[int(kinds[j])],
+                probe_records=int((hard_train[:, j] >= 0).sum()), records=int((hard_test[:, j] >= 0).sum()),
             )
         )
     return result
@@ -82,14 +73,7 @@ Classifier = Callable[[Tensor], Tensor]
 
 
 def answers(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    ks: Sequence[int],
-    *,
-    seed: int,
-    epochs: int = 30,
-    hidden: int = 256,
+    train: Tensor, train_labels: Tensor, test: Tensor, ks: Sequence[int], *, seed: int, epochs: int = 30, hidden: int = 256
 ) -> tuple[Tensor, Tensor]:
     """What fresh classifiers, trained on frozen latents [N, F], say of other latents [M, F]; a pure function of its
     arguments.

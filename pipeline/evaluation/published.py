@@ -20,10 +20,7 @@ EDITORS_SOURCE = (
     "csmliu/STGAN, att_classification/README.md and issue 40: 128 pixels, sliders at 1, read by a classifier of theirs; ours "
     "are balanced over both directions, sliders at 1, read by the lowest reader of the panel"
 )
-EDITORS = {
-    "STGAN": (94.5, 86.05, 31.67, 0.948),
-    "STGAN, best re-run": (math.nan, 88.48, 34.15, 0.971),
-}
+EDITORS = {"STGAN": (94.5, 86.05, 31.67, 0.948), "STGAN, best re-run": (math.nan, 88.48, 34.15, 0.971)}
 THIRTEEN = frozenset(
     "Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Male Mouth_Slightly_Open Mustache No_Beard "
     "Pale_Skin Young".split()

@@ -84,10 +84,7 @@ def scores(readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[
 def beside(readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[Score]:
     """Return what each reader reads, in each direction and balanced."""
     return [
-        _score(key, number, name)
-        for reading, name in zip(readings, names)
-        for key, number in reading.items()
-        if key[2] is None
+        _score(key, number, name) for reading, name in zip(readings, names) for key, number in reading.items() if key[2] is None
     ]
 
 
@@ -217,12 +214,8 @@ def sliders(attributes: Attributes, rows: dict[str, Tensor]) -> list[Slider]:
         mean = response.mean(0)
         result.append(
             Slider(
-                attribute.name,
-                attribute.value_name(value),
-                SLIDER_POSITIONS,
-                tuple(mean.tolist()),
-                metrics.monotonic_share(response),
-                *metrics.effective_range(mean, SLIDER_POSITIONS),
+                attribute.name, attribute.value_name(value), SLIDER_POSITIONS, tuple(mean.tolist()),
+                metrics.monotonic_share(response), *metrics.effective_range(mean, SLIDER_POSITIONS),
                 records=len(response),
             )
         )

@@ -34,8 +34,7 @@ def augmented(images: Tensor, draws: Draws, settings: AugmentConfig) -> Tensor:
         images = softened(images, _half_or_none(draws, "blur") * settings.blur, shrunk)
     if settings.brightness or settings.contrast or settings.saturation or settings.hue:
         images = coloured(
-            images,
-            brightness=1 + _around_zero(draws, "brightness") * settings.brightness,
+            images, brightness=1 + _around_zero(draws, "brightness") * settings.brightness,
             contrast=1 + _around_zero(draws, "contrast") * settings.contrast,
             saturation=1 + _around_zero(draws, "saturation") * settings.saturation,
             hue=_around_zero(draws, "hue") * settings.hue,

@@ -17,14 +17,7 @@ from pipeline.loading.plan import Request, share
 
 
 def finish(
-    request: Request,
-    pixels: Tensor | None,
-    labels: Tensor,
-    rows: Tensor,
-    *,
-    seed: int,
-    rank: int,
-    world_size: int,
+    request: Request, pixels: Tensor | None, labels: Tensor, rows: Tensor, *, seed: int, rank: int, world_size: int,
 ) -> Batch:
     """Make one rank's Batch of pixels and labels, in the same way for every decoder, on the device of `labels`.
 

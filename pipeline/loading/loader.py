@@ -46,17 +46,8 @@ class SplitLoader:
     """
 
     def __init__(
-        self,
-        split: Split,
-        attributes: Attributes,
-        preprocessing: Preprocessing,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device = torch.device("cpu"),
-        threads: int = 2,
-        prefetch: int = 3,
+        self, split: Split, attributes: Attributes, preprocessing: Preprocessing, *, seed: int, rank: int = 0,
+        world_size: int = 1, device: torch.device = torch.device("cpu"), threads: int = 2, prefetch: int = 3,
         quarantine: Quarantine | None = None,
     ) -> None:
         if threads < 1 or prefetch < 1:

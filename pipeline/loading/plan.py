@@ -60,15 +60,8 @@ class Plan:
     """
 
     def __init__(
-        self,
-        size: int,
-        seed: int,
-        salt: int = 0,
-        window: int | None = None,
-        shard_of: np.ndarray | None = None,
-        replacement: bool = False,
-        weights: np.ndarray | None = None,
-        groups: np.ndarray | None = None,
+        self, size: int, seed: int, salt: int = 0, window: int | None = None, shard_of: np.ndarray | None = None,
+        replacement: bool = False, weights: np.ndarray | None = None, groups: np.ndarray | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"a plan over {size} records is empty; give it a split that has some")

@@ -72,17 +72,12 @@ def loading_rates(
     """
     stock = {"batch_size": measure.batch_size, "drop_last": True, "prefetch_factor": _PREFETCH}
     webdataset = DataLoader(
-        stock_stream(split, Attributes([]), preprocessing),
-        num_workers=min(measure.threads, len(split.shards)),
-        collate_fn=_stock_floats,
-        **stock,
+        stock_stream(split, Attributes([]), preprocessing), num_workers=min(measure.threads, len(split.shards)),
+        collate_fn=_stock_floats, **stock,
     )
     files = DataLoader(
-        write_files(split, folder / "files"),
-        num_workers=measure.threads,
-        collate_fn=partial(_file_floats, preprocessing),
-        shuffle=True,
-        **stock,
+        write_files(split, folder / "files"), num_workers=measure.threads,
+        collate_fn=partial(_file_floats, preprocessing), shuffle=True, **stock,
     )
     options = {"batch_size": measure.batch_size, "threads": measure.threads, "device": measure.device}
     alone = partial(dali_alone, split, preprocessing, folder, **options, prefetch=_PREFETCH)

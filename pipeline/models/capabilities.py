@@ -261,13 +261,8 @@ class Sampling(Capability):
 
     @torch.inference_mode()
     def sample(
-        self,
-        seeds: Tensor,
-        given: Mapping[str, float] | None = None,
-        sliders: Sequence[Slider] = (),
-        only: bool = False,
-        truncation: float | None = None,
-        to: int | None = None,
+        self, seeds: Tensor, given: Mapping[str, float] | None = None, sliders: Sequence[Slider] = (), only: bool = False,
+        truncation: float | None = None, to: int | None = None,
     ) -> Tensor:
         """Return one picture for each seed [N], the same whatever the other seeds are: [N, C, S, S] in [-1, 1].
 

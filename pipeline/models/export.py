@@ -16,12 +16,7 @@ from pipeline.models.model import Model
 
 
 def export(
-    run: str | Path,
-    out: str | Path,
-    judge: str | Sequence[str] | None = None,
-    *,
-    checkpoint: str = "latest",
-    ema: bool = True,
+    run: str | Path, out: str | Path, judge: str | Sequence[str] | None = None, *, checkpoint: str = "latest", ema: bool = True
 ) -> Path:
     """Write a model for use: model.safetensors, card.json, and its judges' exports in judge/, judge-2/ …, whole; an
     export that is there already is replaced. run, checkpoint, ema: what `load` takes. judge: the judges to put in, by

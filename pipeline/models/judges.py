@@ -74,9 +74,7 @@ def _weights(method: Method) -> list[Tensor]:
     return [p for network in method.networks.values() for p in network.parameters() if p.ndim > 1 and p.numel() >= 64]
 
 
-def check_judge(
-    judge: Model, attributes: Attributes, preprocessing: Preprocessing, source: str, partly: bool = False
-) -> None:
+def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessing, source: str, partly: bool = False) -> None:
     """Refuse (ValueError) a judge that cannot speak about the pictures of a model, which errors call `source`.
 
     partly: it only reads the labels of photos that are edited, so it may lack attributes, whose values are then

@@ -40,14 +40,8 @@ class Version:
 
 
 def register(
-    run: str | Path,
-    name: str,
-    *,
-    alias: str = ALIAS,
-    out: str | Path | None = None,
-    judge: str | Sequence[str] | None = None,
-    checkpoint: str = "latest",
-    ema: bool = True,
+    run: str | Path, name: str, *, alias: str = ALIAS, out: str | Path | None = None,
+    judge: str | Sequence[str] | None = None, checkpoint: str = "latest", ema: bool = True,
 ) -> Version:
     """Export a run and make it a version of a registered model, linked to the run's MLflow run.
 
@@ -87,14 +81,9 @@ def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, ru
         code = Path(scratch) / "model.py"
         code.write_text(CODE)
         mlflow.pyfunc.log_model(
-            name=name,
-            model_id=logged.model_id,
-            python_model=str(code),
-            artifacts={"export": str(folder)},
-            signature=signature(model.capabilities[0]),
-            input_example=example(model.capabilities[0]),
-            pip_requirements=requirements(),
-            code_paths=[str(_ROOT / package) for package in ("fader", "pipeline")],
+            name=name, model_id=logged.model_id, python_model=str(code), artifacts={"export": str(folder)},
+            signature=signature(model.capabilities[0]), input_example=example(model.capabilities[0]),
+            pip_requirements=requirements(), code_paths=[str(_ROOT / package) for package in ("fader", "pipeline")],
         )
     if run_id is not None:
         output = mlflow.entities.LoggedModelOutput(logged.model_id, step=card["images_seen"])

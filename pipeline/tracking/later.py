@@ -27,11 +27,7 @@ class Addition:
 
 
 def add(
-    run: str | Path,
-    metrics: Mapping[str, float],
-    images: int,
-    *,
-    files: Sequence[str | Path] = (),
+    run: str | Path, metrics: Mapping[str, float], images: int, *, files: Sequence[str | Path] = (),
     tags: Mapping[str, str] | None = None,
 ) -> Addition | None:
     """Add what was found out about a run to its MLflow run: delivered now, or later by its trainer or `fader sync`.

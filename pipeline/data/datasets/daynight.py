@@ -24,11 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_daynight(
-    source: os.PathLike[str] | str,
-    *,
-    labels: str = "label",
-    camera: str | None = None,
-    shares: Shares | None = None,
+    source: os.PathLike[str] | str, *, labels: str = "label", camera: str | None = None, shares: Shares | None = None,
     skip_bad: bool = False,
 ) -> Dataset:
     """The index of a folder with labels.csv, of such a file (CSV or Parquet: path, label, maybe split and camera), or of
@@ -51,13 +47,8 @@ def read_daynight(
     if camera is None:
         _warn()
     dataset = read_table(
-        table.address,
-        group=camera,
-        attributes=[labels],
-        kinds=[f"{labels}=binary:day,night"],
-        shares=shares or (Shares() if camera else None),
-        skip_bad=skip_bad,
-        name="daynight",
+        table.address, group=camera, attributes=[labels], kinds=[f"{labels}=binary:day,night"],
+        shares=shares or (Shares() if camera else None), skip_bad=skip_bad, name="daynight",
     )
     dataset.attribute_list[0]["name"] = ATTRIBUTE
     return dataset

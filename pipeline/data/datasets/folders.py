@@ -31,13 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 def read_folders(
-    source: os.PathLike[str] | str,
-    *,
-    attribute: str | None = None,
-    names: Sequence[str] = (),
-    shares: Shares | None = None,
-    skip_bad: bool = False,
-    name: str = "folders",
+    source: os.PathLike[str] | str, *, attribute: str | None = None, names: Sequence[str] = (),
+    shares: Shares | None = None, skip_bad: bool = False, name: str = "folders",
 ) -> Dataset:
     """The index of a folder of folders. attribute: its name, by default that of the second of two classes, else "class".
     names: of the domains A and B. Raises ValueError where the folders are no classes, or hold what shards do not hold.

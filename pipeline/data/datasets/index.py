@@ -51,14 +51,8 @@ class Index:
         return True
 
     def dataset(
-        self,
-        name: str,
-        source: dict[str, Any],
-        attribute_list: list[dict[str, Any]],
-        labels: Sequence[Any] | np.ndarray,
-        read: Callable[[str], bytes],
-        shares: Shares | None = None,
-        bad: Mapping[int, str] | None = None,
+        self, name: str, source: dict[str, Any], attribute_list: list[dict[str, Any]], labels: Sequence[Any] | np.ndarray,
+        read: Callable[[str], bytes], shares: Shares | None = None, bad: Mapping[int, str] | None = None,
     ) -> Dataset:
         """Return the set, without records whose key an earlier record has. labels: [N, A] of the records that were taken,
         of one attribute also [N]. bad: what else is wrong, by the number of the record.
@@ -77,14 +71,7 @@ class Index:
             keys, given=None if None in given else given, groups=groups if self.grouped else None, shares=shares
         )
         return Dataset(
-            name=name,
-            source={**source, "split": how},
-            attribute_list=attribute_list,
-            keys=keys,
-            splits=splits,
-            locations=locations,
-            labels=np.asarray(labels, np.float32).reshape(len(self.keys), len(attribute_list))[rows],
-            places=places,
-            read=read,
-            left_out=self.left_out,
+            name=name, source={**source, "split": how}, attribute_list=attribute_list, keys=keys, splits=splits,
+            locations=locations, labels=np.asarray(labels, np.float32).reshape(len(self.keys), len(attribute_list))[rows],
+            places=places, read=read, left_out=self.left_out,
         )

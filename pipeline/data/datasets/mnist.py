@@ -30,11 +30,7 @@ FOLDERS = ("", "raw", "MNIST/raw")
 
 
 def read_mnist(
-    source: os.PathLike[str] | str,
-    *,
-    attribute: str = "digit",
-    shares: Shares | None = None,
-    skip_bad: bool = False,
+    source: os.PathLike[str] | str, *, attribute: str = "digit", shares: Shares | None = None, skip_bad: bool = False,
     name: str = "mnist",
 ) -> Dataset:
     """The index of a folder with the four idx files. The set gives train and test; a tenth of train becomes valid.

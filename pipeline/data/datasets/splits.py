@@ -46,10 +46,7 @@ class Shares:
 
 
 def assign(
-    keys: Sequence[str],
-    *,
-    given: Sequence[str] | None = None,
-    groups: Sequence[str | None] | None = None,
+    keys: Sequence[str], *, given: Sequence[str] | None = None, groups: Sequence[str | None] | None = None,
     shares: Shares | None = None,
 ) -> tuple[list[str], str]:
     """The split of each record, and how it came about, in words.

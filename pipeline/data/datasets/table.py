@@ -27,18 +27,9 @@ Row = tuple[int, Sequence[Any]]
 
 
 def read_table(
-    source: os.PathLike[str] | str,
-    *,
-    images: str | None = None,
-    path: str = "path",
-    key: str | None = None,
-    split: str | None = None,
-    group: str | None = None,
-    attributes: Sequence[str] = (),
-    kinds: Sequence[str] = (),
-    shares: Shares | None = None,
-    skip_bad: bool = False,
-    name: str = "table",
+    source: os.PathLike[str] | str, *, images: str | None = None, path: str = "path", key: str | None = None,
+    split: str | None = None, group: str | None = None, attributes: Sequence[str] = (), kinds: Sequence[str] = (),
+    shares: Shares | None = None, skip_bad: bool = False, name: str = "table",
 ) -> Dataset:
     """The index of a CSV (`.csv`, `.tsv`, `.txt`) or Parquet (`.parquet`) file.
 

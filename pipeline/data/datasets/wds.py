@@ -52,15 +52,8 @@ class _Sample:
 
 
 def read_wds(
-    source: os.PathLike[str] | str,
-    *,
-    key: str | None = None,
-    split: str | None = None,
-    group: str | None = None,
-    attributes: Sequence[str] = (),
-    kinds: Sequence[str] = (),
-    shares: Shares | None = None,
-    skip_bad: bool = False,
+    source: os.PathLike[str] | str, *, key: str | None = None, split: str | None = None, group: str | None = None,
+    attributes: Sequence[str] = (), kinds: Sequence[str] = (), shares: Shares | None = None, skip_bad: bool = False,
     name: str = "wds",
 ) -> Dataset:
     """The index of a folder of tars, or of one tar.

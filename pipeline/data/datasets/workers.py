@@ -61,11 +61,7 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 
 def spread(
-    function: Callable[[Job], Result],
-    jobs: Sequence[Job],
-    workers: int | None,
-    total: int,
-    progress: Progress,
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None, total: int, progress: Progress,
     few: int = 50_000,
 ) -> list[Result]:
     """Call `function` with every job, in processes, or in threads where records are few; return its results in order.

@@ -130,14 +130,10 @@ class ShardSet:
             )
         columns = ("offset", "size", "width", "height", ORIENTATION)
         return Split(
-            name=name,
-            attributes=self.attributes,
-            keys=np.array(table["key"].to_pylist()),
-            labels=labels_of(table, self.info["attributes"]),
-            shard=shard,
+            name=name, attributes=self.attributes, keys=np.array(table["key"].to_pylist()),
+            labels=labels_of(table, self.info["attributes"]), shard=shard,
             **{column: np.array(table[column]) for column in columns if column in table.column_names},
-            shards=[self.path / file for file in names],
-            digest=data_digest(self.info["attributes"], table),
+            shards=[self.path / file for file in names], digest=data_digest(self.info["attributes"], table),
             remote=self.remote,
         )
 

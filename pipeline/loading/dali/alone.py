@@ -15,15 +15,8 @@ from pipeline.loading.dali.graph import index_of, resized
 
 
 def dali_alone(
-    split: Split,
-    preprocessing: Preprocessing,
-    folder: Path,
-    *,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-    floats: bool = False,
-    device: torch.device = torch.device("cpu"),
+    split: Split, preprocessing: Preprocessing, folder: Path, *, batch_size: int, threads: int, prefetch: int,
+    floats: bool = False, device: torch.device = torch.device("cpu"),
 ) -> Iterator[None]:
     """An endless iterator that gives nothing and has, each time, made uint8 squares of one more batch of the split; with
     `floats` what training reads, half of them mirrored. folder: for the index files that DALI reads beside the tars.
@@ -38,16 +31,12 @@ def dali_alone(
     on_gpu, size, channels = device.type == "cuda", preprocessing.image_size, preprocessing.channels
 
     @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=index_of(device) if on_gpu else None,
+        batch_size=batch_size, num_threads=threads, device_id=index_of(device) if on_gpu else None,
         prefetch_queue_depth=prefetch,
     )
     def reading():
         data = fn.readers.webdataset(
-            paths=[str(shard) for shard in split.shards],
-            index_paths=indices,
-            ext=["picture"],
+            paths=[str(shard) for shard in split.shards], index_paths=indices, ext=["picture"],
             missing_component_behavior="error",
         )
         window = {"start": (top, left), "shape": (bottom - top, right - left), "axes": [0, 1]}

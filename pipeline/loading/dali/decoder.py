@@ -108,9 +108,7 @@ class DaliDecoder(SplitLoader):
         return tempfile.TemporaryDirectory(prefix="fader-")
 
     def decoded(
-        self,
-        requests: Iterable[Request],
-        consume: Callable[[Request, Tensor | None], Result],
+        self, requests: Iterable[Request], consume: Callable[[Request, Tensor | None], Result],
         part: Callable[[np.ndarray], np.ndarray],
     ) -> Iterator[Result]:
         """`consume(request, pixels [N, S, S, C] on the device)` of each request, in order, decoding ahead the rows that
@@ -119,9 +117,7 @@ class DaliDecoder(SplitLoader):
         A record that DALI refuses ends its pipeline. It is rewritten or goes into quarantine, and a new pipeline does
         again what the old one had in its hands; `consume` then gets the pixels of what replaces it.
         """
-        feed = _Feed(
-            self._job(request, part(request.rows) if request.images else request.rows[:0]) for request in requests
-        )
+        feed = _Feed(self._job(request, part(request.rows) if request.images else request.rows[:0]) for request in requests)
         pipeline: Pipeline | None = None
         try:
             while (job := feed.take()) is not None:

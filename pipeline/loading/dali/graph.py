@@ -83,31 +83,18 @@ def _turns(sizes: np.ndarray, flipped: np.ndarray, swapped: np.ndarray) -> np.nd
     return np.where(swapped[:, None, None], turn[:, ::-1], turn)
 
 
-def build(
-    geometry: Geometry,
-    source: Callable,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-    device: torch.device,
-) -> Pipeline:
+def build(geometry: Geometry, source: Callable, batch_size: int, threads: int, prefetch: int, device: torch.device) -> Pipeline:
     """A pipeline to pixels [N, S, S, C]. source: gives, a batch a call, the encoded bytes and what `Geometry.of` gives."""
     on_gpu, size = device.type == "cuda", geometry.preprocessing.image_size
 
     @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=index_of(device) if on_gpu else None,
+        batch_size=batch_size, num_threads=threads, device_id=index_of(device) if on_gpu else None,
         prefetch_queue_depth=prefetch,
     )
     def decoding():
         kinds = {"data": (types.UINT8, 1)} | geometry.kinds
         inputs = fn.external_source(
-            source=source,
-            num_outputs=len(kinds),
-            batch=True,
-            no_copy=True,
-            dtype=[kind for kind, _ in kinds.values()],
+            source=source, num_outputs=len(kinds), batch=True, no_copy=True, dtype=[kind for kind, _ in kinds.values()],
             ndim=[dimensions for _, dimensions in kinds.values()],
         )
         given = dict(zip(kinds, inputs))
@@ -128,9 +115,7 @@ def build(
                 images, matrix=given["turn"], size=given["turned"], interp_type=types.INTERP_NN, inverse_map=True
             )
         if geometry.pads:
-            images = fn.slice(
-                images, given["corner"], [size, size], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
-            )
+            images = fn.slice(images, given["corner"], [size, size], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
         if geometry.preprocessing.channels == 1:
             images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
         return images
@@ -142,9 +127,7 @@ def build(
 
 def resized(images: DataNode, size: DataNode | tuple[int, int]) -> DataNode:
     """`images.kernel` in DALI's words, for pictures that get (height, width) `size`."""
-    return fn.resize(
-        images, size=size, mag_filter=types.INTERP_LANCZOS3, min_filter=types.INTERP_LINEAR, antialias=True
-    )
+    return fn.resize(images, size=size, mag_filter=types.INTERP_LANCZOS3, min_filter=types.INTERP_LINEAR, antialias=True)
 
 
 def index_of(device: torch.device) -> int:

@@ -37,14 +37,8 @@ class DaliLoader(DaliDecoder):
     """
 
     def __init__(
-        self,
-        split: Split,
-        attributes: Attributes,
-        preprocessing: Preprocessing,
-        *,
-        cache: Cache = "auto",
-        on_node: OnNode = alone,
-        **options,
+        self, split: Split, attributes: Attributes, preprocessing: Preprocessing, *, cache: Cache = "auto",
+        on_node: OnNode = alone, **options,
     ) -> None:
         super().__init__(split, attributes, preprocessing, **options)
         num_bytes = len(split) * math.prod(self.shape)
@@ -107,14 +101,8 @@ class DaliLoader(DaliDecoder):
 
 
 def open_loader(
-    kind: Literal["dali", "pillow"],
-    cache: Cache,
-    split: Split,
-    attributes: Attributes,
-    preprocessing: Preprocessing,
-    *,
-    on_node: OnNode = alone,
-    **options,
+    kind: Literal["dali", "pillow"], cache: Cache, split: Split, attributes: Attributes, preprocessing: Preprocessing, *,
+    on_node: OnNode = alone, **options,
 ) -> Loader:
     """The loader a config asks for; `options` are `SplitLoader`'s. Raises ValueError: an unknown kind, a cache for a
     loader that keeps nothing, and what the loaders raise.
