@@ -156,7 +156,6 @@ _TABLE_SUMS = np.array([_table_sum(quality) for quality in range(1, 101)])
 
 
 def _qualities(splits: Sequence[Split], seed: int) -> tuple[np.ndarray, int]:
-    """The quality of each JPEG that was read, and how many pictures were read."""
     rows = [(split, row) for split in splits for row in range(len(split))]
     if len(rows) > _MOST_READ:
         chosen = np.random.default_rng(seed).choice(len(rows), _MOST_READ, replace=False)

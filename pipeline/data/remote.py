@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where fetched files lie."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return Path(os.environ.get("FADER_CACHE") or home / "fader")
 
@@ -55,7 +54,6 @@ class Remote:
     files: dict[str, tuple[int, str]]
 
     def has(self, name: str) -> bool:
-        """Whether the file of this name is here."""
         return _is_whole(self.folder / name, self.files[name][0])
 
     def fetch(self, name: str, stopped: threading.Event | None = None) -> Path:

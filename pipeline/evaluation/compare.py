@@ -63,7 +63,6 @@ def _of_split(metrics: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 
 def warnings(runs: Sequence[Compared], split: str) -> list[str]:
-    """Why numbers that stand side by side may not be compared."""
     without = [run.name for run in runs if not run.metrics]
     words = [f"{name} was not evaluated on the {split} split: run 'fader evaluate'" for name in without]
     for key, what in (("judge", "judges"), ("split_digest", "records"), ("records", "numbers of records")):

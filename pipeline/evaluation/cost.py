@@ -15,7 +15,6 @@ from pipeline.models import Model, editor, sampler
 
 
 def cost_of(model: Model, device: torch.device, batch_size: int, seconds: float = 0.5) -> dict[str, Any]:
-    """Return parameters of each network, and of each verb floating-point operations of one image and images a second."""
     method = model.method
     cost: dict[str, Any] = {
         "parameters": {name: num_parameters(net) for name, net in method.networks.items()},

@@ -126,8 +126,6 @@ def class_definitions(attributes: Attributes, given: Sequence[Sequence[str]]) ->
 
 
 def distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], seed: int) -> list[Distance]:
-    """FID and KID of everything decoded against real images."""
-
     def distance(images: str, attribute: str | None, to: str | None, made: Tensor, real: Tensor) -> Distance:
         if min(len(made), len(real)) < 2:
             return Distance(images, attribute, to, len(made), len(real), math.nan, math.nan, math.nan)
@@ -156,7 +154,6 @@ def distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], s
 def conditional(
     attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], classes: Sequence[Classes]
 ) -> list[Conditional]:
-    """IS, BCIS, WCIS, BCFID and WCFID for each definition of class."""
     slices, result = attributes.code_slices(), []
     for definition in classes:
         own = definition.of(labels)

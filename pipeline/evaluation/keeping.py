@@ -28,7 +28,6 @@ def file_name(specification: Specification, variant: str, split_records: int) ->
 
 
 def keep(model: Model, report: Report, specification: Specification) -> list[Path]:
-    """Write a run's report into its folder; a model that is no run has none."""
     if model.run is None:
         return []
     if not makes_pictures(model.method):  # a judge's table does not depend on the tables asked for
@@ -41,7 +40,6 @@ def keep(model: Model, report: Report, specification: Specification) -> list[Pat
 
 
 def draw_page(model: Model, report: Report, judges: Sequence[Model], shards: ShardSet, specification: Specification) -> Path:
-    """Write a run's page into its folder."""
     assert model.run is not None
     judge = judges[0] if judges and makes_pictures(model.method) else None
     return page.write(report, model, judge, shards, model.run / "report", specification)

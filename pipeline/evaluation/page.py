@@ -52,7 +52,6 @@ def write(
 
 
 def _batches(model: Model, split: Split, records: int, batch_size: int, specification: Specification) -> list[Batch]:
-    """Read the first records of a split as the model sees them."""
     batches: list[Batch] = []
     reader = Records(batch_size, OneProcess(), pillow_loader(model, specification))
     reader.read(split, min(records, len(split)), batches.append)
@@ -167,7 +166,6 @@ def _html(report: Report, model: Model, above: Sequence[Section], below: Sequenc
 
 
 def _headline(report: Report) -> list[tuple[str, str]]:
-    """Return the numbers that stand above everything, with their names."""
     cards = []
     for images, what in (("swap", "balanced swap accuracy, lowest reader"), ("real", "real pictures, lowest reader")):
         score = plots.balanced(report, images, "*")

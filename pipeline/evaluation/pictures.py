@@ -60,7 +60,6 @@ def swapped(method: Method, batch: Batch) -> tuple[list[str], Tensor]:
 
 
 def swap_sheet(model: Model, batch: Batch) -> Picture:
-    """Draw the swaps of the first records, a row a record."""
     words, rows = swapped(model.method, batch)
     most = MOST_SLIDERS + 2
     cells = [list(_pixels(row[:most])) for row in rows[:SWEPT_FACES]]

@@ -138,7 +138,6 @@ def _panels(curves: Mapping[str, object]) -> dict[str, list[str]]:
 
 
 def histogram(model: Model, split: Split) -> bytes:
-    """Plot how many records of the split hold each value."""
     labels = torch.from_numpy(split.columns(model.attributes).copy()).float()
     rows = []
     for j, attribute in enumerate(model.attributes):

@@ -44,7 +44,6 @@ def as_tables(reports: Sequence[Report]) -> list[Table]:
 def _of_models(
     reports: Sequence[Report], title: str, header: Sequence[str], rows_of: Callable[[Report], Iterable[Sequence[str]]], note: str
 ) -> Table:
-    """Return a table of the rows of one model after another."""
     rows = [[model, *row] for model, report in _labelled(reports) for row in rows_of(report)]
     return Table(title, ["model", *header], rows, note)
 
@@ -310,7 +309,6 @@ def markdown(reports: Sequence[Report]) -> str:
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
-    """Tables as Markdown."""
     lines: list[str] = []
     for table in tables:
         lines += ["", f"## {table.title}", ""]

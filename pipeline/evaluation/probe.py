@@ -154,7 +154,6 @@ def _linear_probes(learn: Tensor, loss: Callable[..., Tensor], width: int) -> It
 def _mlp_probe(
     learn: Tensor, loss: Callable[..., Tensor], width: int, hidden: int, epochs: int, seed: int
 ) -> Iterator[Classifier]:
-    """A network with one hidden layer after each epoch."""
     generator = torch.Generator().manual_seed(seed)
 
     def layer(num_in: int, num_out: int) -> torch.nn.Linear:

@@ -49,7 +49,6 @@ class Records:
     progress: Callable[[int, int], None] | None = None
 
     def read(self, split: Split, records: int, each: Callable[[Batch], None]) -> None:
-        """Call a function with every batch."""
         requests = list(sequential(records, self.batch_size))[self.ranks.rank :: self.ranks.world_size]
         if not requests:
             return
@@ -63,7 +62,6 @@ class Records:
 
 
 def pillow_loader(model: Model, specification: Specification) -> Callable[[Split], Loader]:
-    """Return what opens the reference decoder for a model's pictures."""
     device = torch.device(specification.device)
     return lambda split: PillowLoader(
         split, model.attributes, model.preprocessing,

@@ -205,11 +205,9 @@ class Report:
         raise ValueError(f"the report on {self.model} has no {images} accuracy of {attribute}{direction}")
 
     def attributes(self) -> list[str]:
-        """Names of the judged attributes, in the model's order."""
         return list(dict.fromkeys(score.attribute for score in self.scores if score.attribute != "*"))
 
     def _bootstrapped(self) -> dict[str, Score | Measure | Leak]:
-        """Name the numbers that have intervals."""
         kinds = {"real": "judge_accuracy"} | {images: f"{images}_accuracy" for images in IMAGES[1:]}
         named: dict[str, Score | Measure | Leak] = {}
         for s in self.scores:
@@ -254,7 +252,6 @@ class Report:
         return {f"{self.split}/{name}": float(value) for name, value in flat if not math.isnan(value)}
 
     def reading(self, reader: str, images: str, attribute: str) -> float:
-        """Return one reader's balanced accuracy."""
         key = (reader, images, attribute, None)
         return next(s.value for s in self.readings if (s.reader, s.images, s.attribute, s.to) == key)
 

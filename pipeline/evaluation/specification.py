@@ -57,7 +57,6 @@ class Specification:
         return [self.place(models.load(source, **keywords)) for source in self.models]
 
     def place(self, model: Model) -> Model:
-        """Move a model's networks to the device."""
         for network in model.method.networks.values():
             network.to(self.device)
         return model
@@ -74,5 +73,4 @@ class Specification:
         return ShardSet.open(named)
 
     def records(self, split_records: int) -> int:
-        """Return how many records of a split of this size are read."""
         return min(self.limit or split_records, split_records)

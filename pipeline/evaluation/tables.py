@@ -82,7 +82,6 @@ def scores(readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[
 
 
 def beside(readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[Score]:
-    """Return what each reader reads, in each direction and balanced."""
     return [
         _score(key, number, name) for reading, name in zip(readings, names) for key, number in reading.items() if key[2] is None
     ]
@@ -141,7 +140,6 @@ def _answers(
 
 
 def missing_values(attributes: Attributes, labels: Tensor) -> list[str]:
-    """Say of which values there is no record."""
     return [
         f"{attribute.name}: no record is {attribute.value_name(value)}, so its means leave directions out"
         for j, attribute in enumerate(attributes)

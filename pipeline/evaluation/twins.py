@@ -65,7 +65,6 @@ def errors(swap: Tensor, looks: Tensor | None, photo: Tensor, reconstruction: Te
 
 
 def truths(attributes: Attributes, labels: Tensor, rows: Tensor, asked: Specification) -> list[Truth]:
-    """Return the mean errors in each direction, of the errors [N, swaps, 3] of the records."""
     result, column = [], 0
     for j, attribute in enumerate(attributes):
         label = attribute.hard(labels[:, j])

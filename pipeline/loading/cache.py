@@ -29,7 +29,6 @@ OnNode = Callable[[Any], list[Any]]
 
 
 def alone(value: Any) -> list[Any]:
-    """`OnNode` of a rank that has its machine to itself."""
     return [value]
 
 
@@ -120,7 +119,6 @@ class Kept:
         self._fence = threading.Lock()
 
     def absent(self, rows: np.ndarray) -> np.ndarray:
-        """Those of `rows` [B] that are not there yet."""
         return rows[self._there[rows] == 0]
 
     def missing(self, rows: np.ndarray, coming: np.ndarray) -> np.ndarray:
@@ -143,7 +141,6 @@ class Kept:
 
     @property
     def count(self) -> int:
-        """Records that are there."""
         return int(np.count_nonzero(self._there))
 
     def take(self, rows: np.ndarray) -> Tensor:

@@ -37,7 +37,6 @@ class PillowLoader(SplitLoader):
         )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """See `Loader`."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow")
         waiting: deque[tuple[Request, list[Future[np.ndarray]]]] = deque()
         requests = self.ahead(requests)

@@ -35,7 +35,6 @@ class Quarantine:
 
     @property
     def rows(self) -> np.ndarray:
-        """Rows that are left out, sorted, int64."""
         return self._left_out[0]
 
     def __len__(self) -> int:
@@ -43,7 +42,6 @@ class Quarantine:
 
     @property
     def keys(self) -> list[str]:
-        """Keys of the records that are left out, in the order of rows."""
         return [str(key) for key in self.split.keys[self.rows]]
 
     def add(self, row: int, reason: str) -> None:
@@ -76,7 +74,6 @@ class Quarantine:
         return int(np.isin(self.split.keys, known).sum()) if known else 0
 
     def readable(self, rows: np.ndarray) -> np.ndarray:
-        """The rows, those that are left out replaced."""
         bad, stand_ins = self._left_out
         if not len(bad) or not len(rows):
             return rows

@@ -57,7 +57,6 @@ class Measure:
 
 
 def median_ratio(rates: Rates, of: str, to: str) -> float:
-    """Median over rounds of one rate by another of the same round."""
     return statistics.median(a / b for a, b in zip(rates[of], rates[to], strict=True))
 
 
@@ -156,7 +155,6 @@ def _file_floats(preprocessing: Preprocessing, paths: list[Path]) -> Tensor:
 
 
 def write_files(split: Split, folder: Path) -> list[Path]:
-    """The pictures of a split as files of a folder; those that are there are left alone."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{row:07d}.jpg" for row in range(len(split))]
     for row, path in enumerate(paths):
@@ -188,7 +186,6 @@ def prepare_seconds(paths: list[Path], folder: Path, rounds: int) -> dict[str, l
 
 
 def machine() -> dict[str, Any]:
-    """The machine that is measured, and versions of packages."""
     packages = ("torch", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
     memory = _field("/proc/meminfo", "MemTotal")
     return {

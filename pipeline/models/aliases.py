@@ -54,7 +54,6 @@ def rollback(name: str) -> tuple[int, int]:
 
 
 def champion_of(name: str) -> int | None:
-    """Return the version that is the champion; None when there is none."""
     with open_store(None) as mlflow:
         return _champion(mlflow.MlflowClient(), name)
 
@@ -104,6 +103,5 @@ def _alone(mlflow: Any, name: str) -> Iterator[Callable[[], None]]:
 
 
 def _locks(client: Any, prefix: str) -> list[int]:
-    """Return the numbers of the locks that stand, the newest last."""
     models = client.search_registered_models(f"name LIKE '{prefix}%'", max_results=100)
     return sorted(int(number) for m in models if (number := m.name.removeprefix(prefix)).isdigit())

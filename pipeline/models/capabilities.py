@@ -104,15 +104,12 @@ class Capability:
         return (first.name, first.categories[0]) if first.kind == "k-way" else (first.name, 1.5)
 
     def slider(self, name: str, value: str | float) -> Slider:
-        """Read a slider as `parse_slider` does."""
         return parse_slider(self.attributes, name, value)
 
     def label(self, name: str, value: str | float) -> float:
-        """Read a picture's own label as `parse_label` does."""
         return parse_label(self.attributes, name, value)
 
     def _asked(self, params: Mapping[str, str]) -> tuple[dict[str, float], list[Slider]]:
-        """Return the labels and the sliders that parameters name."""
         labels = {name: self.label(name, value) for name, value in _object(params, "attributes").items()}
         return labels, [self.slider(name, value) for name, value in _object(params, "sliders").items()]
 

@@ -52,7 +52,6 @@ def _place(run: Path, images: int) -> Path:
 
 
 def images_of(checkpoint: Path) -> int:
-    """Images seen at a checkpoint, which its name says."""
     return int(checkpoint.name.removeprefix(".").removeprefix(_PREFIX).split(".")[0])
 
 
@@ -112,7 +111,6 @@ def remove(checkpoint: Path) -> None:
 
 
 def at(run: Path, images: int) -> Path | None:
-    """Return the checkpoint at so many images seen; None when there is none."""
     return next((path for path in kept(run) if images_of(path) == images), None)
 
 
@@ -128,7 +126,6 @@ def latest(run: Path, up_to: float = math.inf) -> Path | None:
 
 
 def note_best(run: Path, images: int, about: Mapping[str, Any]) -> None:
-    """Name the checkpoint that validation found best, with what is known of it."""
     write_whole(folder(run) / _BEST, json.dumps({**about, "images": images}, indent=1))
 
 

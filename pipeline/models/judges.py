@@ -36,7 +36,6 @@ class Reader:
         self._columns = [judge.attributes.index(name) for name in attributes.names]
 
     def probabilities(self, images: Tensor) -> list[Tensor]:
-        """Return one [N, k] block for each attribute that the judge knows."""
         images = reduced(images, self._size)
         return self._judging.probabilities(blurred(images, self._sigma) if self._sigma else images)
 

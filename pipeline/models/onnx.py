@@ -183,7 +183,6 @@ def _installed(name: str) -> Any:
 
 
 def _example(editing: Editing, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return noise for images, labels and a code, the same each time."""
     chance = torch.Generator().manual_seed(count)
     labels = torch.zeros(count, len(editing.attributes))
     code = torch.rand(count, editing.attributes.code_width, generator=chance) * 3 - 1

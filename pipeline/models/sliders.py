@@ -63,7 +63,6 @@ def parse_label(attributes: Attributes, name: str, value: str | float) -> float:
 
 
 def moved(attributes: Attributes, code: Tensor, sliders: Sequence[Slider]) -> Tensor:
-    """Return a copy of a code [N, code_width] with these sliders moved."""
     for slider in sliders:
         code = attributes.with_slider(code, slider.attribute, slider.value, slider.category)
     return code

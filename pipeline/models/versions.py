@@ -110,7 +110,6 @@ def _tag(name: str) -> str:
 
 
 def _describe(model: Model) -> str:
-    """Return the card in words, as MLflow shows a version's description."""
     card, first = model.card, model.capabilities[0]
     numbers = {name: f"{value:.4g}" for name, value in list(card["metrics"].items())[:20]}
     for name, (low, high) in card.get("intervals", {}).items():

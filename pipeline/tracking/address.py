@@ -12,7 +12,6 @@ _VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def asked_for() -> str | None:
-    """Return the store that the environment names, as it stands there: with its password."""
     return os.environ.get(_VARIABLE) or None
 
 

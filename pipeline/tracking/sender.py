@@ -243,7 +243,6 @@ class Sender:
         self._client.set_terminated(self.state.run_id, event["status"], event["time"])
 
     def killed(self) -> None:
-        """Say that the trainer ended without a word."""
         if self.state.run_id is not None:
             last = last_event(self.spool / "main.jsonl")
             if last is not None and last["kind"] != "finish":

@@ -132,7 +132,6 @@ def spool_files(spool: Path) -> list[Path]:
 
 
 def remaining(spool: Path, offsets: Mapping[str, int]) -> int:
-    """Count the events that are not delivered yet."""
     return sum(event is not None for path in spool_files(spool) for event, _ in read_events(path, offsets.get(path.name, 0)))
 
 

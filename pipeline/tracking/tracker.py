@@ -35,7 +35,6 @@ class Tracker:
         """Begin, or go on from a checkpoint of `images` seen: points past it are marked as superseded."""
 
     def log(self, metrics: Mapping[str, float], images: int, updates: int) -> None:
-        """Keep numbers at so many images seen and updates made."""
         self._put("metrics", step=images, updates=updates, metrics=dict(metrics))
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -43,11 +42,9 @@ class Tracker:
         self._put("params", params=dict(values))
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Keep what describes the run."""
         self._put("tags", tags=dict(values))
 
     def picture(self, name: str, png: bytes, images: int) -> None:
-        """Keep a picture at so many images seen."""
         self._put("picture", step=images, name=name, png=png)
 
     def artifact(self, path: str | Path) -> None:

@@ -141,7 +141,6 @@ def _key(name: str) -> str | None:
 
 
 def _read_partition(path: Place, index: Index) -> dict[str, str]:
-    """The split of each key."""
     splits: dict[str, str] = {}
     lines: dict[str, int] = {}
     head = 1 if _is_csv(path) else 0

@@ -87,7 +87,6 @@ def _path(index: int) -> str:
 
 
 def _draw_files(source: Path, path_of: Callable[[int], str], picture: Callable[[int], Image.Image], indices: range) -> None:
-    """Draw those of these pictures that are not there yet."""
     for index in indices:
         tick()
         path = source / path_of(index)

@@ -55,7 +55,6 @@ def read_mnist(
 
 
 def read_picture(folder: Place, location: str) -> bytes:
-    """Picture `PART NUMBER` as a grey PNG."""
     part, _, number = location.partition(" ")
     return png_bytes(_numbers(folder, part, "images", 3)[1][int(number)])
 
@@ -102,7 +101,6 @@ def read_digits(*, shares: Shares | None = None, skip_bad: bool = False) -> Data
 
 
 def read_digit(location: str) -> bytes:
-    """A digit as a grey PNG."""
     return png_bytes(_digits()[0][int(location)])
 
 

@@ -66,7 +66,6 @@ class Dataset:
         return Attributes.from_list(self.attribute_list)
 
     def part(self, rows: Sequence[int]) -> Dataset:
-        """These records alone."""
         keys, splits, locations, places = (
             [column[row] for row in rows] for column in (self.keys, self.splits, self.locations, self.places)
         )

@@ -79,11 +79,9 @@ class Place:
         return self._ask(lambda system, path: system.isdir(path))
 
     def read_bytes(self) -> bytes:
-        """The whole file: for pictures and annotations."""
         return self._ask(lambda system, path: system.cat_file(path))
 
     def open(self) -> BinaryIO:
-        """The file, to be read part by part."""
         return self._ask(lambda system, path: system.open(path, "rb"))
 
     def read_part(self, offset: int, size: int) -> bytes:
@@ -95,8 +93,6 @@ class Place:
         return self._ask(lambda system, path: system.size(path) if system.isfile(path) else None)
 
     def write_file(self, path: str | os.PathLike[str]) -> None:
-        """Copy a local file to this address."""
-
         def put(system: AbstractFileSystem, there: str) -> None:
             system.makedirs(system._parent(there), exist_ok=True)
             system.put_file(os.fspath(path), there)
@@ -203,7 +199,6 @@ def tell_not_taken(source: Place, names: Iterable[str]) -> None:
 
 
 def read_in(folder: Place, name: str) -> bytes:
-    """Read a file of a folder by its name, an absolute path or an address."""
     if folder.remote or is_remote(name) or name.startswith("~"):
         return (folder / name).read_bytes()
     handle = os.open(os.path.join(folder.address, name), os.O_RDONLY)  # `open` takes twice as long for a small file

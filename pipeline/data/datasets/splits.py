@@ -35,7 +35,6 @@ class Shares:
         return Shares((train, valid, test))
 
     def of(self, name: str) -> str:
-        """The split of a record, or of a group of records, by its name."""
         digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, person=b"split").digest()
         place = int.from_bytes(digest) * 100 / 2**64
         train, valid, _ = self.percent

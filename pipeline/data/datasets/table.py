@@ -108,7 +108,6 @@ def _csv(source: Place) -> tuple[list[str], Generator[Row]]:
 
 
 def _csv_rows(source: Place) -> Generator[Row]:
-    """The rows of a CSV one by one, the header first."""
     with source.open() as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
 
         def lines() -> Iterator[str]:

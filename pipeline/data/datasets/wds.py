@@ -43,8 +43,6 @@ def read_in_tar(folder: Place, location: str) -> bytes:
 
 @dataclass
 class _Sample:
-    """The members of one record: where its picture lies, and its fields."""
-
     name: str
     picture: tuple[int, int] | None = None
     fields: dict[str, Any] | None = None
@@ -148,7 +146,6 @@ def _splits_of(source: Place, tars: list[str]) -> dict[str, str]:
 
 
 def _fault(sample: _Sample, key: str | None, split: str | None) -> str | None:
-    """What a record lacks."""
     if sample.picture is None:
         return "no picture"
     if sample.fields is None:

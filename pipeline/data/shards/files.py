@@ -40,7 +40,6 @@ def header(name: str, size: int) -> bytes:
 
 
 def padding(data: bytes) -> bytes:
-    """The zeros that fill a member's last block."""
     return _ZEROS[: -len(data) % BLOCK]
 
 

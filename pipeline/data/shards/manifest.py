@@ -20,7 +20,6 @@ _AT_ONCE = 8192  # rows that are Python objects at a time: each is a hundred byt
 
 
 def shards_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What dataset.json says of each tar."""
     return [shard for split in SPLITS for shard in info["splits"][split]["shards"]]
 
 
@@ -47,7 +46,6 @@ def read_manifest(folder: Path, info: Mapping[str, Any], split: str | None = Non
 
 
 def labels_of(table: pa.Table, attribute_list: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The labels of a manifest's rows: [n, A] float32."""
     labels = np.empty((len(table), len(attribute_list)), np.float32)
     for j, entry in enumerate(attribute_list):
         labels[:, j] = table[entry["name"]].to_numpy()

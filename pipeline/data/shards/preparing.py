@@ -148,7 +148,6 @@ def _jobs_of(dataset: Dataset, out: Path, how: Settings) -> list[ShardJob]:
 
 
 def _source_digest(dataset: Dataset, how: Settings) -> str:
-    """The digest of what decides a set's bytes."""
     if not len(dataset):
         raise ValueError(f"{dataset.name}: not one record to write; is the source empty?")
     reserved = [e["name"] for e in dataset.attribute_list if e["name"] in (*FIXED_COLUMNS, ORIENTATION)]
@@ -248,7 +247,6 @@ def _describe_set(
 
 
 def _manifest(attribute_list: list[dict[str, Any]], shards: list[tuple[ShardJob, Written]]) -> pa.Table:
-    """The manifest of these shards, one row a record, in the order of the tars."""
     import pyarrow as pa
 
     kinds = {"offset": pa.int64(), "size": pa.int64(), "digest": pa.string(), "width": pa.int32(), "height": pa.int32()}

@@ -34,7 +34,6 @@ class ShardJob:
         return [e["name"] for e in self.data.attribute_list], [e["kind"] for e in self.data.attribute_list]
 
     def digest(self) -> str:
-        """The digest of what decides the shard's content, apart from the pictures."""
         content = [FORMAT, self.name, *self.names_and_kinds, self.data.keys, self.data.locations]
         return sha256(json.dumps(content).encode() + np.ascontiguousarray(self.data.labels, "<f4").tobytes())
 

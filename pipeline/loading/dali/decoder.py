@@ -70,7 +70,6 @@ class _Feed:
         return next(self._jobs, None) if job is None else job
 
     def source(self) -> _Inputs:
-        """The next job's inputs, as DALI asks for them."""
         for _ in range(_LOOK_AHEAD):
             job = self.take()
             if job is None:
