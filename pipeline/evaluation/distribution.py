@@ -25,9 +25,6 @@ class Features:
     name: str
     extract: Callable[[Tensor], Tensor]
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.extract(images)
-
 
 def inception_features(file: Path, device: torch.device) -> Features:
     """Features of the TorchScript network in a file, which takes uint8 [N, 3, H, W] and does its own resizing, as the
@@ -140,12 +137,9 @@ def distances(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], s
     for j, attribute in enumerate(attributes):
         label = attribute.hard(labels[:, j])
         for value in attribute.values:
-            parts = []
-            for step in range(1, attribute.k):
-                start = (value - step) % attribute.k
-                parts.append(rows[f"features/{attribute.name}/{step}"][label == start])
-            made, held = torch.cat(parts), real[label == value]
-            result.append(distance("swap", attribute.name, attribute.value_name(value), made, held))
+            starts = [(step, (value - step) % attribute.k) for step in range(1, attribute.k)]
+            made = torch.cat([rows[f"features/{attribute.name}/{step}"][label == start] for step, start in starts])
+            result.append(distance("swap", attribute.name, attribute.value_name(value), made, real[label == value]))
     if "features/sample" in rows:
         result.append(distance("sample", None, None, rows["features/sample"], real))
     return result
@@ -158,14 +152,12 @@ def conditional(
     for definition in classes:
         own = definition.of(labels)
         known = own >= 0
-        sets = {name: (name, own) for name in ("real", "reconstruction", "sample") if f"features/{name}" in rows}
-        groups = {name: [entry] for name, entry in sets.items()}
+        groups = {name: [(name, own)] for name in ("real", "reconstruction", "sample") if f"features/{name}" in rows}
         if len(definition.columns) > 1:
             groups["swap"] = [(definition.name, rows[f"classes/{definition.name}"].long())]
         else:
-            k = definition.num
-            steps = [(f"{definition.name}/{step}", (own.clamp(min=0) + step) % k) for step in range(1, k)]
-            groups["swap"] = steps
+            k, zeroed = definition.num, own.clamp(min=0)
+            groups["swap"] = [(f"{definition.name}/{step}", (zeroed + step) % k) for step in range(1, k)]
         real = rows["features/real"]
         for images in ("real", "reconstruction", "swap", "sample"):
             if images not in groups or not known.any():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fader.method import Batch, Method, ReduceSum
 from pipeline import metrics
@@ -42,27 +42,11 @@ def pictures(method: Method, batch: Batch) -> tuple[Callable[[Tensor], Tensor], 
 
 
 def flat_latent(latent: Any) -> Tensor:
-    """[N, F] float32: every tensor of what `encode` gave, flattened and joined: all the decoder knows of the image.
-    Raises ValueError: there is no tensor in it.
-    """
-    parts = list(_tensors(latent))
+    """[N, F] float32: every tensor of what `encode` gave, flattened and joined: all the decoder knows of the image."""
+    parts = [part.flatten(1).float() for part in pytree.tree_leaves(latent) if isinstance(part, Tensor)]
     if not parts:
         raise ValueError(f"encode gave {type(latent).__name__} without any tensor; the leak table cannot read it")
-    return torch.cat([part.flatten(1).float() for part in parts], 1)
-
-
-def _tensors(latent: Any) -> Iterator[Tensor]:
-    if isinstance(latent, Tensor):
-        yield latent
-    elif isinstance(latent, dict):
-        for key in sorted(latent):
-            yield from _tensors(latent[key])
-    elif isinstance(latent, (list, tuple)):
-        for part in latent:
-            yield from _tensors(part)
-    elif is_dataclass(latent):
-        for part in fields(latent):
-            yield from _tensors(getattr(latent, part.name))
+    return torch.cat(parts, 1)
 
 
 @contextmanager
@@ -173,7 +157,7 @@ class Pass:
         self.features, self.classes = features, tuple(classes)
         size = self.method.image_size
         with torch.inference_mode():
-            width = features(torch.zeros(1, self.method.channels, size, size, device=self.device)).shape[1]
+            width = features.extract(torch.zeros(1, self.method.channels, size, size, device=self.device)).shape[1]
         for name in self._described():
             self.rows.allocate(f"features/{name}", (width,), torch.float32)
             self.rows.allocate(f"probabilities/{name}", (self.attributes.code_width,), torch.float32)
@@ -192,7 +176,7 @@ class Pass:
             return
         first = self.readers[0]
         blocks = first.own(first.probabilities(images) if judged is None else judged)
-        self.rows.put(f"features/{name}", index, self.features(images))
+        self.rows.put(f"features/{name}", index, self.features.extract(images))
         self.rows.put(f"probabilities/{name}", index, torch.cat(blocks, 1))
 
     def _describe_classes(self, batch: Batch, picture: Callable[[Tensor], Tensor]) -> None:

@@ -64,18 +64,14 @@ def accuracy(report: Report) -> bytes:
 
 
 def balanced(report: Report, images: str, attribute: str) -> Score | None:
-    try:
-        score = report.score(images, attribute)
-    except ValueError:
-        return None
-    return None if math.isnan(score.value) else score
+    score = report.find(images, attribute)
+    return None if score is None or math.isnan(score.value) else score
 
 
 def responses(report: Report) -> bytes:
     figure, axes = figure_of(5.5, 3.2)
     for slider in report.sliders:
-        name = slider.attribute if slider.value == "1" else f"{slider.attribute}.{slider.value}"
-        axes.plot(slider.positions, slider.response, marker="o", markersize=3, linewidth=1.4, label=name)
+        axes.plot(slider.positions, slider.response, marker="o", markersize=3, linewidth=1.4, label=slider.name)
     axes.set(ylim=(-0.02, 1.02))
     axes.set_xlabel("slider (-1 absent, 1 present)", fontsize=8)
     axes.set_ylabel("judge's mean probability", fontsize=8)
@@ -142,10 +138,8 @@ def histogram(model: Model, split: Split) -> bytes:
     rows = []
     for j, attribute in enumerate(model.attributes):
         label = attribute.hard(labels[:, j])
-        known = int((label >= 0).sum())
-        for value in attribute.values:
-            name = f"{attribute.name} {attribute.value_name(value)}"
-            rows.append((name, int((label == value).sum()), known, j))
+        names = [(f"{attribute.name} {attribute.value_name(value)}", value) for value in attribute.values]
+        rows += [(name, int((label == value).sum()), int((label >= 0).sum()), j) for name, value in names]
     figure, axes = figure_of(8, 0.8 + 0.22 * len(rows))
     shades = ["#3b6ea5" if j % 2 == 0 else "#7fa6cf" for *_, j in rows]
     axes.barh([name for name, *_ in rows], [count for _, count, *_ in rows], color=shades)

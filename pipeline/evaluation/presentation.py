@@ -71,8 +71,7 @@ def _rows_of(reports: Sequence[Report]) -> list[tuple[str, Report, str]]:
 
 
 def _cell(report: Report, images: str, attribute: str, to: str | None = None, start: str | None = None) -> str:
-    key = (images, attribute, to, start)
-    return _with_interval(next((s for s in report.scores if (s.images, s.attribute, s.to, s.start) == key), None))
+    return _with_interval(report.find(images, attribute, to, start))
 
 
 def _all_attributes(reports: Sequence[Report]) -> list[str]:

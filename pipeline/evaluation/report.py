@@ -94,6 +94,10 @@ class Slider:
     effective_to: float
     records: int
 
+    @property
+    def name(self) -> str:
+        return self.attribute if self.value == "1" else f"{self.attribute}.{self.value}"
+
 
 @dataclass(frozen=True)
 class Preservation:
@@ -198,11 +202,14 @@ class Report:
 
     def score(self, images: str, attribute: str = "*", to: str | None = None, start: str | None = None) -> Score:
         """One accuracy: balanced when no value is named, of one direction with `to`, of one pair with `start` as well."""
-        for score in self.scores:
-            if (score.images, score.attribute, score.to, score.start) == (images, attribute, to, start):
-                return score
+        if score := self.find(images, attribute, to, start):
+            return score
         direction = f" {start or ''}→{to}" if to is not None else ""
         raise ValueError(f"the report on {self.model} has no {images} accuracy of {attribute}{direction}")
+
+    def find(self, images: str, attribute: str = "*", to: str | None = None, start: str | None = None) -> Score | None:
+        key = (images, attribute, to, start)
+        return next((s for s in self.scores if (s.images, s.attribute, s.to, s.start) == key), None)
 
     def attributes(self) -> list[str]:
         return list(dict.fromkeys(score.attribute for score in self.scores if score.attribute != "*"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,24 +25,12 @@ BATCH_SIZE = 64
 MOST_ROWS = 4_096  # of one request, so that none takes all memory
 
 
-def editor(method: Method) -> Edits | None:
-    """Return the method if it encodes and decodes."""
-    return method if isinstance(method, Edits) else None
+def _able(protocol: type) -> Callable[[Method], Any]:
+    """Return what gives a method itself if it can do what the protocol asks, and None otherwise."""
+    return lambda method: method if isinstance(method, protocol) else None
 
 
-def sampler(method: Method) -> Samples | None:
-    """Return the method if it makes pictures of noise."""
-    return method if isinstance(method, Samples) else None
-
-
-def judge(method: Method) -> Judges | None:
-    """Return the method if it reads attributes off pictures."""
-    return method if isinstance(method, Judges) else None
-
-
-def aligner(method: Method) -> Aligns | None:
-    """Return the method if it says by how much faces are off."""
-    return method if isinstance(method, Aligns) else None
+editor, sampler, judge, aligner = map(_able, (Edits, Samples, Judges, Aligns))
 
 
 class Capability:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fader.attributes import Attribute, Attributes
+from fader.attributes import Attributes
 from fader.filters import blurred, reduced
 from fader.method import Method
+from pipeline.data.shards.reading import kind_of
 from pipeline.images import Preprocessing
 from pipeline.models import capabilities
 from pipeline.models.model import Model
@@ -90,8 +91,8 @@ def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessi
             )
         if known.get(attribute.name, attribute) != attribute:
             raise ValueError(
-                f"the judge {judge.source} knows {attribute.name} as {_kind(known[attribute.name])}, "
-                f"{source} as {_kind(attribute)}; train a judge on the same attributes"
+                f"the judge {judge.source} knows {attribute.name} as {kind_of(known[attribute.name])}, "
+                f"{source} as {kind_of(attribute)}; train a judge on the same attributes"
             )
     if not partly:
         preprocessing = dataclasses.replace(preprocessing, image_size=min(preprocessing.image_size, PANEL_SIZE))
@@ -102,10 +103,6 @@ def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessi
             f"the judge {judge.source} sees images as {_describe(judge.preprocessing)}, {source} makes them as "
             f"{_describe(preprocessing)} (reduced to {PANEL_SIZE} pixels at most); train a judge with the same preprocessing"
         )
-
-
-def _kind(attribute: Attribute) -> str:
-    return attribute.kind + (f" ({', '.join(attribute.categories)})" if attribute.categories else "")
 
 
 def _describe(preprocessing: Preprocessing) -> str:

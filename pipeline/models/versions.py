@@ -69,7 +69,7 @@ def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, ru
     tags = {key: str(card[key]) for key in ("method", "image_size", "data_digest", "config_digest", "commit")}
     tags |= {"attributes": ", ".join(model.attributes.names), "images_seen": str(card["images_seen"])}
     tags |= {"weights_digest": card["weights_digest"], "licence": card["licence"]}
-    tags |= {f"metric.{_tag(key)}": f"{value:.6g}" for key, value in card["metrics"].items()}
+    tags |= {f"metric.{tracking.safe(key)}": f"{value:.6g}" for key, value in card["metrics"].items()}
     if run_id is not None:
         experiment_id = client.get_run(run_id).info.experiment_id
     else:
@@ -90,7 +90,7 @@ def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, ru
         client.log_outputs(run_id, [output])
         about = {"timestamp": int(time.time() * 1000), "step": card["images_seen"], "model_id": logged.model_id}
         metric = mlflow.entities.Metric
-        rows = [metric(_tag(key), value, run_id=run_id, **about) for key, value in card["metrics"].items()]
+        rows = [metric(tracking.safe(key), value, run_id=run_id, **about) for key, value in card["metrics"].items()]
         for first in range(0, len(rows), 500):
             client.log_batch(run_id, metrics=rows[first : first + 500])
     try:
@@ -103,10 +103,6 @@ def _register(mlflow: Any, model: Model, folder: Path, name: str, alias: str, ru
     version = client.create_model_version(name, source, run_id, tags, description=words, model_id=logged.model_id)
     client.set_registered_model_alias(name, alias, version.version)
     return version
-
-
-def _tag(name: str) -> str:
-    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
 
 
 def _describe(model: Model) -> str:

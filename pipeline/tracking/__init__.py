@@ -28,5 +28,5 @@ from pipeline.tracking.address import without_password
 from pipeline.tracking.delivery import Delivery, sync
 from pipeline.tracking.later import Addition, add
 from pipeline.tracking.sender import reason
-from pipeline.tracking.spool import Point, flatten, points, run_id_of, spool_of, store_of, undelivered
+from pipeline.tracking.spool import Point, flatten, points, run_id_of, safe, spool_of, store_of, undelivered
 from pipeline.tracking.tracker import MlflowTracker, NodeTracker, Status, Tracker, open_tracker

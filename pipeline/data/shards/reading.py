@@ -212,7 +212,7 @@ class Split:
         for attribute, row in zip(attributes, rows):
             stored = self.attributes[row]
             if stored != attribute:
-                raise ValueError(f"{attribute.name} is {_kind(stored)} in this set, {_kind(attribute)} is asked for")
+                raise ValueError(f"{attribute.name} is {kind_of(stored)} in this set, {kind_of(attribute)} is asked for")
         return self.labels[:, rows]
 
     def bytes(self, row: int) -> np.ndarray:
@@ -254,5 +254,5 @@ def mapped(path: Path, remote: Remote | None) -> np.ndarray:
     raise OSError(f"the cache has no room for {path.name} beside what others read; raise FADER_CACHE_GB")
 
 
-def _kind(attribute: Any) -> str:
+def kind_of(attribute: Any) -> str:
     return f"{attribute.kind} ({', '.join(attribute.categories)})" if attribute.categories else attribute.kind

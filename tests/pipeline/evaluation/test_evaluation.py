@@ -21,7 +21,7 @@ from pipeline.evaluation import Specification, distribution, evaluate, measure, 
 from pipeline.evaluation.records import OneProcess
 from pipeline.evaluation.report import IMAGES
 from pipeline.images import Preprocessing
-from pipeline.loading.batch import finish
+from pipeline.loading.loader import finish
 
 SIZE = 16
 SMILE, HAT = Attribute("Smiling"), Attribute("Wearing_Hat")

@@ -12,7 +12,7 @@ from pipeline import config
 from pipeline.config import AugmentConfig
 from pipeline.images import to_float, to_uint8
 from pipeline.loading.augmentation import augmented, coloured, moved
-from pipeline.loading.batch import finish
+from pipeline.loading.loader import finish
 from pipeline.loading.plan import Request
 
 ALL = AugmentConfig(

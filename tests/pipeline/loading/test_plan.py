@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from fader.draws import Draws
-from pipeline.loading.batch import finish
+from pipeline.loading.loader import finish
 from pipeline.loading.plan import Plan, Request, sequential, share
 
 SHARDS = np.repeat(np.arange(10), [5, 5, 5, 5, 5, 5, 5, 5, 5, 3])
