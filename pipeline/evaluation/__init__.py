@@ -1,10 +1,9 @@
 """Does it slide? `evaluate` measures a model to a `Specification`; training's validation is the same pass, shorter.
 
     specification  what is asked for: which models, records, judge and tables
-    records        the records of a split, dealt to the processes that evaluate together
-    measure        the pass over them: what tables need of each record
+    measure        the pass over the records of a split, dealt to the processes that evaluate together
     evaluator      one model over one split
-    tables, twins, distribution, probe, cost      the numbers of each table
+    tables, twins, distribution, probe            the numbers of each table
     report         what was measured, and what its numbers are called
     presentation   reports as tables for people
     page, pictures, plots                  a report as a page

@@ -16,13 +16,12 @@ from fader.methods.judge import refuse_judges_networks
 from pipeline.data.datasets.twins import Twins
 from pipeline.data.shards import ShardSet, Split
 from pipeline.evaluation import tables as made
-from pipeline.evaluation.cost import cost_of
 from pipeline.evaluation.distribution import class_definitions, conditional, distances, inception_features, judge_features
-from pipeline.evaluation.measure import Pass, evaluating, makes_pictures
+from pipeline.evaluation.measure import OneProcess, Pass, Processes, Records, evaluating, makes_pictures, pillow_loader
 from pipeline.evaluation.probe import leaks
-from pipeline.evaluation.records import OneProcess, Processes, Records, pillow_loader
 from pipeline.evaluation.report import Leak, Report
 from pipeline.evaluation.specification import Specification
+from pipeline.evaluation.tables import cost_of
 from pipeline.evaluation.twins import TwinErrors, truths
 from pipeline.loading.loader import Loader
 from pipeline.models import Model, check_independent, check_judge, editor
@@ -156,12 +155,10 @@ def _fill(
         report.readings = made.beside(readings, report.readers)
         if "swap/0" in rows and specification.resamples:
             report.flattered = made.flatteries(attributes, readings, report.readers)
-            report.look_at_grid = made.better_than_real(report)
+            report.look_at_grid = report.better_than_real()
         report.warnings += [*report.verdicts(), *made.missing_values(attributes, labels)]
-        report.plain = made.plain_accuracies(attributes, labels, rows)
-        report.auc = made.aucs(attributes, labels, rows)
         uniform = getattr(judges[0].method.settings, "prior", "data") == "uniform"
-        report.calibration = made.calibration(attributes, labels, rows, uniform)
+        report.plain, report.auc, report.calibration = made.about_judge(attributes, labels, rows, uniform)
     if "mse" in rows:
         report.fidelity = made.fidelity(rows, specification)
     if "twins" in rows:

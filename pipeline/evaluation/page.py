@@ -12,10 +12,9 @@ from pathlib import Path
 from fader.method import Batch
 from pipeline.data.shards import ShardSet, Split
 from pipeline.evaluation import pictures, plots
-from pipeline.evaluation.measure import makes_pictures
+from pipeline.evaluation.measure import OneProcess, Records, makes_pictures, pillow_loader
 from pipeline.evaluation.pictures import JUDGED_RECORDS, MOST_SLIDERS, SWEPT_FACES, Picture
 from pipeline.evaluation.presentation import Table, as_tables
-from pipeline.evaluation.records import OneProcess, Records, pillow_loader
 from pipeline.evaluation.report import Report, slider_values
 from pipeline.evaluation.specification import Specification
 from pipeline.files import write_whole

@@ -262,6 +262,11 @@ class Report:
         key = (reader, images, attribute, None)
         return next(s.value for s in self.readings if (s.reader, s.images, s.attribute, s.to) == key)
 
+    def better_than_real(self) -> list[str]:
+        """Return the attributes whose swaps the lowest reader reads better than it reads real pictures."""
+        lowest = [s for s in self.scores if (s.images, s.to) == ("swap", None) and s.attribute != "*"]
+        return [s.attribute for s in lowest if s.value > self.reading(s.reader, "real", s.attribute)]
+
     def verdicts(self) -> list[str]:
         """Say in words which attributes are flattered, and which a person should look at."""
         words = []

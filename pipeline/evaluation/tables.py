@@ -1,4 +1,4 @@
-"""Tables 1 and 2 from per-record results: every number is a function of what was kept of each record.
+"""Tables 1 and 2 from per-record results, and table 5: every number is a function of what was kept of each record.
 
 A swap of an attribute to a value is counted on the records whose known label is another value. Its accuracy is the
 share that the judge then reads as the value asked for; the balanced accuracy is the mean over all ordered pairs
@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fader.attributes import Attributes
+from fader.method import Method
+from fader.networks.normalization import num_parameters
 from pipeline import metrics
-from pipeline.evaluation.report import (
-    IMAGES,
-    SLIDER_POSITIONS,
-    Flattery,
-    Measure,
-    Preservation,
-    Report,
-    Score,
-    Slider,
-    slider_values,
-)
+from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Flattery, Measure, Preservation, Score, Slider, slider_values
 from pipeline.evaluation.specification import Specification
+from pipeline.models import Model, editor, sampler
 
 MARGIN = 0.03  # by which two readers may differ on swaps more than on real pictures
 Key = tuple[str, str, str | None, str | None]  # images, attribute, start, to: what a `Score` is of
@@ -112,12 +108,6 @@ def flatteries(attributes: Attributes, readings: Sequence[dict[Key, Number]], na
     return result
 
 
-def better_than_real(report: Report) -> list[str]:
-    """Return the attributes whose swaps the lowest reader reads better than it reads real pictures."""
-    lowest = [s for s in report.scores if (s.images, s.to) == ("swap", None) and s.attribute != "*"]
-    return [s.attribute for s in lowest if s.value > report.reading(s.reader, "real", s.attribute)]
-
-
 def _answers(
     attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], reader: int
 ) -> Iterator[tuple[Key, Tensor, Tensor]]:
@@ -148,35 +138,22 @@ def missing_values(attributes: Attributes, labels: Tensor) -> list[str]:
     ]
 
 
-def aucs(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
-    """The first reader's area under the ROC curve on real images, for what has two values."""
-    return {
-        attribute.name: metrics.auc(rows["real_present"][:, j], attribute.hard(labels[:, j]))
-        for j, attribute in enumerate(attributes)
-        if attribute.kind != "k-way"
-    }
-
-
-def plain_accuracies(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
-    """The share of real images whose known label the first reader gives: common values count for more than rare ones."""
-    result = {}
+def about_judge(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], uniform: bool) -> list[dict[str, float]]:
+    """Return of the first reader on real images the share of right answers, in which common values count for more; the area under
+    the ROC curve of what has two values; and the calibration error. uniform: its prior is, so an attribute's values weigh alike.
+    """
+    plain, auc, calibration = {}, {}, {}
     for j, attribute in enumerate(attributes):
-        label = attribute.hard(labels[:, j])
-        right = rows["real/0"][:, j][label >= 0] == label[label >= 0]
-        result[attribute.name] = float(right.double().mean()) if len(right) else math.nan
-    return result
-
-
-def calibration(attributes: Attributes, labels: Tensor, rows: dict[str, Tensor], uniform: bool) -> dict[str, float]:
-    """The first reader's calibration error on real images. uniform: its prior is, so values of an attribute weigh alike."""
-    result = {}
-    for j, attribute in enumerate(attributes):
-        label = attribute.hard(labels[:, j])
+        name, label = attribute.name, attribute.hard(labels[:, j])
+        right, known = rows["real/0"][:, j] == label, label >= 0
+        plain[name] = float(right[known].double().mean()) if known.any() else math.nan
+        if attribute.kind != "k-way":
+            auc[name] = metrics.auc(rows["real_present"][:, j], label)
         counts = torch.stack([(label == value).sum() for value in attribute.values]).double()
         share = 1 / counts.clamp(min=1) if uniform else torch.ones_like(counts)
-        weights = torch.where(label >= 0, share[label.clamp(min=0)], 0.0)
-        result[attribute.name] = metrics.calibration_error(rows["real_confidence"][:, j], rows["real/0"][:, j] == label, weights)
-    return result
+        weights = torch.where(known, share[label.clamp(min=0)], 0.0)
+        calibration[name] = metrics.calibration_error(rows["real_confidence"][:, j], right, weights)
+    return [plain, auc, calibration]
 
 
 def fidelity(rows: dict[str, Tensor], specification: Specification) -> dict[str, Measure]:
@@ -218,3 +195,58 @@ def sliders(attributes: Attributes, rows: dict[str, Tensor]) -> list[Slider]:
             )
         )
     return result
+
+
+def cost_of(model: Model, device: torch.device, batch_size: int, seconds: float = 0.5) -> dict[str, Any]:
+    method = model.method
+    cost: dict[str, Any] = {
+        "parameters": {name: num_parameters(net) for name, net in method.networks.items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+    }
+    with torch.inference_mode():
+        one, many = (dict(_calls(method, records, device)) for records in (1, batch_size))
+        for verb in one:
+            cost[f"{verb}_flops"] = _flops(one[verb])
+            cost[f"{verb}_images_per_second"] = batch_size / _duration(many[verb], device, seconds)
+    return cost
+
+
+def _calls(method: Method, records: int, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield what a method does to so many blank records, by the verb."""
+    labels = torch.zeros(records, len(method.attributes), device=device)
+    code, edits, samples = method.attributes.code(labels), editor(method), sampler(method)
+    if edits is not None:
+        images = torch.zeros(records, method.channels, method.image_size, method.image_size, device=device)
+        latent = edits.encode(images, labels)
+        yield "encode", partial(edits.encode, images, labels)
+        yield "decode", partial(edits.decode, latent, code)
+    if samples is not None:
+        yield "sample", partial(samples.sample, torch.zeros(records, samples.noise_width, device=device), code)
+
+
+def _flops(call: Callable[[], Any]) -> int:
+    """Count the floating-point operations of convolutions and matrix products; a multiply and an add are two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _duration(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Return the seconds that a call takes: the mean over as many as fit in `seconds`, after one to warm up."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    call()
+    start, calls = clock(), 0
+    while True:
+        call()
+        calls += 1
+        if (now := clock()) - start >= seconds:
+            return (now - start) / calls

@@ -8,21 +8,18 @@ MLflow pyfunc model "from code": a file of two lines that calls `served_model`, 
     sliders       what people write about attributes, read
     judges        which judge may speak about a model's pictures, and what it reads off them
     model         a method with its weights, and what is known about it
-    loading       from a run, an export or a registered version
-    card          what a model's card says of it
-    export        a model written to a folder
+    loading       from a run, an export or a registered version; what its card says of it
     onnx          its encoder and decoder as ONNX
-    versions      a version of a registered model
+    versions      a model written to a folder, and registered as a version
     aliases       the champion, moved by one promotion at a time
     serving       what MLflow serves
     store         MLflow, speaking to one store
 """
 
 from pipeline.models.capabilities import Aligning, Capability, Editing, Judging, Sampling, aligner, editor, judge, sampler
-from pipeline.models.export import export
 from pipeline.models.judges import BLUR, PANEL_SIZE, Reader, check_independent, check_judge, readers_of
 from pipeline.models.loading import load, parse_source, variant_of
 from pipeline.models.model import Model
 from pipeline.models.serving import served_model
 from pipeline.models.sliders import Slider
-from pipeline.models.versions import Version, register
+from pipeline.models.versions import Version, export, register

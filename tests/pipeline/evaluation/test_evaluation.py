@@ -18,7 +18,7 @@ from fader.attributes import Attribute, Attributes
 from fader.method import Batch, Method
 from pipeline import evaluation, metrics, models
 from pipeline.evaluation import Specification, distribution, evaluate, measure, probe, published
-from pipeline.evaluation.records import OneProcess
+from pipeline.evaluation.measure import OneProcess
 from pipeline.evaluation.report import IMAGES
 from pipeline.images import Preprocessing
 from pipeline.loading.loader import finish

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.evaluation.kernel import KernelReader
+from pipeline.evaluation.probe import KernelReader
 
 SLICES = [slice(0, 3), slice(3, 5)]
 

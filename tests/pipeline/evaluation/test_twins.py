@@ -14,7 +14,7 @@ from pipeline.data.datasets.twins import Twins, keep_twins
 from pipeline.data.datasets.workers import silent
 from pipeline.data.shards import ShardSet, prepare
 from pipeline.evaluation import Report, Specification, markdown
-from pipeline.evaluation.records import OneProcess, Records, pillow_loader
+from pipeline.evaluation.measure import OneProcess, Records, pillow_loader
 from pipeline.images import Preprocessing, decode, preprocess, to_float
 from tests.pipeline.evaluation.test_evaluation import Model, NoSettings
 
