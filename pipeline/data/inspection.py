@@ -87,9 +87,6 @@ def _share(held: np.ndarray) -> np.ndarray:
     return np.where(known, np.nansum(held, 0) / np.maximum(known, 1), np.nan)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def _head(whole: ShardSet, splits: Sequence[Split], size: int) -> str:
     number = sum(len(split) for split in splits)
     counts = ", ".join(f"{split.name} {len(split):,} ({len(split) / number:.0%})" for split in splits)
@@ -168,9 +165,6 @@ def _qualities(splits: Sequence[Split], seed: int) -> tuple[np.ndarray, int]:
         except UnidentifiedImageError:
             continue
     return np.array(qualities), len(rows)
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:

@@ -158,8 +158,6 @@ class Pass:
         self.twins = twins
         self.rows.allocate("twins", (sum(attribute.k - 1 for attribute in self.attributes), 3))
 
-    # --- features, for the distribution table ---------------------------------------------------------------------
-
     def describe_with(self, features: Features, classes: Sequence[Classes]) -> None:
         """Keep features and judged probabilities of real images, reconstructions, swaps and samples."""
         self.features, self.classes = features, tuple(classes)
@@ -198,8 +196,6 @@ class Pass:
             noise = batch.draws.normal("sample", (samples.noise_width,))
             made = samples.sample(noise, self.attributes.code(batch.attributes)).float().clamp(-1, 1)
             self._describe("sample", batch.index, made)
-
-    # --- the pass -------------------------------------------------------------------------------------------------
 
     def measure(self, batch: Batch) -> None:
         """Take a batch through the model and the judge, and keep what the tables need."""

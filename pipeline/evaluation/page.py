@@ -76,10 +76,8 @@ def _neighbours(model: Model, train: Split, first: Batch, specification: Specifi
         return
     count = min(pictures.SEARCHED, len(train))
     reader = Records(specification.batch_size, OneProcess(), pillow_loader(model, specification))
-    note = (
-        f"Samples beside those of the first {count:,} training pictures that are nearest, pixel by pixel. A sample much nearer "
-        "to one than real pictures of this split are was learned by heart."
-    )
+    note = f"Samples beside those of the first {count:,} training pictures that are nearest, pixel by pixel. A sample much "
+    note += "nearer to one than real pictures of this split are was learned by heart."
     sheet = pictures.neighbour_sheet(model, first, lambda look: reader.read(train, count, look))
     yield Section("Nearest training pictures", [sheet], note)
 
@@ -90,19 +88,15 @@ def _details(
     """Yield what stands below the tables."""
     slides = makes_pictures(model.method)
     if slides:
-        note = (
-            "The same records: the picture, its reconstruction, then the slider from one end to the other; -1 is absent, "
-            "1 is present." + _left_out(len(list(slider_values(model.attributes))), "sliders")
-        )
+        note = "The same records: the picture, its reconstruction, then the slider from one end to the other; -1 is absent, 1 is "
+        note += "present." + _left_out(len(list(slider_values(model.attributes))), "sliders")
         yield Section("Sweeps", pictures.sweep_sheets(model, first), note)
     if judge is not None or not slides:
         records = min(JUDGED_RECORDS, report.records)
         batches = _batches(model, split, records, specification.batch_size, specification)
         what = "the value a swap asked for (above the picture, below the swap)" if slides else "the label"
-        note = (
-            f"By the judge's probability of {what}, over the first {records:,} records: the lowest on the left, the "
-            "highest on the right." + _left_out(len(model.attributes), "attributes")
-        )
+        note = f"By the judge's probability of {what}, over the first {records:,} records: the lowest on the left, the highest "
+        note += "on the right." + _left_out(len(model.attributes), "attributes")
         title = "Worst and best swaps" if slides else "Worst and best judged"
         yield Section(title, pictures.case_sheets(model, judge or model, split, batches), note)
     curves, about = plots.curves(model.run)
@@ -116,38 +110,14 @@ def _left_out(number: int, what: str) -> str:
     return f" Only the first {MOST_SLIDERS} of {number} {what} are shown." if number > MOST_SLIDERS else ""
 
 
-_STYLE = """
-:root{color-scheme:light}
-body{font:15px/1.5 system-ui,sans-serif;color:#22272c;background:#f4f6f8;margin:0}
-main{max-width:1180px;margin:0 auto;padding:24px 20px 60px}
-h1{font-size:26px;margin:0 0 2px}h2{font-size:19px;margin:0 0 8px}h3{font-size:15px;margin:20px 0 4px}
-section{background:#fff;border:1px solid #e1e5ea;border-radius:8px;padding:18px 20px;margin:16px 0}
-p,figcaption{color:#5a646e;margin:4px 0;font-size:13.5px}figure{margin:14px 0}figcaption b{color:#22272c}
-img{max-width:100%;height:auto;display:block}
-.cards{display:flex;flex-wrap:wrap;gap:12px;margin:16px 0}
-.card{background:#fff;border:1px solid #e1e5ea;border-radius:8px;padding:10px 16px;min-width:140px}
-.card b{display:block;font-size:22px;font-variant-numeric:tabular-nums}.card span{color:#5a646e;font-size:13px}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:12.5px;font-variant-numeric:tabular-nums}
-th,td{padding:4px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid #eceff2}
-th:first-child,td:first-child{text-align:left}th{color:#5a646e;font-weight:600}
-pre{font-size:12.5px;line-height:1.45;margin:0;overflow-x:auto}
-.warning{background:#fff4e0;border:1px solid #f0d9a8;border-radius:6px;padding:6px 12px;margin:6px 0}
-"""
-
-
 def _html(report: Report, model: Model, above: Sequence[Section], below: Sequence[Section]) -> str:
     say = html.escape
     seen = "" if report.images_seen is None else f" after {report.images_seen:,} images"
     name = (model.card.get("config") or {}).get("name") or report.model
-    facts = [
-        f"{report.method}, {report.image_size} pixels{seen}",
-        f"{report.records:,} of {report.split_records:,} records of the {report.split} split "
-        f"(digest {report.split_digest[:12]})",
-        f"judged by {report.judge}" if report.judge else "no judge",
-        f"commit {str(model.card['commit'])[:20]}" if model.card.get("commit") else "",
-    ]
-    body = [f"<h1>{say(str(name))}</h1>", f"<p>{say(report.model)} · {say(' · '.join(filter(None, facts)))}</p>"]
+    facts = [f"{report.method}, {report.image_size} pixels{seen}", report.rests_on]
+    facts.append(f"judged by {report.judge}" if report.judge else "no judge")
+    facts += [f"commit {str(model.card['commit'])[:20]}"] if model.card.get("commit") else []
+    body = [f"<h1>{say(str(name))}</h1>", f"<p>{say(report.model)} · {say(' · '.join(facts))}</p>"]
     body += [f'<div class="warning">{say(warning)}</div>' for warning in report.warnings]
     cards = "".join(f'<div class="card"><b>{say(n)}</b><span>{say(what)}</span></div>' for n, what in _headline(report))
     pictured = [*map(_block, above)]
@@ -159,8 +129,8 @@ def _html(report: Report, model: Model, above: Sequence[Section], below: Sequenc
         config = (model.run / "config.yaml").read_text(encoding="utf-8")
         body.append(f"<section><h2>Config</h2><pre>{say(config)}</pre></section>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{say(str(name))}</title>'
+    head += f"<style>{Path(__file__).with_suffix('.css').read_text()}</style>"
     page = "\n".join(body)
-    head += f"<style>{_STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>{page}</main></body></html>\n'
 
 
@@ -184,9 +154,8 @@ def _block(section: Section) -> str:
     if section.note:
         parts.append(f"<p>{html.escape(section.note)}</p>")
     for picture in section.pictures:
-        data = base64.b64encode(picture.png).decode()
+        source = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
         caption = html.escape(picture.caption)
-        source = f"data:image/png;base64,{data}"
         parts.append(f'<figure><figcaption><b>{caption}</b></figcaption><img alt="{caption}" src="{source}"></figure>')
     return "\n".join([*parts, "</section>"])
 

@@ -117,49 +117,37 @@ def neighbour_sheet(model: Model, first: Batch, read: Callable[[Callable[[Batch]
     return Picture("neighbours", says, _sheet(rows, ["sample", "nearest", "second", "third"][: 1 + near.shape[1]]))
 
 
-# --- the judge's best and worst ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """One swap as the judge sees it: before and after uint8 [S, S, C], and the probability of what was asked for."""
-
-    key: str
-    before: np.ndarray
-    after: np.ndarray
-    probability: float
+Case = tuple[float, str, np.ndarray, np.ndarray]
+"""The probability of what was asked for, a record's key, and its picture before and after: uint8 [S, S, C]."""
 
 
 def case_sheets(model: Model, judge: Model, split: Split, batches: Sequence[Batch]) -> list[Picture]:
     """Draw a sheet an attribute: pictures above their swaps, from the judge's lowest probability to its highest."""
     attributes, reader = model.attributes, readers_of([judge], model.attributes)[0]
-    cases: dict[str, list[_Judged]] = {attribute.name: [] for attribute in tuple(attributes)[:MOST_SLIDERS]}
+    cases: dict[str, list[Case]] = {attribute.name: [] for attribute in tuple(attributes)[:MOST_SLIDERS]}
     with evaluating([*model.method.networks.values(), *judge.method.networks.values()]), torch.inference_mode():
         for batch in batches:
             keys = [str(split.keys[row]) for row in batch.index.tolist()]
             before = _pixels(batch.images)
             for j, target, made in _to_judge(model, batch):
-                attribute, name = attributes[j], attributes[j].name
                 block = reader.own(reader.probabilities(made))[j]
                 asked = block.gather(1, target.clamp(min=0)[:, None])[:, 0].tolist()
-                after = _pixels(made)
-                for i, known in enumerate((attribute.hard(batch.attributes[:, j]) >= 0).tolist()):
-                    if known:
-                        cases[name].append(_Judged(keys[i], before[i], after[i], float(asked[i])))
-                cases[name] = _extremes(cases[name])
+                known = (attributes[j].hard(batch.attributes[:, j]) >= 0).tolist()
+                new = [case for case, right in zip(zip(asked, keys, before, _pixels(made)), known) if right]
+                cases[attributes[j].name] = _extremes([*cases[attributes[j].name], *new])
     return [_case_sheet(name, kept, makes_pictures(model.method)) for name, kept in cases.items() if kept]
 
 
-def _case_sheet(name: str, kept: Sequence[_Judged], with_swaps: bool) -> Picture:
-    rows = [[case.before for case in kept], *([[case.after for case in kept]] if with_swaps else [])]
+def _case_sheet(name: str, kept: Sequence[Case], with_swaps: bool) -> Picture:
+    probabilities, keys, before, after = zip(*kept)
     gaps = (SIDE_BY_SIDE,) if len(kept) > SIDE_BY_SIDE else ()
-    sheet = _sheet(rows, [f"{case.probability:.2f}" for case in kept], gaps)
-    return Picture(f"cases-{file_name(name)}", f"{name}; lowest: {', '.join(case.key for case in kept[:3])}", sheet)
+    sheet = _sheet([before, after] if with_swaps else [before], [f"{p:.2f}" for p in probabilities], gaps)
+    return Picture(f"cases-{file_name(name)}", f"{name}; lowest: {', '.join(keys[:3])}", sheet)
 
 
-def _extremes(cases: list[_Judged]) -> list[_Judged]:
+def _extremes(cases: list[Case]) -> list[Case]:
     """Return the lowest and the highest probabilities, rising; all when there are few."""
-    cases = sorted(cases, key=lambda case: (case.probability, case.key))
+    cases = sorted(cases, key=lambda case: case[:2])
     return cases if len(cases) <= 2 * SIDE_BY_SIDE else cases[:SIDE_BY_SIDE] + cases[-SIDE_BY_SIDE:]
 
 
@@ -172,9 +160,6 @@ def _to_judge(model: Model, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
     return [
         (j, target, picture(attributes.code(changed))) for j, _, changed, target in attributes.swaps(labels) if j < MOST_SLIDERS
     ]
-
-
-# --- sheets -----------------------------------------------------------------------------------------------------------
 
 
 def _pixels(images: Tensor) -> np.ndarray:

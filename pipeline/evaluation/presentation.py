@@ -88,15 +88,11 @@ def _summary(reports: Sequence[Report]) -> Table:
         [row, *(_cell(report, images, name) for name in names), _cell(report, images, "*")]
         for row, report, images in _rows_of(reports)
     ]
-    note = (
-        "Each number is the lowest of the readers': balanced accuracy (95% bootstrap interval), the mean over values of the "
-        "share read as labelled"
-    )
+    note = "Each number is the lowest of the readers': balanced accuracy (95% bootstrap interval), the mean over values of the "
+    note += "share read as labelled"
     if _swapped(reports):
-        note += (
-            "; for a swap the mean over ordered pairs of values of the share read as "
-            "asked for, among the records that have the other value"
-        )
+        note += "; for a swap the mean over ordered pairs of values of the share read as asked for, among the records that "
+        note += "have the other value"
     title = "1. Does it slide?" if _swapped(reports) else "1. The judge on real images"
     return Table(title, ["images", *names, "mean"], rows, note + ".")
 
@@ -299,9 +295,7 @@ def markdown(reports: Sequence[Report]) -> str:
         judged = f", judged by {report.judge}" if report.judge else ""
         seen = "" if report.images_seen is None else f", after {report.images_seen:,} images"
         lines.append(
-            f"- {report.model} ({report.method}, {report.image_size} pixels{seen}): {report.records:,} of "
-            f"{report.split_records:,} records of the {report.split} split (digest {report.split_digest[:12]})"
-            f"{judged}, seed {report.seed}"
+            f"- {report.model} ({report.method}, {report.image_size} pixels{seen}): {report.rests_on}{judged}, seed {report.seed}"
         )
         lines += [f"  - **{warning}**" for warning in report.warnings]
     return "\n".join(lines) + "\n" + as_markdown(as_tables(reports))

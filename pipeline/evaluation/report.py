@@ -267,6 +267,11 @@ class Report:
         lowest = [s for s in self.scores if (s.images, s.to) == ("swap", None) and s.attribute != "*"]
         return [s.attribute for s in lowest if s.value > self.reading(s.reader, "real", s.attribute)]
 
+    @property
+    def rests_on(self) -> str:
+        split = f"{self.split} split (digest {self.split_digest[:12]})"
+        return f"{self.records:,} of {self.split_records:,} records of the {split}"
+
     def verdicts(self) -> list[str]:
         """Say in words which attributes are flattered, and which a person should look at."""
         words = []

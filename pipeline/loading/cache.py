@@ -105,9 +105,6 @@ def _group_limits(own: Path, root: Path) -> Iterator[float]:
                 yield int(limit) - int(used) + int(fields.get(names[2], 0))  # files are let go when room is needed
 
 
-# --- the memory ------------------------------------------------------------------------------------------------------
-
-
 class Kept:
     """uint8 pictures [n, S, S, C], of which some are there. Not safe from several threads. pixels: an array of this
     process, or one that it shares; or a tensor on the device. there: [n] uint8, 1 for each that is whole. device: where

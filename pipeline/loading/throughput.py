@@ -163,9 +163,6 @@ def write_files(split: Split, folder: Path) -> list[Path]:
     return paths
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
 def prepare_seconds(paths: list[Path], folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds that `fader prepare` and `tar cf` take for the same picture files, round by round, in turns; files are in
     memory. "prepare" decodes every picture, "prepare header" does not; both digest and sync, which tar does not.

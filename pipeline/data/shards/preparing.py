@@ -198,9 +198,6 @@ def _agree_on_tasks(out: Path, tasks: int) -> None:
         )
 
 
-# --- describing a set whose shards are written -----------------------------------------------------------------------
-
-
 def _describe_set(
     dataset: Dataset, out: Path, source: str, shard_records: int, jobs: list[ShardJob], results: list[Written]
 ) -> ShardSet:

@@ -190,8 +190,6 @@ class DaliDecoder(SplitLoader):
         copy.record_stream(torch.cuda.current_stream(self.device))
         return copy
 
-    # --- records that DALI refuses ------------------------------------------------------------------------------------
-
     def replace_refused(self, jobs: Iterable[_Job], error: str) -> None:
         """Rewrite or quarantine what DALI refuses in the first batch that has such a record: DALI names none itself.
         Raises ValueError: there is no quarantine, or too much in it; RuntimeError: DALI takes every record when it is
