@@ -58,8 +58,7 @@ class Remote:
 
     def fetch(self, name: str, stopped: threading.Event | None = None) -> Path:
         """The local file of this name, fetched if it is not here; gives up, with Stopped, when `stopped` is set. Raises
-        OSError: it cannot be read, or the disk is full; ValueError: what came is not what the set says of it.
-        """
+        OSError: it cannot be read, or the disk is full; ValueError: what came is not what the set says of it."""
         path = self.folder / name
         size, digest = self.files[name]
         if _is_whole(path, size):
@@ -85,8 +84,7 @@ class Stopped(Exception):
 
 def fetch(place: Place, path: Path, size: int, digest: str | None, stopped: threading.Event | None = None) -> None:
     """Copy a file of a known size part by part; it takes its place when it is whole. Raises OSError: it cannot be read,
-    or the disk is full; ValueError: it is shorter than `size`, or its sha256 is another.
-    """
+    or the disk is full; ValueError: it is shorter than `size`, or its sha256 is another."""
     sha256, done = hashlib.sha256(), 0
     with replacing(path, durable=False) as file:
         while done < size:
@@ -152,8 +150,7 @@ def _make_room(size: int) -> None:
 
 def publish(folder: Path, place: Place, files: Mapping[str, tuple[int, str]]) -> None:
     """Copy files, name to (size, sha256), of a local folder to an address, unless they lie there already, and read back
-    what came. Raises ValueError: one is damaged here or there; OSError: the address cannot be written to.
-    """
+    what came. Raises ValueError: one is damaged here or there; OSError: the address cannot be written to."""
 
     def send(name: str) -> None:
         digest = files[name][1]

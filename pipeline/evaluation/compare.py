@@ -22,8 +22,7 @@ _MSE, _SWAP = "mse", "swap_accuracy"
 class Compared:
     """What is known of one run: its config, flat; the newest of what its loop logged; an evaluation's numbers without the
     split's name; judge, split digest and number of records that these rest on; and 95% intervals of the two that are
-    plotted.
-    """
+    plotted."""
 
     name: str
     settings: dict[str, str]
@@ -40,9 +39,7 @@ class Compared:
 
 
 def read(source: str, split: str = "test", report: Path | None = None) -> Compared:
-    """Read a run by its folder, RUN@best or RUN@images-N, and its evaluation, where that is not the usual one of the
-    split.
-    """
+    """Read a run by its folder, RUN@best or RUN@images-N, and its evaluation, where that is not the usual one of the split."""
     run, which = models.parse_source(source)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{source} is no run's folder (config.yaml)")

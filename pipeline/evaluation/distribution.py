@@ -29,8 +29,7 @@ class Features:
 def inception_features(file: Path, device: torch.device) -> Features:
     """Features of the TorchScript network in a file, which takes uint8 [N, 3, H, W] and does its own resizing, as the
     published Inception-v3 of 2015-12-05 does; where its forward takes `return_features`, that is asked for. Raises
-    ValueError: the file is not there, is no TorchScript, or does not give [N, F].
-    """
+    ValueError: the file is not there, is no TorchScript, or does not give [N, F]."""
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file; name the TorchScript file of an Inception network")
     try:
@@ -116,8 +115,7 @@ class Classes:
 
 def class_definitions(attributes: Attributes, given: Sequence[Sequence[str]]) -> tuple[Classes, ...]:
     """Return the definitions that are given by names, or one for each attribute alone. Raises ValueError: an unknown
-    attribute.
-    """
+    attribute."""
     names = given or [(name,) for name in attributes.names]
     return tuple(Classes(tuple(map(attributes.index, own)), attributes.select(own)) for own in names)
 

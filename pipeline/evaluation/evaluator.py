@@ -79,8 +79,7 @@ def evaluate(
 
 def fitting(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> tuple[Sequence[Model], tuple[str, ...]]:
     """Return the judges and the tables that a model gets: a judge alone is its own, for one table. Raises ValueError:
-    model and judge do not fit together, or something is missing.
-    """
+    model and judge do not fit together, or something is missing."""
     if not makes_pictures(model.method):
         if judge_of(model.method) is None:
             raise ValueError(f"{model.source}: {model.method.name} does not encode and decode, so nothing can be swapped")

@@ -38,8 +38,7 @@ def makes_pictures(method: Method) -> bool:
 def pictures(method: Method, batch: Batch) -> tuple[Callable[[Tensor], Tensor], Any]:
     """Return the function from codes [N, code_width] to pictures, float32 in [-1, 1]; and the latent behind it, if any.
     They are edits of the batch's photos, each encoded once; of a method that only samples they are of noise that each
-    record draws once.
-    """
+    record draws once."""
     edits, samples = editor(method), sampler(method)
     if edits is not None:
         latent = edits.encode(batch.images, batch.attributes)
@@ -72,8 +71,7 @@ def evaluating(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 class Rows:
     """Results by name, one row a record of the split, allocated beforehand, because a rank that has no batch still takes
-    part in every sum that gathers them.
-    """
+    part in every sum that gathers them."""
 
     def __init__(self, records: int, device: torch.device) -> None:
         self.records, self.device = records, device
@@ -295,8 +293,7 @@ class OneProcess:
 class Records:
     """Reads the first records of a split, this rank's share of them, in whole batches, so that the result of a record
     cannot depend on the number of ranks. open_loader: gives a loader whose batches are whole. progress: called with
-    (records read by this rank, records that it reads in all).
-    """
+    (records read by this rank, records that it reads in all)."""
 
     batch_size: int
     ranks: Processes

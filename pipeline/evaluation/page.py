@@ -34,8 +34,7 @@ def write(
     report: Report, model: Model, judge: Model | None, shards: ShardSet, folder: Path, specification: Specification
 ) -> Path:
     """Write `report-SPLIT.html`, which is returned, and its pictures into `report-SPLIT/` beside it, of what `evaluate`
-    measured. judge: the first of those who judged; None leaves best and worst cases out.
-    """
+    measured. judge: the first of those who judged; None leaves best and worst cases out."""
     split = shards.split(report.split)
     [first] = _batches(model, split, SWEPT_FACES, SWEPT_FACES, specification)
     above = list(_overview(report, model, first))

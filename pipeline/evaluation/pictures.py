@@ -43,8 +43,7 @@ class Picture:
 def swapped(method: Method, batch: Batch) -> tuple[list[str], Tensor]:
     """Decode each record as it is labelled and with each attribute changed to each of its other values. Returns words for
     the columns, and [N, columns, C, S, S] in [-1, 1] on the CPU: the picture, its reconstruction, and the swaps; of a
-    method that only samples the sample of each record's labels and its swaps.
-    """
+    method that only samples the sample of each record's labels and its swaps."""
     attributes, words, columns = method.attributes, [], []
     with evaluating(method.networks.values()), torch.inference_mode():
         if editor(method) is not None:

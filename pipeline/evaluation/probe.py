@@ -20,8 +20,7 @@ def leaks(
     warnings: list[str],
 ) -> list[Leak]:
     """Let probes learn from the training split's latents and answer for the evaluated split's latents [N, F], whose
-    labels are [N, A]. What cannot be probed is added to the warnings.
-    """
+    labels are [N, A]. What cannot be probed is added to the warnings."""
     attributes, ranks = pass_.attributes, records.ranks
     learnt = Rows(min(PROBE_RECORDS, len(probe_split)), pass_.device)
     learnt.allocate("latent", test.shape[1:], torch.float32)

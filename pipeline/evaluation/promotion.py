@@ -32,8 +32,7 @@ class Bound:
 
 def parse_bound(word: str, option: str, known: Sequence[str]) -> Bound:
     """Read `--min smiling.swap=0.9` or `--max mse=0.03`. Raises ValueError: it is no NAME=VALUE, or an evaluation has no
-    such number.
-    """
+    such number."""
     name, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", value):
         raise ValueError(f"{option} {word}: write NAME=VALUE, as {option} smiling.swap=0.9")
@@ -42,8 +41,7 @@ def parse_bound(word: str, option: str, known: Sequence[str]) -> Bound:
 
 def quantity(name: str, known: Sequence[str]) -> str:
     """Return which of the known numbers a person means by `swap_accuracy.Smiling`, in short `smiling.swap`; or `swap`.
-    Raises ValueError: there is none; the message offers the nearest.
-    """
+    Raises ValueError: there is none; the message offers the nearest."""
     by_lower = {full.lower(): full for full in known}
     attribute, dot, kind = name.lower().rpartition(".")
     end = f".{attribute}" if dot else ""
@@ -59,8 +57,7 @@ def reasons_against(
     candidate: Report, champion: Report | None, bounds: Sequence[Bound], better_by: str | None = None
 ) -> list[str]:
     """Say why a candidate may not become the champion; nothing when it may. champion: of the same evaluation, where it
-    must be beaten, in `better_by`, by default the first of USUAL that there is. bounds: on the candidate's numbers.
-    """
+    must be beaten, in `better_by`, by default the first of USUAL that there is. bounds: on the candidate's numbers."""
     reasons = [broken for bound in bounds if (broken := bound.broken(candidate))]
     reasons += [f"{f.attribute} is flattered: {f.pleased} reads swaps that {f.other} does not" for f in candidate.flattered or ()]
     if champion is None:

@@ -43,8 +43,7 @@ class Score:
 @dataclass(frozen=True)
 class Flattery:
     """An attribute whose swaps please the reader `pleased` and not the reader `other`. excess: by how much they differ on
-    swaps beyond their difference on real pictures and the margin, with its 95% bootstrap interval.
-    """
+    swaps beyond their difference on real pictures and the margin, with its 95% bootstrap interval."""
 
     attribute: str
     pleased: str
@@ -67,8 +66,7 @@ class Measure:
 class Truth:
     """How near the swaps of one attribute, from one value to another, come to the twins: drawn faces with it changed.
     inside: in the region that should change, squared error against the twin over that of doing nothing: 0 = the twin, 1 =
-    nothing done. outside: mean squared error against the photo elsewhere. records: how many have twins.
-    """
+    nothing done. outside: mean squared error against the photo elsewhere. records: how many have twins."""
 
     attribute: str
     start: str
@@ -82,8 +80,7 @@ class Truth:
 @dataclass(frozen=True)
 class Slider:
     """What the judge says of one value of one attribute as its slider moves: its mean probability at each position, the
-    share of records that rise and never turn back, and where the middle 80% of the rise takes place.
-    """
+    share of records that rise and never turn back, and where the middle 80% of the rise takes place."""
 
     attribute: str
     value: str
@@ -102,9 +99,7 @@ class Slider:
 @dataclass(frozen=True)
 class Preservation:
     """How far the attributes that one did not touch move when it is swapped, against the reconstruction: the share whose
-    judged value stays, the mean total variation distance of the judge's probabilities, and the attribute with the
-    largest.
-    """
+    judged value stays, the mean total variation distance of the judge's probabilities, and the attribute with the largest."""
 
     attribute: str
     kept: float
@@ -116,8 +111,7 @@ class Preservation:
 @dataclass(frozen=True)
 class Leak:
     """What a fresh probe, the one of "linear", "mlp" and "kernel" that did best on held-out training records, reads of
-    one attribute from frozen latents: balanced accuracy on other records. chance is 1/k.
-    """
+    one attribute from frozen latents: balanced accuracy on other records. chance is 1/k."""
 
     attribute: str
     value: float
@@ -132,8 +126,7 @@ class Leak:
 @dataclass(frozen=True)
 class Distance:
     """How far the features of some decoded images lie from those of real images, as Fréchet and kernel distance. A swap,
-    which attribute and to name, is held against the real images of that value, a reconstruction or a sample against all.
-    """
+    which attribute and to name, is held against the real images of that value, a reconstruction or a sample against all."""
 
     images: str
     attribute: str | None
@@ -147,11 +140,9 @@ class Distance:
 
 @dataclass(frozen=True)
 class Conditional:
-    """Scores of images by class: the joint values of `classes`; a swap is of the class it was asked for, every other
-    image of the class it is labelled. num_classes: with at least two images on both sides. inception, between, within:
-    IS, BCIS and WCIS of the judge's probabilities. bcfid, wcfid: Fréchet distance to real images, between and within
-    classes.
-    """
+    """Scores of images by class: the joint values of `classes`; a swap is of the class it was asked for, every other image
+    of the class it is labelled. num_classes: with at least two images on both sides. inception, between, within: IS, BCIS
+    and WCIS of the judge's probabilities. bcfid, wcfid: Fréchet distance to real images, between and within classes."""
 
     images: str
     classes: tuple[str, ...]
@@ -168,8 +159,7 @@ class Conditional:
 class Report:
     """Everything that `evaluate` measured of one model. Parts that were not asked for are empty. scores: for each number
     the lowest of the readers'; readings: every reader's own. flattered: None where numbers have no intervals.
-    look_at_grid: attributes whose lowest reader reads swaps better than real pictures, whose labels may be noisy.
-    """
+    look_at_grid: attributes whose lowest reader reads swaps better than real pictures, whose labels may be noisy."""
 
     model: str
     method: str

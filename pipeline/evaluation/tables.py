@@ -90,8 +90,7 @@ def _score(key: Key, number: Number, reader: str) -> Score:
 
 def flatteries(attributes: Attributes, readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[Flattery]:
     """Return the attributes whose swaps please one reader and not another: the two differ on swaps by more than on real
-    pictures plus 3 points, and the interval of that excess, over the same resamples for all, excludes 0.
-    """
+    pictures plus 3 points, and the interval of that excess, over the same resamples for all, excludes 0."""
     result = []
     for name in attributes.names:
         worst: Flattery | None = None

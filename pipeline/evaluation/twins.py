@@ -28,8 +28,7 @@ class TwinErrors:
 
     def __call__(self, batch: Batch, picture: Callable[[Tensor], Tensor], decoded: Tensor) -> Tensor:
         """Return [N, swaps, 3] the `errors` of every swap that `picture` makes of codes; decoded: the batch's
-        reconstructions.
-        """
+        reconstructions."""
         assert batch.images is not None
         columns = []
         for j, _, changed, target in self._attributes.swaps(batch.attributes):
@@ -49,9 +48,8 @@ def errors(swap: Tensor, looks: Tensor | None, photo: Tensor, reconstruction: Te
     outside.
 
     swap, photo, reconstruction: [C, S, S] in [-1, 1]. looks: [L, S, S, C] uint8, the twin in each look that the photo
-    allows. Returns inside: squared error against the twin over that of the photo, 0 = the twin, 1 = nothing done;
-    outside: mean squared error of the swap against the photo, then of the reconstruction. Not numbers where there is no
-    twin.
+    allows. Returns inside: squared error against the twin over that of the photo, 0 = the twin, 1 = nothing done; outside:
+    mean squared error of the swap against the photo, then of the reconstruction. Not numbers where there is no twin.
     """
     if looks is None:
         return torch.full((3,), math.nan, dtype=torch.float64, device=swap.device)

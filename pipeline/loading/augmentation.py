@@ -23,8 +23,7 @@ _YIQ = torch.tensor([_GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.5225
 
 def augmented(images: Tensor, draws: Draws, settings: AugmentConfig) -> Tensor:
     """Pictures [N, C, S, S] float32 in [-1, 1], moved and coloured, each by numbers of its own. settings: the largest
-    deviations; what is 0 is left alone.
-    """
+    deviations; what is 0 is left alone."""
     if settings.rotation_degrees or settings.translation:
         angle = _around_zero(draws, "rotation") * math.radians(settings.rotation_degrees)
         shift = _around_zero(draws, "translation", (2,)) * settings.translation
@@ -53,10 +52,8 @@ def _half_or_none(draws: Draws, name: str) -> Tensor:
 
 
 def moved(images: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
-    """Pictures [N, C, S, S] turned about their centre, by angle [N] in radians, counter-clockwise as a person sees it,
-    then shifted by shift [N, 2] to the right and down, as a share of the side; sampled bilinearly, mirrored at the
-    border.
-    """
+    """Pictures [N, C, S, S] turned about their centre, by angle [N] in radians, counter-clockwise as a person sees it, then
+    shifted by shift [N, 2] to the right and down, as a share of the side; sampled bilinearly, mirrored at the border."""
     size = images.shape[-1]
     place = (torch.arange(size, device=images.device, dtype=torch.float32) * 2 + 1) / size - 1
     x, y = place[None, None, :] - 2 * shift[:, 0, None, None], place[None, :, None] - 2 * shift[:, 1, None, None]

@@ -108,8 +108,7 @@ def _group_limits(own: Path, root: Path) -> Iterator[float]:
 class Kept:
     """uint8 pictures [n, S, S, C], of which some are there. Not safe from several threads. pixels: an array of this
     process, or one that it shares; or a tensor on the device. there: [n] uint8, 1 for each that is whole. device: where
-    they are used.
-    """
+    they are used."""
 
     def __init__(self, pixels: np.ndarray | Tensor, there: np.ndarray, device: torch.device) -> None:
         self._pixels, self._there, self._device = pixels, there, device
@@ -158,8 +157,7 @@ def open_kept(
     cache: Literal["device", "host"], size: int, shape: tuple[int, ...], device: torch.device, on_node: OnNode = alone
 ) -> Kept:
     """Memory for `size` pictures of a shape [S, S, C], none of them there yet. With "host" every rank of the machine
-    calls this, and all get the same memory. Raises ValueError: this rank cannot open what the first one made.
-    """
+    calls this, and all get the same memory. Raises ValueError: this rank cannot open what the first one made."""
     if cache == "host":
         there, pixels = _shared(size, shape, on_node)
         return Kept(pixels, there, device)

@@ -33,8 +33,7 @@ class Loader(Protocol):
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """This rank's share of each request, in order. A loader may read several requests ahead; closing the iterator
         ends all work and all threads begun for it. Raises ValueError: a record does not decode; the message names its key
-        and shard.
-        """
+        and shard."""
         ...
 
 
@@ -82,8 +81,7 @@ class SplitLoader:
         self, requests: Iterable[Request], needed: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
     ) -> Iterator[Request]:
         """Give the same requests. Of a set that lies elsewhere, the tars of later requests are fetched meanwhile, as far
-        ahead as two tars have records. needed: those of some rows whose bytes will be read.
-        """
+        ahead as two tars have records. needed: those of some rows whose bytes will be read."""
         if self.split.remote is None:
             yield from requests
             return
@@ -105,9 +103,7 @@ class SplitLoader:
             fetching.close()
 
     def leave_out(self, row: int, error: Exception) -> None:
-        """Put a record that does not decode into quarantine. Raises ValueError: there is none, or there are too many in
-        it.
-        """
+        """Put a record that does not decode into quarantine. Raises ValueError: there is none, or there are too many in it."""
         if self.quarantine is not None and self.quarantine.most:
             self.quarantine.add(row, str(error))
             return
@@ -143,8 +139,7 @@ def finish(
 def _floats(pixels: Tensor, mirrored: Tensor) -> Tensor:
     """Return `to_float` of pictures [N, S, S, C], those of the mask `mirrored` [N] mirrored left to right. On the CPU the
     calling thread does it alone, because torch's threads spin while they wait for a decoder's core, which cuts streaming
-    to a third.
-    """
+    to a third."""
     if pixels.device.type != "cpu":
         return to_float(flip(pixels.permute(0, 3, 1, 2), mirrored))
     images = np.empty(pixels.shape, np.float32)

@@ -75,8 +75,7 @@ def stock_stream(
     split: Split, attributes: Attributes, preprocessing: Preprocessing, *, window: int = 0, seed: int = 0
 ) -> webdataset.WebDataset:
     """The split's tars through webdataset's own readers, with nothing of ours but the crop and resize: (key, uint8 [S, S,
-    C], float32 [A] labels) of each record, front to back, once. window: records of its shuffle buffer; 0 keeps the order.
-    """
+    C], float32 [A] labels) of each record, front to back, once. window: records of its shuffle buffer; 0 keeps the order."""
     stream = webdataset.WebDataset([str(shard) for shard in split.shards], shardshuffle=False, empty_check=False)
     stream = stream.shuffle(window, seed=seed) if window else stream
     return stream.decode("pilrgb").map(partial(_stock_sample, attributes, preprocessing))

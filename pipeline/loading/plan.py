@@ -27,8 +27,7 @@ _EPOCHS_KEPT = 8  # a few streams at a time, two epochs each when a batch spans 
 class Request:
     """One global batch to be made: draw `draw` of a stream, which key its random numbers. rows: [B] int64 rows of the
     split, of all ranks. images: False for a phase that reads labels only. flip: mirror each with probability one half.
-    augment: by how much.
-    """
+    augment: by how much."""
 
     stream: str
     draw: int
@@ -53,10 +52,9 @@ class Plan:
     Numbers come from Philox raw words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose stream
     numpy promises to keep over its versions; `Generator.permutation` carries no such promise.
 
-    seed, salt: other values give other, independent orders. window: shards, permuted, that are taken together, and
-    records are permuted inside each window; None: a full shuffle. shard_of: [size] the shard of each row; needed with a
-    window. weights: [size] of the records, none below 0. groups: [size] integers, equal for records whose share is exact
-    together.
+    seed, salt: other values give other, independent orders. window: shards, permuted, that are taken together, and records
+    are permuted inside each window; None: a full shuffle. shard_of: [size] the shard of each row; needed with a window.
+    weights: [size] of the records, none below 0. groups: [size] integers, equal for records whose share is exact together.
     """
 
     def __init__(
@@ -92,8 +90,7 @@ class Plan:
 
     def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
         """[batch_size] int64: the global batch of this draw, in order. Raises ValueError: batch_size below 1 or draw
-        below 0.
-        """
+        below 0."""
         if batch_size < 1 or draw < 0:
             raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
         start, stop = draw * batch_size, (draw + 1) * batch_size
@@ -168,8 +165,7 @@ def salted(seed: int, salt: int) -> int:
 
 def share(rows: Rows, rank: int, world_size: int) -> Rows:
     """This rank's contiguous part of a global batch: in rank order they are the whole, sizes differ by at most one.
-    Raises ValueError: rank is not one of world_size.
-    """
+    Raises ValueError: rank is not one of world_size."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}; ranks run from 0 to world_size - 1")
     return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]

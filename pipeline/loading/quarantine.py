@@ -22,8 +22,7 @@ _FEW = 3  # records that any share above 0 lets go
 
 class Quarantine:
     """The records of a split that are left out. share: of the split that may be, though always a few unless it is 0; more
-    is an error. keys: those known before, from a checkpoint; keys of other splits are passed over.
-    """
+    is an error. keys: those known before, from a checkpoint; keys of other splits are passed over."""
 
     def __init__(self, split: Split, share: float, keys: Iterable[str] = ()) -> None:
         self.split = split

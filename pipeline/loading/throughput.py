@@ -46,8 +46,7 @@ _PREFETCH = 3  # batches that DALI alone, and each worker process, makes ahead
 @dataclass(frozen=True)
 class Measure:
     """How to measure: threads of DALI, and worker processes of a DataLoader; rounds, turns that everyone has, of so many
-    seconds at least; device, where batches end.
-    """
+    seconds at least; device, where batches end."""
 
     batch_size: int = 64
     threads: int = 2
@@ -165,8 +164,7 @@ def write_files(split: Split, folder: Path) -> list[Path]:
 
 def prepare_seconds(paths: list[Path], folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds that `fader prepare` and `tar cf` take for the same picture files, round by round, in turns; files are in
-    memory. "prepare" decodes every picture, "prepare header" does not; both digest and sync, which tar does not.
-    """
+    memory. "prepare" decodes every picture, "prepare header" does not; both digest and sync, which tar does not."""
     table = folder / "list.csv"
     table.write_text("\n".join(["path,odd", *(f"{path},{number % 2}" for number, path in enumerate(paths))]))
     seconds: dict[str, list[float]] = {"prepare": [], "prepare header": [], "tar": []}

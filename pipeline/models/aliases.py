@@ -21,8 +21,7 @@ _MOVE_SECONDS = 60.0  # within which the holder of a lock begins its last reques
 
 def promote(name: str, version: int, replaces: int | None, tags: Mapping[str, str]) -> None:
     """Make a version the champion and tag it. replaces: the champion as far as the caller knows; None: there is none.
-    Raises ValueError: another version became the champion meanwhile; or the store does not answer.
-    """
+    Raises ValueError: another version became the champion meanwhile; or the store does not answer."""
     with open_store(None) as mlflow, _alone(mlflow, name) as still_alone:
         client = mlflow.MlflowClient()
         now = _champion(client, name)
@@ -37,8 +36,7 @@ def promote(name: str, version: int, replaces: int | None, tags: Mapping[str, st
 
 def rollback(name: str) -> tuple[int, int]:
     """Make the version that the champion replaced the champion again; return the two versions, from and to. Raises
-    ValueError: there is no champion, or it replaced none; or the store does not answer.
-    """
+    ValueError: there is no champion, or it replaced none; or the store does not answer."""
     with open_store(None) as mlflow, _alone(mlflow, name) as still_alone:
         client = mlflow.MlflowClient()
         now = _champion(client, name)
@@ -67,8 +65,7 @@ def _champion(client: Any, name: str) -> int | None:
 def _alone(mlflow: Any, name: str) -> Iterator[Callable[[], None]]:
     """Hold the lock on a model's champion; gives a function that raises when it was held too long to go on. A lock is a
     registered model NAME.promoting-NUMBER, because making one is what MLflow does for one caller only. The next number is
-    taken when the newest lock is gone, or stands for `LEASE_SECONDS` of the waiting process's own time.
-    """
+    taken when the newest lock is gone, or stands for `LEASE_SECONDS` of the waiting process's own time."""
     client, prefix = mlflow.MlflowClient(), f"{name}.promoting-"
     newest, since, told = 0, time.monotonic(), False
     while True:

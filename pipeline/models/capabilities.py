@@ -67,8 +67,7 @@ class Capability:
 
     def answer(self, array: Any, params: Mapping[str, str]) -> np.ndarray:
         """Return what a service answers, computed in batches. Raises ValueError: unknown attribute, a value that is no
-        number, or an array of another shape.
-        """
+        number, or an array of another shape."""
         try:
             rows = torch.from_numpy(np.array(array, self.dtype))
         except (TypeError, ValueError):
@@ -166,8 +165,7 @@ class Editing(Capability):
     def labels(self, images: Tensor, given: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, str]]:
         """Say what pictures [N, C, S, S] in [-1, 1] show, as the decoder needs it to reconstruct them: labels [N, A], and
         for each attribute "given" (the user knows it, for all the pictures), "judge" (which reads it), or "estimated":
-        the value with which the reconstruction is nearest to the picture, one attribute after another, twice around.
-        """
+        the value with which the reconstruction is nearest to the picture, one attribute after another, twice around."""
         self._check_images(images)
         given, read = given or {}, self.judge.labels(images) if self.judge else {}
         known = {a.name: a for a in self.judge.attributes} if self.judge else {}
@@ -199,8 +197,7 @@ class Editing(Capability):
     @torch.inference_mode()
     def edit(self, images: Tensor, labels: Tensor, settings: Sequence[Sequence[Slider]]) -> Tensor:
         """Decode pictures [N, C, S, S] in [-1, 1], whose own labels are [N, A], under several settings of the sliders:
-        [N, settings, C, S, S]; an empty setting is the reconstruction.
-        """
+        [N, settings, C, S, S]; an empty setting is the reconstruction."""
         latent = self.encode(images, labels)
         return torch.stack([self.decode(latent, labels, sliders) for sliders in settings], 1)
 

@@ -179,8 +179,7 @@ def _from_registry(address: str, ema: bool, own_judge: bool) -> Model:
 
 def version_of(mlflow: Any, address: str, name: str, alias: str | None, version: str | None) -> Any:
     """Return the registered version behind an address. Raises ValueError: no such name, alias or version; the message
-    lists what there is.
-    """
+    lists what there is."""
     client, store = mlflow.MlflowClient(), tracking.without_password(mlflow.get_tracking_uri())
     try:
         registered = client.get_registered_model(name)

@@ -19,8 +19,7 @@ from pipeline.models.capabilities import Aligning, Capability, Editing, Judging,
 class Model:
     """A method with its weights, in eval mode, and its card. source: where it came from, for messages. run: the folder of
     the run that it is of. variant: which of that run's weights it has, as names of files about them end: "" for the
-    newest as they are used, else such as "-images-64000" or "-raw".
-    """
+    newest as they are used, else such as "-images-64000" or "-raw"."""
 
     method: Method
     card: dict[str, Any]
@@ -33,8 +32,7 @@ class Model:
 
     def edit(self, image: Image.Image, **sliders: str | float) -> Image.Image:
         """Move sliders on a picture, as in `model.edit(image, Smiling=1.5, Beard="full")`; the result is square, as the
-        model reads it. Raises ValueError: an unknown attribute or value; the model does not edit.
-        """
+        model reads it. Raises ValueError: an unknown attribute or value; the model does not edit."""
         editing = self.editing
         moves = [editing.slider(name, value) for name, value in sliders.items()]
         pixels = preprocess(image.convert("RGB"), self.preprocessing.fitting(*image.size))

@@ -31,8 +31,7 @@ class Slider:
 
 def parse_slider(attributes: Attributes, name: str, value: str | float) -> Slider:
     """Read `Smiling`, 1.5; `Beard.moustache`, 1; or `Beard`, "moustache", which is the same. Raises ValueError: unknown
-    attribute or category; a value that is no number.
-    """
+    attribute or category; a value that is no number."""
     attribute, category = _resolve(attributes, name)
     if attribute.kind == "k-way" and category is None:
         if value not in attribute.categories:
@@ -47,8 +46,7 @@ def parse_slider(attributes: Attributes, name: str, value: str | float) -> Slide
 
 def parse_label(attributes: Attributes, name: str, value: str | float) -> float:
     """Read one of a picture's own labels: 0 or 1, a category's name or number, or a share. Raises ValueError: unknown
-    attribute, or a value that it does not have.
-    """
+    attribute, or a value that it does not have."""
     attribute, category = _resolve(attributes, name)
     if category is not None:
         raise ValueError(f"{name}={value}: write {attribute.name}={attribute.value_name(category)}")

@@ -17,8 +17,7 @@ from pipeline.files import ensure_home
 def open_store(uri: str | None, create: bool = False) -> Iterator[Any]:
     """Give MLflow for one store, by default MLFLOW_TRACKING_URI or MLflow's own, which is made only with `create`. It
     waits seconds, not minutes, for a store that is gone, by environment variables that are set while this lasts, where
-    the user has not set them; its errors become ValueErrors.
-    """
+    the user has not set them; its errors become ValueErrors."""
     wanted = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",

@@ -28,8 +28,7 @@ _ROOT = Path(__file__).resolve().parents[2]  # of our own code, which travels wi
 @dataclass(frozen=True)
 class Version:
     """A registered version; run_id: the MLflow run it is linked to, if the run was tracked; export: the folder of its
-    export.
-    """
+    export."""
 
     name: str
     version: int

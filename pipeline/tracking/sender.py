@@ -38,8 +38,7 @@ class Sender:
 
     def deliver(self) -> None:
         """Deliver everything that the spool holds now. What was delivered stays noted when MLflow raises something.
-        Raises Deleted: the run or its experiment was deleted there.
-        """
+        Raises Deleted: the run or its experiment was deleted there."""
         if self.state.run_id is None:
             begin = next((e for e, _ in read_events(self.spool / "main.jsonl") if e and e["kind"] == "start"), None)
             if begin is None:

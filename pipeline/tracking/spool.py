@@ -151,8 +151,7 @@ class Point:
 
 def points(run: str | Path) -> list[Point]:
     """Return every point that the loop of a run ever logged, in order, with the superseded ones marked. Raises
-    ValueError: the run has no spool.
-    """
+    ValueError: the run has no spool."""
     path = spool_of(run) / "main.jsonl"
     rows: list[list[Any]] = []
     for event, _ in read_events(path):
@@ -176,8 +175,7 @@ def spool_of(run: str | Path) -> Path:
 class State:
     """What each store has received: `spool/state.json`, written by whoever holds the spool's lock. A copy of a run's
     folder has received nothing, so that it does not write into the first's MLflow run; `key` is the tag by which its own
-    is found, and `copied_from` the first's folder, until the copy's own state is saved.
-    """
+    is found, and `copied_from` the first's folder, until the copy's own state is saved."""
 
     def __init__(self, path: Path, content: dict[str, Any], uri: str | None) -> None:
         self.path, self._content, self.uri = path, content, uri

@@ -28,8 +28,7 @@ QUEUE_EVENTS = 10_000  # about 30 MB of metrics; reached only when the disk itse
 
 class Tracker:
     """What the loop says about a run. This one keeps nothing, because tracking is off or another rank does it. No method
-    raises or waits, `finish` excepted, which waits a bounded time.
-    """
+    raises or waits, `finish` excepted, which waits a bounded time."""
 
     def start(self, images: int = 0) -> None:
         """Begin, or go on from a checkpoint of `images` seen: points past it are marked as superseded."""
@@ -64,8 +63,7 @@ class Tracker:
 
 class MlflowTracker(Tracker):
     """One MLflow run, spooled into `run/spool` and delivered by a child process, unless `deliver` is False (`fader sync
-    RUN` does it then). node: None on a single machine; else this node's name, which stands in its system metrics' names.
-    """
+    RUN` does it then). node: None on a single machine; else this node's name, which stands in its system metrics' names."""
 
     def __init__(self, run: str | Path, experiment: str, run_name: str, *, node: str | None = None, deliver: bool = True) -> None:
         self.spool = Path(run).resolve() / "spool"
@@ -210,8 +208,7 @@ def open_tracker(
     *, node: str | None = None, local_main: bool = False,
 ) -> Tracker:  # fmt: skip
     """Return the tracker of this rank: rank 0 (main) alone reports; the first rank of each other node (local_main)
-    samples the system. node: this node's name when there are several.
-    """
+    samples the system. node: this node's name when there are several."""
     if enabled and main:
         return MlflowTracker(run_folder, experiment, name, node=node)
     if enabled and local_main and node is not None:

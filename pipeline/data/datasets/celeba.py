@@ -36,8 +36,7 @@ logger = logging.getLogger(__name__)
 def read_celeba(
     source: PathLike[str] | str, *, skip_bad: bool = False, name: str = "celeba", origin: dict[str, Any] | None = None
 ) -> Dataset:
-    """The index of a CelebA folder, of which no picture is read yet. name, origin: of another set in the same file
-    format.
+    """The index of a CelebA folder, of which no picture is read yet. name, origin: of another set in the same file format.
 
     Raises ValueError where a file is missing or damaged, or a row is wrong, unless `skip_bad`; the message names file and
     line.

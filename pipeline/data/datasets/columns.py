@@ -131,8 +131,7 @@ class Column:
 
     def finish(self) -> tuple[dict[str, Any], np.ndarray, dict[int, str]]:
         """The attribute as `Attributes.to_list` has it, labels [n] float32, and what is wrong with each faulty row.
-        Raises ValueError: what kind the column is does not follow from its cells.
-        """
+        Raises ValueError: what kind the column is does not follow from its cells."""
         codes = np.array(self._codes, np.int32)
         values = self.kind.values if self.kind else ()
         known = {code: text for text, code in self._numbers.items() if not self._is_unknown(text)}
@@ -266,8 +265,7 @@ def _needed(kind: Kind, categories: Sequence[str]) -> str:
 
 def choose(header: Sequence[str], wanted: Sequence[str], kinds: Sequence[str], others: Sequence[str]) -> list[Column]:
     """The columns that are attributes: those that are wanted, or all but `others`. kinds: what the user says, as
-    `Kind.parse` reads it. Raises ValueError: a name that is not in the header, or nothing is left.
-    """
+    `Kind.parse` reads it. Raises ValueError: a name that is not in the header, or nothing is left."""
     said = dict(map(Kind.parse, kinds))
     names = list(wanted) or [name for name in header if name not in others and is_attribute(name, said)]
     for name in [*names, *(name for name in said if name != "*")]:

@@ -29,8 +29,7 @@ def read_daynight(
 ) -> Dataset:
     """The index of a folder with labels.csv, of such a file (CSV or Parquet: path, label, maybe split and camera), or of
     a tree of folders day/ and night/. Records are split by the column `camera`, by default one of CAMERAS. Raises as
-    those readers do.
-    """
+    those readers do."""
     place = Place(os.fspath(source))
     table = place / LABELS if place.is_dir() else place
     if not table.is_file() and place.is_dir():

@@ -55,8 +55,7 @@ def face_labels(seed: int, index: int) -> dict[str, int]:
 
 def draw_face(seed: int, index: int, **forced: int) -> Image.Image:
     """A face, 178x218 RGB. `forced` replaces labels and nothing else: the person, pose and light stay. Raises ValueError:
-    an unknown attribute or value.
-    """
+    an unknown attribute or value."""
     labels = face_labels(seed, index)
     for name, value in forced.items():
         if name not in labels or not 0 <= value < (len(BEARDS) if name == "Beard" else 2):
@@ -135,8 +134,7 @@ def read_faces(
     progress: Progress = silent,
 ) -> Dataset:
     """Draw the faces that are missing in `source`, in CelebA's file format, and read them as CelebA is read; Beard, which
-    that format cannot hold, follows from the seed. The first 80% are train, the next 10% valid, the rest test.
-    """
+    that format cannot hold, follows from the seed. The first 80% are train, the next 10% valid, the rest test."""
     source, origin = Path(source), {"drawn": VERSION, "count": count, "seed": seed}
     draw_missing(source, "faces", origin, _path, partial(draw_face, seed), workers, progress)
     labels = [face_labels(seed, index) for index in range(count)]

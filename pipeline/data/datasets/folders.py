@@ -35,8 +35,7 @@ def read_folders(
     shares: Shares | None = None, skip_bad: bool = False, name: str = "folders",
 ) -> Dataset:
     """The index of a folder of folders. attribute: its name, by default that of the second of two classes, else "class".
-    names: of the domains A and B. Raises ValueError where the folders are no classes, or hold what shards do not hold.
-    """
+    names: of the domains A and B. Raises ValueError where the folders are no classes, or hold what shards do not hold."""
     source = Place(os.fspath(source))
     if not source.is_dir():
         packed = source.is_file() and source.name.lower().endswith(".zip")

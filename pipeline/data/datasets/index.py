@@ -14,8 +14,7 @@ from pipeline.data.datasets.splits import NAMES, Shares, assign
 
 class Index:
     """One entry a record in each list; the first fault raises, or with `skip_bad` all of them are collected. grouped:
-    records of one group stand in one split; a record whose group is unknown stands alone.
-    """
+    records of one group stand in one split; a record whose group is unknown stands alone."""
 
     def __init__(self, skip_bad: bool, grouped: bool = False) -> None:
         self.skip_bad, self.grouped = skip_bad, grouped
@@ -28,8 +27,7 @@ class Index:
 
     def fault(self, key: str | None, place: str, reason: str) -> None:
         """Leave out what is wrong at this place. key: None when it belongs to no record. Raises ValueError: nothing may
-        be left out.
-        """
+        be left out."""
         if not self.skip_bad:
             raise ValueError(f"{place}: {reason}; mend the file, or leave such records out with --skip-bad")
         self.left_out.append(LeftOut(key, f"{place}: {reason}"))
@@ -55,8 +53,7 @@ class Index:
         read: Callable[[str], bytes], shares: Shares | None = None, bad: Mapping[int, str] | None = None,
     ) -> Dataset:
         """Return the set, without records whose key an earlier record has. labels: [N, A] of the records that were taken,
-        of one attribute also [N]. bad: what else is wrong, by the number of the record.
-        """
+        of one attribute also [N]. bad: what else is wrong, by the number of the record."""
         bad, first = dict(bad or {}), dict[str, int]()
         for row, key in enumerate(self.keys):
             if row not in bad and first.setdefault(key, row) != row:

@@ -35,9 +35,7 @@ def is_remote(address: str | os.PathLike[str]) -> bool:
 @dataclass(frozen=True)
 class Place:
     """A file or folder, here or at an address, with what readers of sets ask of one. It pickles. Remote reading is tried
-    again a few times, unless there is no such file or it may not be read. What cannot be read or written raises an
-    OSError.
-    """
+    again a few times, unless there is no such file or it may not be read. What cannot be read or written raises an OSError."""
 
     address: str
 

@@ -66,10 +66,9 @@ def spread(
 ) -> list[Result]:
     """Call `function` with every job, in processes, or in threads where records are few; return its results in order.
 
-    Reading, digests and decoding leave the interpreter's lock to others, so threads keep some cores busy at once; a
-    process takes as long to start as a thread takes for some 10,000 small pictures. few: fewer records than these get
-    threads; 0 where `function`, which pickles and calls `tick()` once a record, holds the lock. workers: None: one for
-    each core.
+    Reading, digests and decoding leave the interpreter's lock to others, so threads keep some cores busy at once; a process
+    takes as long to start as a thread takes for some 10,000 small pictures. few: fewer records than these get threads; 0
+    where `function`, which pickles and calls `tick()` once a record, holds the lock. workers: None: one for each core.
 
     Raises what `function` raises, or KeyboardInterrupt, when all have stopped; OSError when one was killed.
     """

@@ -25,8 +25,7 @@ def shards_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def read_manifest(folder: Path, info: Mapping[str, Any], split: str | None = None) -> pa.Table:
     """The rows of one split of the set in a folder, or of all of them. info: its dataset.json. Raises ValueError: a
-    column is missing, the file is damaged, or a row of whichever split points outside its tar.
-    """
+    column is missing, the file is damaged, or a row of whichever split points outside its tar."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 class Settings:
     """How a set is written: shard_records a tar; workers: processes, None one a core; skip_bad: leave out bad pictures,
     and list them; check: how each is proven to be sound (see `images.check`; the set is the same); progress(records done,
-    in all).
-    """
+    in all)."""
 
     shard_records: int = 4096
     workers: int | None = None
@@ -59,16 +58,14 @@ class Settings:
 def prepare(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
     """Write a shard set, or go on with one that was interrupted; settings: see `Settings`. Every byte is the same however
     often that happens. Raises ValueError: the folder is another's or in use, or a picture is bad; the message names file
-    and line.
-    """
+    and line."""
     how = Settings(**settings)
     return _complete(dataset, Path(out), how, lambda jobs: _write(jobs, how))
 
 
 def finish(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
     """Make one set of what all tasks wrote. Raises ValueError: as `prepare`; a task still runs; or one has not finished
-    or has failed: it is named, and nothing is written.
-    """
+    or has failed: it is named, and nothing is written."""
     out, how = Path(out), Settings(**settings)
     note = out / WORK / "tasks"
 
@@ -92,10 +89,8 @@ def finish(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
 
 
 def write_part(dataset: Dataset, out: Path | str, task: int, tasks: int, **settings: Any) -> list[str]:
-    """Write the shards of task 0, 1, … of `tasks`, or those that an interrupted one left; return their names. Tasks may
-    run at the same time. Raises ValueError: as `prepare`; the task runs already; or others were told another number of
-    tasks.
-    """
+    """Write the shards of task 0, 1, … of `tasks`, or those that an interrupted one left; return their names. Tasks may run
+    at the same time. Raises ValueError: as `prepare`; the task runs already; or others were told another number of tasks."""
     out, how = Path(out), Settings(**settings)
     if not 0 <= task < tasks:
         raise ValueError(f"task {task} of {tasks}: tasks are counted from 0 to {tasks - 1}")

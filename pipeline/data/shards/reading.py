@@ -79,8 +79,7 @@ class ShardSet:
     def open(cls, path: Path | str) -> ShardSet:
         """Open a set in a folder or at an address; sizes of all files and the manifest's digest are checked, the tars are
         not read (`verify` does). Raises ValueError: not there, not finished, or damaged; OSError: the address does not
-        answer.
-        """
+        answer."""
         if is_remote(path):
             return _open_remote(Place(os.fspath(path)))
         path = Path(path).expanduser()
@@ -157,8 +156,7 @@ def _open_remote(place: Place) -> ShardSet:
 def upload(path: Path | str, address: str) -> None:
     """Copy a finished set to an address, its description last, so that nobody takes a part of it for the whole. What lies
     there already is read back, and sent again where it differs. Raises ValueError: `path` is no finished set or damaged,
-    or another set lies at the address; OSError: the address cannot be written to.
-    """
+    or another set lies at the address; OSError: the address cannot be written to."""
     whole, place = ShardSet.open(path), Place(address)
     description = (whole.path / DESCRIPTION).read_bytes()
     if (place / DESCRIPTION).is_file() and _is_another((place / DESCRIPTION).read_bytes(), description):
@@ -206,8 +204,7 @@ class Split:
 
     def columns(self, attributes: Attributes) -> np.ndarray:
         """Labels of the named attributes: [n, len(attributes)] float32. Raises ValueError: the set has no such attribute,
-        or one of another kind or other categories.
-        """
+        or one of another kind or other categories."""
         rows = [self.attributes.index(attribute.name) for attribute in attributes]
         for attribute, row in zip(attributes, rows):
             stored = self.attributes[row]
@@ -242,8 +239,7 @@ class Split:
 def mapped(path: Path, remote: Remote | None) -> np.ndarray:
     """The bytes of a tar, mapped: 1-D uint8. Where the set lies elsewhere, it is fetched first. Raises ValueError: what
     came is not what the set says of it; OSError: it cannot be read, or others take its room in the cache as soon as it
-    has come.
-    """
+    has come."""
     for _ in range(_MAP_TRIALS if remote else 1):
         local = remote.fetch(path.name) if remote else path
         try:

@@ -76,8 +76,7 @@ def _faults(path: Path, shard: dict, attribute_list: list[dict], rows: pa.Table,
 def verify(path: Path | str, *, workers: int | None = None, progress: Progress = silent) -> Report:
     """Read a set back whole: every picture against its digest, every label file against the columns, every tar, the
     manifest and the data digest against dataset.json. What the cache lacks of a set at an address is fetched. Raises
-    ValueError: not there, not finished, or damaged; names what is (the first 20 places).
-    """
+    ValueError: not there, not finished, or damaged; names what is (the first 20 places)."""
     remote = ShardSet.open(path).remote if is_remote(path) else None
     path = remote.folder if remote else Path(path).expanduser()
     info = read_description(path)

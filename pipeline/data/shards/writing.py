@@ -67,8 +67,7 @@ def _picture(job: ShardJob, record: int) -> tuple[bytes, Checked] | str:
 
 def write_shard(job: ShardJob) -> Written:
     """Write one tar and, when it is whole, the note on it, unless an earlier run did. Neither is flushed to the disk: a
-    tar that differs from its note is written again, and all tars are flushed before the set is described.
-    """
+    tar that differs from its note is written again, and all tars are flushed before the set is described."""
     if written := finished_shard(job):
         return written
     rows, left_out, data = [], [], job.data

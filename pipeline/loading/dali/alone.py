@@ -20,8 +20,7 @@ def dali_alone(
 ) -> Iterator[None]:
     """An endless iterator that gives nothing and has, each time, made uint8 squares of one more batch of the split; with
     `floats` what training reads, half of them mirrored. folder: for the index files that DALI reads beside the tars.
-    Raises ValueError where pictures differ in size.
-    """
+    Raises ValueError where pictures differ in size."""
     boxes = preprocessing.boxes(split.width, split.height)
     if (boxes != boxes[0]).any():
         raise ValueError("DALI alone is measured on pictures of one size; give the bench such a set")

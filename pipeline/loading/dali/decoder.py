@@ -92,8 +92,7 @@ class _Feed:
 
 class DaliDecoder(SplitLoader):
     """Turns requests into pixels on the device. Takes and raises what `SplitLoader` does. A picture that Pillow decodes
-    and DALI refuses is given to DALI as a PNG of what Pillow decoded, so both read the same pictures.
-    """
+    and DALI refuses is given to DALI as a PNG of what Pillow decoded, so both read the same pictures."""
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
@@ -191,10 +190,8 @@ class DaliDecoder(SplitLoader):
         return copy
 
     def replace_refused(self, jobs: Iterable[_Job], error: str) -> None:
-        """Rewrite or quarantine what DALI refuses in the first batch that has such a record: DALI names none itself.
-        Raises ValueError: there is no quarantine, or too much in it; RuntimeError: DALI takes every record when it is
-        asked again.
-        """
+        """Rewrite or quarantine what DALI refuses in the first batch that has such a record: DALI names none itself. Raises
+        ValueError: there is no quarantine, or too much in it; RuntimeError: DALI takes every record when it is asked again."""
         for job in jobs:
             refused = self._refused(np.unique(self.readable(job.rows)))
             for row, words in refused:

@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 class DaliLoader(DaliDecoder):
     """Takes and raises what `SplitLoader` does; on a CUDA device DALI decodes there ("mixed"). cache: keep every record
     that was decoded, as uint8, for all streams of a run; with "host" for the machine's other ranks, which open their
-    loaders together.
-    """
+    loaders together."""
 
     def __init__(
         self, split: Split, attributes: Attributes, preprocessing: Preprocessing, *, cache: Cache = "auto",
@@ -105,8 +104,7 @@ def open_loader(
     on_node: OnNode = alone, **options,
 ) -> Loader:
     """The loader a config asks for; `options` are `SplitLoader`'s. Raises ValueError: an unknown kind, a cache for a
-    loader that keeps nothing, and what the loaders raise.
-    """
+    loader that keeps nothing, and what the loaders raise."""
     if kind == "dali":
         return DaliLoader(split, attributes, preprocessing, cache=cache, on_node=on_node, **options)
     if kind != "pillow":
