@@ -21,8 +21,7 @@ _MSE, _SWAP = "mse", "swap_accuracy"
 @dataclass(frozen=True)
 class Compared:
     """What is known of one run: its config, flat; the newest of what its loop logged; an evaluation's numbers without the
-    split's name; judge, split digest and number of records that these rest on; and 95% intervals of the two that are
-    plotted."""
+    split's name; judge, split digest and number of records that these rest on; and intervals of what is plotted."""
 
     name: str
     settings: dict[str, str]

@@ -114,8 +114,7 @@ class Classes:
 
 
 def class_definitions(attributes: Attributes, given: Sequence[Sequence[str]]) -> tuple[Classes, ...]:
-    """Return the definitions that are given by names, or one for each attribute alone. Raises ValueError: an unknown
-    attribute."""
+    """Return the definitions that are given by names, or one for each attribute alone."""
     names = given or [(name,) for name in attributes.names]
     return tuple(Classes(tuple(map(attributes.index, own)), attributes.select(own)) for own in names)
 

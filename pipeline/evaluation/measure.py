@@ -37,8 +37,7 @@ def makes_pictures(method: Method) -> bool:
 
 def pictures(method: Method, batch: Batch) -> tuple[Callable[[Tensor], Tensor], Any]:
     """Return the function from codes [N, code_width] to pictures, float32 in [-1, 1]; and the latent behind it, if any.
-    They are edits of the batch's photos, each encoded once; of a method that only samples they are of noise that each
-    record draws once."""
+    They are edits of the batch's photos, each encoded once; of a method that only samples they are of each record's noise."""
     edits, samples = editor(method), sampler(method)
     if edits is not None:
         latent = edits.encode(batch.images, batch.attributes)

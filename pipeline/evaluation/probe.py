@@ -72,17 +72,16 @@ Classifier = Callable[[Tensor], Tensor]
 def answers(
     train: Tensor, train_labels: Tensor, test: Tensor, ks: Sequence[int], *, seed: int, epochs: int = 30, hidden: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """What fresh classifiers, trained on frozen latents [N, F], say of other latents [M, F]; a pure function of its
-    arguments.
+    """What fresh classifiers, trained on frozen latents [N, F], say of other latents [M, F]; a pure function.
 
     Logistic regressions with several strengths of L2 and a network with one hidden layer learn every attribute with
-    class-balanced cross-entropy, on latents standardised by what they learn from; kernel discriminants with several
-    ridges (see `KernelReader`) are solved for them. For each attribute the classifier (and the network's epoch) is chosen
-    by balanced accuracy on the last fifth of the training records, from which none of them learns.
+    class-balanced cross-entropy, on latents standardised by what they learn from; kernel discriminants with several ridges
+    (see `KernelReader`) are solved for them. For each attribute the classifier (and the network's epoch) is chosen by
+    balanced accuracy on the last fifth of the training records, from which none of them learns.
 
-    train_labels: [N, A] int64, -1 = unknown (left out). ks: values of each attribute. seed: of the network's first
-    weights and its batches. Returns preds [M, A] float64, and the index in PROBES of the classifier chosen [A] float64,
-    -1 where the part learnt from holds fewer than two values.
+    train_labels: [N, A] int64, -1 = unknown (left out). ks: values of each attribute. seed: of the network's first weights
+    and its batches. Returns preds [M, A] float64, and the index in PROBES of the classifier chosen [A] float64, -1 where
+    the part learnt from holds fewer than two values.
     """
     num_learn = max(1, len(train) - len(train) // 5)
     mean, std = train[:num_learn].mean(0), train[:num_learn].std(0, correction=0)

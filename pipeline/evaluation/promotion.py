@@ -31,8 +31,7 @@ class Bound:
 
 
 def parse_bound(word: str, option: str, known: Sequence[str]) -> Bound:
-    """Read `--min smiling.swap=0.9` or `--max mse=0.03`. Raises ValueError: it is no NAME=VALUE, or an evaluation has no
-    such number."""
+    """Read `--min smiling.swap=0.9` or `--max mse=0.03`."""
     name, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", value):
         raise ValueError(f"{option} {word}: write NAME=VALUE, as {option} smiling.swap=0.9")

@@ -62,8 +62,7 @@ class Specification:
         return model
 
     def open(self, model: Model) -> ShardSet:
-        """Open the shard set, by default the one that a model names in its config. Raises ValueError: the config names
-        none, or it is not here."""
+        """Open the shard set, by default the one that a model names in its config."""
         named = self.data or ((model.card.get("config") or {}).get("data") or {}).get("path")
         if not named:
             raise ValueError(f"{model.source} does not say which data it was trained on; name a shard set with --data")

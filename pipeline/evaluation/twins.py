@@ -27,8 +27,7 @@ class TwinErrors:
         self._twins, self._keys, self._attributes, self._preprocessing = twins, keys, attributes, preprocessing
 
     def __call__(self, batch: Batch, picture: Callable[[Tensor], Tensor], decoded: Tensor) -> Tensor:
-        """Return [N, swaps, 3] the `errors` of every swap that `picture` makes of codes; decoded: the batch's
-        reconstructions."""
+        """Return [N, swaps, 3] the `errors` of every swap that `picture` makes of codes; decoded: reconstructions."""
         assert batch.images is not None
         columns = []
         for j, _, changed, target in self._attributes.swaps(batch.attributes):
@@ -44,8 +43,7 @@ class TwinErrors:
 
 
 def errors(swap: Tensor, looks: Tensor | None, photo: Tensor, reconstruction: Tensor) -> Tensor:
-    """[3] float64: how far a swap is from its nearest twin inside the region that should change, and from the photo
-    outside.
+    """[3] float64: how far a swap is from its nearest twin inside the region that should change, and from the photo.
 
     swap, photo, reconstruction: [C, S, S] in [-1, 1]. looks: [L, S, S, C] uint8, the twin in each look that the photo
     allows. Returns inside: squared error against the twin over that of the photo, 0 = the twin, 1 = nothing done; outside:

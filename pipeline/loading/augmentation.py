@@ -75,12 +75,11 @@ def grained(images: Tensor, draws: Draws, sigma: Tensor) -> Tensor:
 
 
 def coloured(images: Tensor, *, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """Pictures [N, 3 or 1, S, S] in [-1, 1] in other colours; brightness, contrast and saturation [N] are factors, hue
-    [N] is in turns. All four are linear in the colour, so together they are one 3×3 matrix a picture, an offset, and one
-    cut at the end.
+    """Pictures [N, 3 or 1, S, S] in [-1, 1] in other colours; brightness, contrast and saturation [N] are factors, hue [N]
+    is in turns. All four are linear in the colour, so together they are a 3×3 matrix a picture, an offset and one cut.
 
-    Brightness scales towards black; contrast blends with the picture's mean grey and saturation with each pixel's grey,
-    as Pillow's ImageEnhance does; hue turns the colours about the grey axis (in YIQ), so a grey pixel stays as it is.
+    Brightness scales towards black; contrast blends with the picture's mean grey and saturation with each pixel's grey, as
+    Pillow's ImageEnhance does; hue turns the colours about the grey axis (in YIQ), so a grey pixel stays as it is.
     """
     gain = brightness * contrast
     channels = images.shape[1]

@@ -107,8 +107,7 @@ def _group_limits(own: Path, root: Path) -> Iterator[float]:
 
 class Kept:
     """uint8 pictures [n, S, S, C], of which some are there. Not safe from several threads. pixels: an array of this
-    process, or one that it shares; or a tensor on the device. there: [n] uint8, 1 for each that is whole. device: where
-    they are used."""
+    process, or one that it shares; or a tensor on the device. there: [n] uint8, 1 for each that is whole."""
 
     def __init__(self, pixels: np.ndarray | Tensor, there: np.ndarray, device: torch.device) -> None:
         self._pixels, self._there, self._device = pixels, there, device

@@ -31,9 +31,8 @@ class Loader(Protocol):
     seed: int
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """This rank's share of each request, in order. A loader may read several requests ahead; closing the iterator
-        ends all work and all threads begun for it. Raises ValueError: a record does not decode; the message names its key
-        and shard."""
+        """This rank's share of each request, in order. A loader may read several requests ahead; closing the iterator ends
+        all work and all threads begun for it. Raises ValueError: a record does not decode."""
         ...
 
 
@@ -138,8 +137,7 @@ def finish(
 
 def _floats(pixels: Tensor, mirrored: Tensor) -> Tensor:
     """Return `to_float` of pictures [N, S, S, C], those of the mask `mirrored` [N] mirrored left to right. On the CPU the
-    calling thread does it alone, because torch's threads spin while they wait for a decoder's core, which cuts streaming
-    to a third."""
+    calling thread does it alone, because torch's threads spin while they wait for a decoder's core."""
     if pixels.device.type != "cpu":
         return to_float(flip(pixels.permute(0, 3, 1, 2), mirrored))
     images = np.empty(pixels.shape, np.float32)

@@ -26,8 +26,7 @@ _EPOCHS_KEPT = 8  # a few streams at a time, two epochs each when a batch spans 
 @dataclass(frozen=True, eq=False)
 class Request:
     """One global batch to be made: draw `draw` of a stream, which key its random numbers. rows: [B] int64 rows of the
-    split, of all ranks. images: False for a phase that reads labels only. flip: mirror each with probability one half.
-    augment: by how much."""
+    split, of all ranks. images: False for a phase that reads labels only. flip: mirror each with probability one half."""
 
     stream: str
     draw: int
@@ -89,8 +88,7 @@ class Plan:
         self._epoch = lru_cache(_EPOCHS_KEPT)(lambda stream, epoch: self._order(stream, epoch).astype(kind))
 
     def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
-        """[batch_size] int64: the global batch of this draw, in order. Raises ValueError: batch_size below 1 or draw
-        below 0."""
+        """[batch_size] int64: the global batch of this draw, in order."""
         if batch_size < 1 or draw < 0:
             raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
         start, stop = draw * batch_size, (draw + 1) * batch_size

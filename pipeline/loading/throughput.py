@@ -65,8 +65,7 @@ def loading_rates(
     """Images a second of each way to load the split, round by round. folder: an empty one for index files and pictures.
 
     Returns "bare": DALI alone; "floats": the same to flipped floats, which all that follow give; "streamed", "cached":
-    ours; "webdataset": its stock stream, and "files": a DataLoader over picture files, both with Pillow in worker
-    processes.
+    ours; "webdataset": its stock stream, and "files": a DataLoader over picture files, both with Pillow.
     """
     stock = {"batch_size": measure.batch_size, "drop_last": True, "prefetch_factor": _PREFETCH}
     webdataset = DataLoader(

@@ -250,9 +250,8 @@ class Sampling(Capability):
 
         given: labels that all the pictures get; `sliders` are moved afterwards. only: labels that are neither given nor
         moved are 0, absent. By default they are drawn by the seed, together, from training records that come nearest to
-        what is asked for; or every value equally likely, where the model knows of no records. truncation: see
-        `truncated`. to: a seed to whose noise the pictures go from their own, from first to last: z cos θ + z' sin θ,
-        which is N(0, 1) for every θ.
+        what is asked for; or every value equally likely, where the model knows of no records. truncation: see `truncated`.
+        to: a seed to whose noise the pictures go from their own: z cos θ + z' sin θ, which is N(0, 1) for every θ.
         """
         draws, asked = Draws.of(0, "sample", 0, seeds), {**(given or {}), **self._labels_of(sliders)}
         columns = [self.attributes.index(name) for name in asked]

@@ -56,9 +56,8 @@ def images_of(checkpoint: Path) -> int:
 
 
 def write(run: Path, images: int, state: State, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> Path:
-    """Write one checkpoint; it is there whole or not at all. extra: JSON values that go into state.json. metrics: what
-    was measured of this very state, by which the best are kept. Raises OSError: the disk refuses; whatever was there is
-    untouched."""
+    """Write one checkpoint; it is there whole or not at all. extra: JSON values that go into state.json. metrics: what was
+    measured of this very state, by which the best are kept. Raises OSError: the disk refuses."""
     target = _place(run, images)
     story = json.dumps({"format": FORMAT, "images": images, "metrics": dict(metrics or {}), **extra}, indent=1)
     if target.exists() and _is_sound(target) and (target / "state.json").read_text() == story:
@@ -137,8 +136,7 @@ def validated(run: Path) -> Path | None:
 
 
 def named(run: Path, which: str) -> Path:
-    """A sound checkpoint by its name: latest, best or images-64000. Raises ValueError: there is none of that name, or it
-    is damaged."""
+    """A sound checkpoint by its name: latest, best or images-64000. Raises ValueError: there is none."""
     if which == "latest":
         newest = latest(run)
         if newest is None:

@@ -33,6 +33,14 @@ from pipeline.settings import method_settings, translated
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 2  # since 2 without the networks that only training needs
+_TERMS = {
+    "celeba": "CelebA is for non-commercial research only, and so is a model trained on it.",
+    "faces": "The faces are drawn by this project and come under its own licence, Apache-2.0.",
+}
+_ANY_TERMS = "Ask whoever owns them. CelebA is for non-commercial research only, and so is a model trained on it."
+_OURS = "attribute-sliders"
+_PACKAGES = (_OURS, "torch", "safetensors", "numpy", "Pillow", "pydantic", "PyYAML", "mlflow")
 ALIAS = "challenger"
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
@@ -178,8 +186,7 @@ def _from_registry(address: str, ema: bool, own_judge: bool) -> Model:
 
 
 def version_of(mlflow: Any, address: str, name: str, alias: str | None, version: str | None) -> Any:
-    """Return the registered version behind an address. Raises ValueError: no such name, alias or version; the message
-    lists what there is."""
+    """Return the registered version behind an address. Raises ValueError: there is none."""
     client, store = mlflow.MlflowClient(), tracking.without_password(mlflow.get_tracking_uri())
     try:
         registered = client.get_registered_model(name)
@@ -216,16 +223,6 @@ def _fill(method: Method, networks: Mapping[str, Mapping[str, Tensor]], source: 
             why = " ".join(str(error).split())[:300]
             raise ValueError(f"{source}: {name} does not take these weights: {why}") from None
         network.eval().requires_grad_(False)
-
-
-FORMAT = 2  # since 2 without the networks that only training needs
-_TERMS = {
-    "celeba": "CelebA is for non-commercial research only, and so is a model trained on it.",
-    "faces": "The faces are drawn by this project and come under its own licence, Apache-2.0.",
-}
-_ANY_TERMS = "Ask whoever owns them. CelebA is for non-commercial research only, and so is a model trained on it."
-_OURS = "attribute-sliders"
-_PACKAGES = (_OURS, "torch", "safetensors", "numpy", "Pillow", "pydantic", "PyYAML", "mlflow")
 
 
 def about_method(method: Method) -> dict[str, Any]:

@@ -54,12 +54,11 @@ class _Decoding(_Encoding):
 
 
 def export_onnx(model: Model, out: Path, int8: bool = False) -> dict[str, Any]:
-    """Write encoder.onnx, decoder.onnx and card.json to a folder, all or none; docs/using.md says what the graphs take
-    and give.
+    """Write encoder.onnx, decoder.onnx and card.json to a folder, all or none; docs/using.md says what they take.
 
     int8: keep the weights as int8; the runtime computes with floats as before. Returns what the card says: how far each
-    graph is from torch ("off"), before rounding, and of int8 the PSNR of drawn faces against torch's, in dB
-    ("int8_psnr"). Raises ValueError: the model does not edit, ONNX is not installed, or `out` holds something else.
+    graph is from torch ("off"), before rounding, and of int8 the PSNR of drawn faces against torch's, in dB ("int8_psnr").
+    Raises ValueError: the model does not edit, ONNX is not installed, or `out` holds something else.
     """
     if out.exists() and not (out / "decoder.onnx").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no export to ONNX; choose another folder")

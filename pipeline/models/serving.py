@@ -62,8 +62,7 @@ def answer(model: Model, data: Any, params: Mapping[str, str]) -> Any:
     data: an editor and a judge take base64 PNG or JPEG files of any size, or float32 [N, C, S, S] in [-1, 1]; a sampler
     seeds [N], an aligner windows; a table (pandas) of one column is a list. params: `sliders` and `attributes`, JSON
     objects such as {"Smiling": 1.5}; `format`: "png" or "tensor" for pictures that come out, by default as they came.
-    Returns them as such, a judge's probabilities [N, code_width], or an aligner's corrections [N, 4]. Raises ValueError:
-    it is none of that.
+    Returns them as such, a judge's probabilities [N, code_width], or an aligner's corrections [N, 4].
     """
     capability = model.capabilities[0]
     kind = params.get("format") or ""

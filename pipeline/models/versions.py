@@ -27,8 +27,7 @@ _ROOT = Path(__file__).resolve().parents[2]  # of our own code, which travels wi
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version; run_id: the MLflow run it is linked to, if the run was tracked; export: the folder of its
-    export."""
+    """A registered version; run_id: the MLflow run it is linked to, if the run was tracked; export: a folder."""
 
     name: str
     version: int
@@ -127,9 +126,8 @@ def _describe(model: Model) -> str:
 def export(
     run: str | Path, out: str | Path, judge: str | Sequence[str] | None = None, *, checkpoint: str = "latest", ema: bool = True
 ) -> Path:
-    """Write a model for use: model.safetensors, card.json, and its judges' exports in judge/, judge-2/ …, whole; an
-    export that is there already is replaced. run, checkpoint, ema: what `load` takes. judge: the judges to put in, by
-    default the run's own.
+    """Write a model for use: model.safetensors, card.json, and its judges' exports in judge/, judge-2/ …, whole; an export
+    that is there already is replaced. run, checkpoint, ema: what `load` takes. judge: by default the run's own.
 
     Raises ValueError: the run cannot be loaded, the judge does not fit, or `out` holds something else.
     """

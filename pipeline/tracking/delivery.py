@@ -116,9 +116,8 @@ class Delivery:
 
 
 def sync(run: str | Path, again: bool = False) -> Delivery:
-    """Deliver what is left of a run's spool, now; create the MLflow run if there is none. The store is
-    MLFLOW_TRACKING_URI, else the one the run went to before, else MLflow's default. again: send everything; what is there
-    already stays as it is.
+    """Deliver what is left of a run's spool, now; create the MLflow run if there is none. The store is MLFLOW_TRACKING_URI,
+    else the one the run went to before, else MLflow's default. again: send everything.
 
     Raises ValueError: no spool; the run is being trained; or the store does not answer (everything is kept).
     """

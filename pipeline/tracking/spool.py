@@ -150,8 +150,7 @@ class Point:
 
 
 def points(run: str | Path) -> list[Point]:
-    """Return every point that the loop of a run ever logged, in order, with the superseded ones marked. Raises
-    ValueError: the run has no spool."""
+    """Return every point that the loop of a run ever logged, in order, with the superseded ones marked."""
     path = spool_of(run) / "main.jsonl"
     rows: list[list[Any]] = []
     for event, _ in read_events(path):

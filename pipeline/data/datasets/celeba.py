@@ -38,8 +38,7 @@ def read_celeba(
 ) -> Dataset:
     """The index of a CelebA folder, of which no picture is read yet. name, origin: of another set in the same file format.
 
-    Raises ValueError where a file is missing or damaged, or a row is wrong, unless `skip_bad`; the message names file and
-    line.
+    Raises ValueError where a file is missing or damaged, or a row is wrong, unless `skip_bad`.
     """
     source = Place(fspath(source))
     images = _find(source, IMAGES, "folder of pictures", Place.is_dir)

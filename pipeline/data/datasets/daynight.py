@@ -27,9 +27,8 @@ def read_daynight(
     source: os.PathLike[str] | str, *, labels: str = "label", camera: str | None = None, shares: Shares | None = None,
     skip_bad: bool = False,
 ) -> Dataset:
-    """The index of a folder with labels.csv, of such a file (CSV or Parquet: path, label, maybe split and camera), or of
-    a tree of folders day/ and night/. Records are split by the column `camera`, by default one of CAMERAS. Raises as
-    those readers do."""
+    """The index of a folder with labels.csv, of such a file (CSV or Parquet: path, label, maybe split and camera), or of a
+    tree of folders day/ and night/. Records are split by the column `camera`, by default one of CAMERAS."""
     place = Place(os.fspath(source))
     table = place / LABELS if place.is_dir() else place
     if not table.is_file() and place.is_dir():

@@ -54,8 +54,7 @@ def face_labels(seed: int, index: int) -> dict[str, int]:
 
 
 def draw_face(seed: int, index: int, **forced: int) -> Image.Image:
-    """A face, 178x218 RGB. `forced` replaces labels and nothing else: the person, pose and light stay. Raises ValueError:
-    an unknown attribute or value."""
+    """A face, 178x218 RGB. `forced` replaces labels and nothing else: the person, pose and light stay."""
     labels = face_labels(seed, index)
     for name, value in forced.items():
         if name not in labels or not 0 <= value < (len(BEARDS) if name == "Beard" else 2):
@@ -116,8 +115,7 @@ def draw_missing(
     """Draw the pictures of a drawn set that are not there yet.
 
     origin: count, seed and version of the drawing, which SOURCE/NAME.json says. path_of, picture: of each index, the file
-    below `source` and what stands in it; both pickle. Raises ValueError: fewer than 10 pictures, or the folder holds
-    others.
+    below `source` and what stands in it; both pickle. Raises ValueError: fewer than 10 pictures, or others are there.
     """
     count = origin["count"]
     if count < 10 or (workers is not None and workers < 1):

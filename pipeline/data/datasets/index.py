@@ -26,8 +26,7 @@ class Index:
         self._groups: list[str | None] = []
 
     def fault(self, key: str | None, place: str, reason: str) -> None:
-        """Leave out what is wrong at this place. key: None when it belongs to no record. Raises ValueError: nothing may
-        be left out."""
+        """Leave out what is wrong at this place, or raise ValueError. key: None when it belongs to no record."""
         if not self.skip_bad:
             raise ValueError(f"{place}: {reason}; mend the file, or leave such records out with --skip-bad")
         self.left_out.append(LeftOut(key, f"{place}: {reason}"))

@@ -34,8 +34,7 @@ def read_mnist(
     name: str = "mnist",
 ) -> Dataset:
     """The index of a folder with the four idx files. The set gives train and test; a tenth of train becomes valid.
-    attribute: what the label is called. Raises ValueError: a file is missing, damaged or of another type, which
-    `skip_bad` cannot skip."""
+    attribute: what the label is called. Raises ValueError: a file is missing, damaged or of another type."""
     source = Place(os.fspath(source))
     folders = [source / part if part else source for part in FOLDERS]
     folder = next((folder for folder in folders if _find(folder, "train-images-idx3-ubyte")), source)

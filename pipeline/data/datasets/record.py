@@ -29,10 +29,9 @@ class LeftOut(NamedTuple):
 class Dataset:
     """The light index of a set, whose name is one in DATASETS. Images are not in it.
 
-    source: what dataset.json says of the origin; no path and no time, because equal data must give equal files. labels:
-    [N, A] float32, -1 unknown; keys, splits, locations and places (where it is declared) are one string a record. read:
-    location to image bytes; raises OSError or ValueError, and pickles. left_out: what the reader of the index left out
-    already.
+    source: what dataset.json says of the origin; no path and no time, because equal data must give equal files. labels: [N,
+    A] float32, -1 unknown; keys, splits, locations and places (where it is declared) are one string a record. read:
+    location to image bytes; raises OSError or ValueError, and pickles. left_out: by the reader.
     """
 
     name: str

@@ -51,8 +51,7 @@ def assign(
     """The split of each record, and how it came about, in words.
 
     groups: records of one name stand in one split, and one without a name stands alone; None: each by its key. shares
-    override what is given. Where nothing is given they are 80/10/10; where only valid or test is missing, a tenth of
-    train becomes it.
+    override what is given. Without either they are 80/10/10; where valid or test is missing, a tenth of train becomes it.
     """
     by = "its key" if groups is None else "its group"
     names = [key if group is None else group for key, group in zip(keys, groups or [None] * len(keys), strict=True)]

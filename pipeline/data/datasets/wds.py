@@ -59,8 +59,7 @@ def read_wds(
     Splits are what the field `split` says, else what the tars' names or folders say (faces-train-000.tar, train/000.tar),
     else a field of the first record that is called "split", else 80/10/10 by a hash. Where names of records begin anew in
     each tar, the tar's name is part of the key. key, group: fields, too. attributes: fields to take, by default all but
-    img2dataset's. kinds: see `columns.Kind`. What img2dataset failed to fetch is left out. Raises ValueError: the message
-    names tar and record.
+    img2dataset's. kinds: see `columns.Kind`. What img2dataset failed to fetch is left out.
     """
     source = Place(os.fspath(source))
     folder, tars = (source.parent, [source.name]) if source.is_file() else (source, _tars(source))

@@ -31,8 +31,7 @@ _ZEROS = bytes(BLOCK)
 def header(name: str, size: int) -> bytes:
     """A ustar header, byte for byte what webdataset.TarWriter(mtime=0, user="fader", group="fader", mode=0o444) writes.
 
-    Written here because a record costs TarWriter 56 µs and this 4, and because webdataset loads torch into every process
-    that packs.
+    Written here because a record costs TarWriter 56 µs and this 4, and because webdataset loads torch into each process.
     """
     stem, length = name.encode("ascii"), b"%011o\0" % size
     checksum = b"%06o\0 " % (_SUM + sum(stem) + sum(length))

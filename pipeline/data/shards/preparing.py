@@ -40,9 +40,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """How a set is written: shard_records a tar; workers: processes, None one a core; skip_bad: leave out bad pictures,
-    and list them; check: how each is proven to be sound (see `images.check`; the set is the same); progress(records done,
-    in all)."""
+    """How a set is written: shard_records a tar; workers: processes, None one a core; skip_bad: leave out bad pictures, and
+    list them; check: how each is proven to be sound (see `images.check`; the set is the same); progress(done, in all)."""
 
     shard_records: int = 4096
     workers: int | None = None
@@ -57,8 +56,7 @@ class Settings:
 
 def prepare(dataset: Dataset, out: Path | str, **settings: Any) -> ShardSet:
     """Write a shard set, or go on with one that was interrupted; settings: see `Settings`. Every byte is the same however
-    often that happens. Raises ValueError: the folder is another's or in use, or a picture is bad; the message names file
-    and line."""
+    often that happens. Raises ValueError: the folder is another's or in use, or a picture is bad."""
     how = Settings(**settings)
     return _complete(dataset, Path(out), how, lambda jobs: _write(jobs, how))
 

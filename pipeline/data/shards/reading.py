@@ -78,8 +78,7 @@ class ShardSet:
     @classmethod
     def open(cls, path: Path | str) -> ShardSet:
         """Open a set in a folder or at an address; sizes of all files and the manifest's digest are checked, the tars are
-        not read (`verify` does). Raises ValueError: not there, not finished, or damaged; OSError: the address does not
-        answer."""
+        not read (`verify` does). Raises ValueError: not finished, or damaged; OSError: no answer."""
         if is_remote(path):
             return _open_remote(Place(os.fspath(path)))
         path = Path(path).expanduser()
@@ -238,8 +237,7 @@ class Split:
 
 def mapped(path: Path, remote: Remote | None) -> np.ndarray:
     """The bytes of a tar, mapped: 1-D uint8. Where the set lies elsewhere, it is fetched first. Raises ValueError: what
-    came is not what the set says of it; OSError: it cannot be read, or others take its room in the cache as soon as it
-    has come."""
+    came is not what the set says of it; OSError: it cannot be read, or others take its room in the cache."""
     for _ in range(_MAP_TRIALS if remote else 1):
         local = remote.fetch(path.name) if remote else path
         try:

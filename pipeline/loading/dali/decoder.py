@@ -109,11 +109,11 @@ class DaliDecoder(SplitLoader):
         self, requests: Iterable[Request], consume: Callable[[Request, Tensor | None], Result],
         part: Callable[[np.ndarray], np.ndarray],
     ) -> Iterator[Result]:
-        """`consume(request, pixels [N, S, S, C] on the device)` of each request, in order, decoding ahead the rows that
-        `part` gives.
+        """`consume(request, pixels [N, S, S, C] on the device)` of each request, in order, decoding ahead the rows of
+        `part`.
 
-        A record that DALI refuses ends its pipeline. It is rewritten or goes into quarantine, and a new pipeline does
-        again what the old one had in its hands; `consume` then gets the pixels of what replaces it.
+        A record that DALI refuses ends its pipeline. It is rewritten or goes into quarantine, and a new pipeline does again
+        what the old one had in its hands; `consume` then gets the pixels of what replaces it.
         """
         feed = _Feed(self._job(request, part(request.rows) if request.images else request.rows[:0]) for request in requests)
         pipeline: Pipeline | None = None
@@ -168,12 +168,10 @@ class DaliDecoder(SplitLoader):
         return build(self.geometry, source, batch_size, self.threads, self.prefetch, self.device)
 
     def outputs(self, pipeline: Pipeline, count: int) -> Tensor | str:
-        """The next pixels [count, S, S, C], on the device; on the CPU they are valid until `release_outputs`. When a
-        record of a batch on its way does not decode: what DALI said; an exception would keep alive the frames it went
-        through, and so the pipeline.
+        """The next pixels [count, S, S, C], on the device; on the CPU they are valid until `release_outputs`. When a record
+        of a batch on its way does not decode: what DALI said; an exception would keep alive frames, and so the pipeline.
 
-        On CUDA they are copied on a stream of its own, which is waited for, so DALI may reuse its buffer; training's is
-        left alone.
+        On CUDA they are copied on a stream of its own, which is waited for, so DALI may reuse its buffer.
         """
         try:
             (pixels,) = pipeline.share_outputs()

@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 class DaliLoader(DaliDecoder):
     """Takes and raises what `SplitLoader` does; on a CUDA device DALI decodes there ("mixed"). cache: keep every record
-    that was decoded, as uint8, for all streams of a run; with "host" for the machine's other ranks, which open their
-    loaders together."""
+    that was decoded, as uint8, for all streams of a run; with "host" for the machine's other ranks, too."""
 
     def __init__(
         self, split: Split, attributes: Attributes, preprocessing: Preprocessing, *, cache: Cache = "auto",
@@ -54,8 +53,7 @@ class DaliLoader(DaliDecoder):
         )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """See `Loader`. DALI decodes `prefetch` batches ahead; batches whose records are all kept are gathered when
-        asked for."""
+        """See `Loader`. DALI decodes `prefetch` batches ahead; what is kept is gathered when asked for."""
         if self._kept is None:
             with contextlib.closing(self.ahead(requests)) as requests:
                 yield from self.decoded(
