@@ -5,8 +5,6 @@ table when the expected marginal totals are known"): the weights that meet every
 nearest to even ones. Records with the same labels weigh the same.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What a shard set holds, in text and pictures: counts, balance, co-occurrence, sizes, JPEG quality, duplicates."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Sequence

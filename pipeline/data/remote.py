@@ -7,8 +7,6 @@ takes its place only when its digest is right. All processes of a machine share 
 Loaders have the tars of the batches to come fetched ahead, several at a time (`Ahead`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

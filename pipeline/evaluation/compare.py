@@ -1,7 +1,5 @@
 """Runs side by side: the settings in which they differ, their last losses, what their evaluations measured, and a plot."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

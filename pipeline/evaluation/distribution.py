@@ -1,7 +1,5 @@
 """Table 4: how decoded images lie among real ones, whole and by class, as features of a network see them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence

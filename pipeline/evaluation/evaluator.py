@@ -4,8 +4,6 @@ One pass encodes each record once and decodes it many times; what it measures of
 number in a table is a function of the same per-record results. The tables do not depend on the number of ranks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

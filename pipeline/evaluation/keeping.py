@@ -1,7 +1,5 @@
 """An evaluation in its run's folder and in MLflow: what its files are called, and what they rest on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

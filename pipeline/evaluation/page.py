@@ -1,7 +1,5 @@
 """The report of one model as a page: a single HTML file with every picture inside it, and the same pictures as PNGs."""
 
-from __future__ import annotations
-
 import base64
 import html
 import statistics

@@ -3,8 +3,6 @@
 They are of the first records of a split, so that sheets of several models show the same faces.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Plots of the report's page, as PNGs."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping

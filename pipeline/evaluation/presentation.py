@@ -1,7 +1,5 @@
 """Reports as tables for people: on a terminal, in Markdown and on the report's page."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

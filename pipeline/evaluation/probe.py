@@ -1,7 +1,5 @@
 """Table 3: what fresh probes, trained or solved in closed form, read of the attributes from frozen latents."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

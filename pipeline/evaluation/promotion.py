@@ -1,7 +1,5 @@
 """Decide whether a model may become the champion: bounds on its numbers, and those of the champion under the same judge."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

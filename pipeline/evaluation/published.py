@@ -1,7 +1,5 @@
 """Numbers that others published, which an evaluation prints beside its own."""
 
-from __future__ import annotations
-
 import math
 
 # Shares of human raters, in percent: (naturalness, accuracy). A judge's accuracies are not of the same kind.

@@ -1,7 +1,5 @@
 """What an evaluation measured, as data; the one place where its numbers get their names."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field

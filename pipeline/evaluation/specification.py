@@ -1,7 +1,5 @@
 """What an evaluation is asked for: of which models and records, by which judge, which tables, on what."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

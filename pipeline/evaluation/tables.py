@@ -5,8 +5,6 @@ share that the judge then reads as the value asked for; the balanced accuracy is
 (from, to), so that a slider that works one way only cannot hide.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

@@ -1,7 +1,5 @@
 """How near swaps of drawn faces come to the truth: the same face drawn again with the attribute changed; no judge is asked."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

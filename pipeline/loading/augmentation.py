@@ -5,8 +5,6 @@ picture was decoded for this batch or long ago. Its numbers are the batch's draw
 run repeats them, on any number of ranks.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

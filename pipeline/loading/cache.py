@@ -5,8 +5,6 @@ file (memfd) that the others open through /proc, so it is not limited by the siz
 last process that has it, however that process ends.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import threading

@@ -1,7 +1,5 @@
 """The Loader protocol, what the loaders of one split share, and how pixels become a Batch after every decoder."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

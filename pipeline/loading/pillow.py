@@ -1,7 +1,5 @@
 """Pillow on the CPU: the reference for other decoders, and the fallback. The stock webdataset stream."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ A plan is a pure function of (seed, salt, stream, draw, size), so nothing about 
 run asks for draw k and gets what the unbroken run got, on any number of ranks. Ranks cut the global batch afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache

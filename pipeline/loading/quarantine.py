@@ -5,8 +5,6 @@ records are damaged, and not on when or by which rank that was noticed. So a ran
 the others, and a resumed run makes the batches of the unbroken one.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Iterable

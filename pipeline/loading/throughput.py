@@ -6,8 +6,6 @@ and a ratio the median of the rounds' ratios. The first batches of a turn are no
 before the clock started.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import platform

@@ -1,7 +1,5 @@
 """Move the alias `champion` of a registered model, also when several promotions happen at the same time."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

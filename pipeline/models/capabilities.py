@@ -4,8 +4,6 @@ Whoever needs to know what a method can do asks here: `editor(method)` and its t
 or None. A model's capabilities (`Model.capabilities`) also know how a service calls them and what a user can try next.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

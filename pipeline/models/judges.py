@@ -4,8 +4,6 @@ A panel is judges of different builds, each of which looks at a picture as it is
 drawn for the eye of one of them is seldom read by all.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

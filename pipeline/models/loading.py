@@ -1,7 +1,5 @@
 """Load a model from a run, an export or MLflow's registry, and say on its card what it is."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.metadata

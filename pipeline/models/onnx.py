@@ -1,7 +1,5 @@
 """A model as ONNX: its encoder and its decoder apart, for any number of pictures, held against torch."""
 
-from __future__ import annotations
-
 import io
 import time
 import warnings

@@ -1,7 +1,5 @@
 """Read what a person writes about attributes: a slider's position, or what a photo shows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

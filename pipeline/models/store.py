@@ -1,7 +1,5 @@
 """Open an MLflow store with short waits and clear errors."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

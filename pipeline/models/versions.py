@@ -1,7 +1,5 @@
 """Write a run's model to a folder of plain tensors and JSON, and make that a version of a registered model."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

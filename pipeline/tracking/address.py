@@ -1,7 +1,5 @@
 """Say which MLflow store is in use, keep its password out of everything that is written, and refuse what is no address."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

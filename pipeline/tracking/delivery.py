@@ -1,7 +1,5 @@
 """Start the sender process and watch it, as the child of a training process or of `sync`, which waits for its answer."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

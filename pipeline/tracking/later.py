@@ -1,7 +1,5 @@
 """Add to a run what is measured afterwards."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -3,8 +3,6 @@
 It is started as `python -m pipeline.tracking.process SPOOL OPTIONS`, and is no command for people.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

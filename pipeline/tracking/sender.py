@@ -1,7 +1,5 @@
 """Deliver a spool to MLflow, in order; say what MLflow does not take, and what helps."""
 
-from __future__ import annotations
-
 import getpass
 import hashlib
 import json

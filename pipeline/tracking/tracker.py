@@ -1,7 +1,5 @@
 """Track a run from its loop: a queue, and a thread that writes it to the spool and watches the sender process."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

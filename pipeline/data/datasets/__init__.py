@@ -1,7 +1,5 @@
 """Data sets: each a function that reads a source and gives a Dataset, the light index that shards are written from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from pipeline.data.datasets.celeba import read_celeba

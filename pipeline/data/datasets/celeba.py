@@ -9,8 +9,6 @@ gives no splits.
 Source: Liu et al. 2015, "Deep Learning Face Attributes in the Wild", mmlab.ie.cuhk.edu.hk/projects/CelebA.html.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import logging

@@ -6,8 +6,6 @@ camera column, records are split by it.
 Source: Mihail et al. 2016, "Sky segmentation in the wild: an empirical study", cs.valdosta.edu/~rpmihail/skyfinder.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 

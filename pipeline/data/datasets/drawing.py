@@ -1,7 +1,5 @@
 """Drawing a face or a fruit: a pen for smooth shapes, and the parts of a face from the hair behind to the glasses before it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace as Person

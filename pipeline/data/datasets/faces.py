@@ -8,8 +8,6 @@ Attributes, each drawn independently: Eyeglasses (rare), Smiling, Wearing_Hat, B
 Nuisance, independent of them: skin, face shape, hair colour, length and parting, pose, background, light, clothes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Iterator

@@ -8,8 +8,6 @@ Two classes make a binary attribute that is called like the second of them in th
 attribute. A folder is a class when it holds pictures: a folder without any is named and left out.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

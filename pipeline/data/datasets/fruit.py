@@ -4,8 +4,6 @@ One binary attribute, orange. Place, size, background and light are independent 
 again as the other one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The index of a set while a reader fills it, record by record."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits", yann.
 Kaynak 1998, "Optical recognition of handwritten digits", UCI machine learning repository.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

@@ -1,7 +1,5 @@
 """The people of the drawn faces: what chance decides about a face, apart from its attributes."""
 
-from __future__ import annotations
-
 import math
 from random import Random
 from types import SimpleNamespace

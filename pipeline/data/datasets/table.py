@@ -1,7 +1,5 @@
 """Any CSV or Parquet file with a column of picture paths; its other columns are attributes."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -3,8 +3,6 @@
 They lie in SET/source/twins as tars of `KEY.ATTRIBUTE.VALUE.LOOK.jpg`, SPLIT-N.tar each of some records.
 """
 
-from __future__ import annotations
-
 import io
 import tarfile
 from collections.abc import Callable, Iterator

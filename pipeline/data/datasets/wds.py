@@ -3,8 +3,6 @@
 The tars are not unpacked: the index says where each picture's bytes lie in them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Work spread over threads or processes of one machine, with progress, Ctrl-C and a killed worker handled once."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """The files of a shard set: their names, tar members byte for byte, and digests."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Writing one shard: a tar of pictures and labels, and a note on it; or taking what an earlier run left of both."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

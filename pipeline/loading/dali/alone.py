@@ -1,7 +1,5 @@
 """DALI alone, with its own reader and nothing of ours but the crop and the kernel: the limit of any loader of ours."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

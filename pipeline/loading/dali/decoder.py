@@ -4,8 +4,6 @@ The plan says which records a batch has and the manifest where their bytes lie; 
 reading them from disk, decoding, cropping and resizing all happen in its threads, off the interpreter's lock.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import tempfile

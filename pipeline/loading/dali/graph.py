@@ -1,7 +1,5 @@
 """DALI's pipeline from encoded bytes to uint8 squares, and the numbers that it needs for each record."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -4,8 +4,6 @@ The memory fills while training already runs. Flip and normalisation are the sha
 equals a streamed one to the bit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
