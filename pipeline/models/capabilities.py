@@ -34,13 +34,16 @@ editor, sampler, judge, aligner = map(_able, (Edits, Samples, Judges, Aligns))
 class Capability:
     """One thing that a model can do, and how a service calls it: an array and parameters in, an array out.
 
-    needs, lacks: the protocol of a method that can do it, and what is said of one that cannot. pictures: a service may
-    give pictures of any size instead of an array of `dtype`. sliders: the answer depends on the parameters `sliders` and
+    needs, lacks: the protocol of a method that can do it, and what is said of one that cannot. about, command: what its
+    attributes are for, and what a user can try next. pictures: a service may give pictures of any size instead of an array
+    of `dtype`. sliders: the answer depends on the parameters `sliders` and
     `attributes`, JSON objects. use: what the model is meant for. takes, gives: the shapes of one row of the two arrays.
     """
 
     needs: ClassVar[type]
     lacks: ClassVar[str]
+    about: ClassVar[str]
+    command: ClassVar[str]
     dtype: ClassVar[str] = "float32"
     pictures: ClassVar[bool] = False
     sliders: ClassVar[bool] = False
@@ -53,15 +56,12 @@ class Capability:
         self.takes = self.gives = self.pixels = (method.channels, method.image_size, method.image_size)
 
     def summary(self) -> str:
-        """Say in a few words what the attributes are for."""
-        raise NotImplementedError
+        return self.about.format(names=", ".join(self.attributes.names))
 
     def next_command(self, address: str) -> str:
         """Return the command that a user can try next with the model of this address, quoted for the shell."""
-        return shlex.join(["fader", *self._next(address)])
-
-    def _next(self, address: str) -> list[str]:
-        raise NotImplementedError
+        slider = "=".join(map(str, self.example_slider())) if self.sliders else ""
+        return shlex.join(["fader", *(word.format(address=address, slider=slider) for word in self.command.split())])
 
     def answer(self, array: Any, params: Mapping[str, str]) -> np.ndarray:
         """Return what a service answers, computed in batches. Raises ValueError: unknown attribute, a value that is no
@@ -107,18 +107,13 @@ class Judging(Capability):
     """Read attributes off pictures; a service gets probabilities [N, code_width]."""
 
     needs, lacks = Judges, "is not a judge"
+    about, command = "reads: {names}", "train CONFIG judge={address}"
     use = "measuring whether edits show what was asked for; not for judging people"
     pictures = True
 
     def __init__(self, method: Method, source: str) -> None:
         super().__init__(method, source)
         self.gives = (self.attributes.code_width,)
-
-    def summary(self) -> str:
-        return f"reads: {', '.join(self.attributes.names)}"
-
-    def _next(self, address: str) -> list[str]:
-        return ["train", "CONFIG", f"judge={address}"]
 
     def probabilities(self, images: Tensor) -> list[Tensor]:
         """Return one [N, k] block an attribute: the probability of each value; (1 - v, v) of a continuous one.
@@ -146,18 +141,13 @@ class Editing(Capability):
     """Move sliders on photos. judge: reads what photos show; without one it is estimated."""
 
     needs, lacks = Edits, "does not encode and decode; it has no sliders to move"
+    about, command = "sliders: {names}", "edit PHOTO --model {address} --set {slider} --out DIR"
     use = "research on editing attributes: photos of people who agreed to it, shown as edited"
     pictures = sliders = True
 
     def __init__(self, method: Method, source: str, judge: Judging | None = None) -> None:
         super().__init__(method, source)
         self.judge = judge
-
-    def summary(self) -> str:
-        return f"sliders: {', '.join(self.attributes.names)}"
-
-    def _next(self, address: str) -> list[str]:
-        return ["edit", "PHOTO", "--model", address, "--set", "=".join(map(str, self.example_slider())), "--out", "DIR"]
 
     @torch.inference_mode()
     def labels(self, images: Tensor, given: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, str]]:
@@ -223,6 +213,7 @@ class Sampling(Capability):
     """
 
     needs, lacks = Samples, "does not sample pictures"
+    about, command = "attributes of what it samples: {names}", "sample {address} --set {slider} --out DIR"
     use = "research on editing attributes: pictures shown as made by a model"
     dtype = "int64"
     sliders = True
@@ -232,12 +223,6 @@ class Sampling(Capability):
         self.takes = ()
         rows = [[float(label) for label in row.split()] for row in occurring]
         self.occurring = torch.tensor(rows) if rows else None
-
-    def summary(self) -> str:
-        return f"attributes of what it samples: {', '.join(self.attributes.names)}"
-
-    def _next(self, address: str) -> list[str]:
-        return ["sample", address, "--set", "=".join(map(str, self.example_slider())), "--out", "DIR"]
 
     @torch.inference_mode()
     def sample(
@@ -301,18 +286,13 @@ class Aligning(Capability):
     """Say by which similarity the faces in windows are off; a service gets corrections [N, 4]."""
 
     needs = Aligns
+    about, command = "aligns faces", "align PHOTO OUT --model {address}"
     lacks = "does not align faces; give a model of the method aligner, as configs/celeba_aligner.yaml trains"
     use = "cutting faces out of photos as the training pictures were cut"
 
     def __init__(self, method: Method, source: str) -> None:
         super().__init__(method, source)
         self.takes, self.gives = (method.channels, method.window_size, method.window_size), (4,)
-
-    def summary(self) -> str:
-        return "aligns faces"
-
-    def _next(self, address: str) -> list[str]:
-        return ["align", "PHOTO", "OUT", "--model", address]
 
     @torch.inference_mode()
     def _answer(self, batch: Tensor, params: Mapping[str, str]) -> Tensor:
