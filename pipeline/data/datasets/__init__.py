@@ -13,16 +13,5 @@ from pipeline.data.datasets.splits import Shares
 from pipeline.data.datasets.table import read_table
 from pipeline.data.datasets.wds import read_wds
 
-DATASETS: dict[str, Callable[..., Dataset]] = {
-    "celeba": read_celeba,
-    "daynight": read_daynight,
-    "digits": read_digits,
-    "faces": read_faces,
-    "folders": read_folders,
-    "fruit": read_fruit,
-    "mnist": read_mnist,
-    "table": read_table,
-    "wds": read_wds,
-}
-
-__all__ = ["DATASETS", "SPLITS", "Dataset", "LeftOut", "Shares"]
+_READERS = (read_celeba, read_daynight, read_digits, read_faces, read_folders, read_fruit, read_mnist, read_table, read_wds)
+DATASETS: dict[str, Callable[..., Dataset]] = {read.__name__.removeprefix("read_"): read for read in _READERS}

@@ -12,5 +12,3 @@ While it is being written OUT/.prepare holds a lock, unfinished files and a note
 from pipeline.data.shards.preparing import finish, prepare, write_part
 from pipeline.data.shards.reading import ShardSet, Split, upload
 from pipeline.data.shards.verifying import Report, verify
-
-__all__ = ["Report", "ShardSet", "Split", "finish", "prepare", "upload", "verify", "write_part"]

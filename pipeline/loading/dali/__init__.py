@@ -2,5 +2,3 @@
 
 from pipeline.loading.dali.alone import dali_alone
 from pipeline.loading.dali.loader import DaliLoader, open_loader
-
-__all__ = ["DaliLoader", "dali_alone", "open_loader"]
