@@ -168,9 +168,9 @@ def _pixels(images: Tensor) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(a).resize((_CELL, _CELL), Image.Resampling.BOX)) for a in arrays])
 
 
-def _sheet(rows: Sequence[Sequence[np.ndarray | None]], above: Sequence[str], gaps: Sequence[int] = ()) -> bytes:
-    """Cells [S, S, 3] in rows with a line of words above each column; None leaves a cell blank; a gap before some."""
-    size = next(cell.shape[0] for row in rows for cell in row if cell is not None)
+def _sheet(rows: Sequence[Sequence[np.ndarray]], above: Sequence[str], gaps: Sequence[int] = ()) -> bytes:
+    """Cells [S, S, 3] in rows with a line of words above each column, and a gap before some."""
+    size = rows[0][0].shape[0]
     zoom = 2 if size <= 64 else 1
     side, gap = size * zoom, 4
     letters = max(12, side // 7)
@@ -182,7 +182,6 @@ def _sheet(rows: Sequence[Sequence[np.ndarray | None]], above: Sequence[str], ga
         pen.text((left + side / 2, line / 2), words, "#333", font=font, anchor="mm")
     for r, row in enumerate(rows):
         for left, cell in zip(lefts, row):
-            if cell is not None:
-                image = Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)
-                sheet.paste(image, (left, line + r * (side + gap)))
+            image = Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(image, (left, line + r * (side + gap)))
     return png_bytes(np.asarray(sheet))

@@ -58,37 +58,29 @@ class Plan:
         self, size: int, seed: int, salt: int = 0, window: int | None = None, shard_of: np.ndarray | None = None,
         replacement: bool = False, weights: np.ndarray | None = None, groups: np.ndarray | None = None,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"a plan over {size} records is empty; give it a split that has some")
+        assert size > 0
         self.size, self.seed, self.salt, self.replacement = int(size), seed, salt, replacement
         self._shards: list[np.ndarray] = []
         self._window = 0
         if window is not None:
-            if window < 1:
-                raise ValueError(f"window is {window} shards; it must be at least 1, or none for a full shuffle")
             if replacement:
                 raise ValueError("a window orders a pass over the shards; sampling with replacement has none: drop one")
-            if shard_of is None or len(shard_of) != size:
-                given = "no shard numbers" if shard_of is None else f"{len(shard_of)} shard numbers"
-                raise ValueError(f"a window needs the shard of each of {size} records, got {given}")
+            assert window > 0 and shard_of is not None and len(shard_of) == size
             _, counts = np.unique(shard_of, return_counts=True)
             if window < len(counts):
                 order = np.argsort(shard_of, kind="stable")
                 self._shards = np.split(order, np.cumsum(counts)[:-1])
                 self._window = window
         if weights is not None:
-            if weights.shape != (size,) or (groups is not None and groups.shape != (size,)):
-                raise ValueError(f"{len(weights)} weights for {size} records; give one, and one group, for each")
-            if not (np.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).any()):
-                raise ValueError("weights are finite, none below 0 and some above; these are not")
+            assert weights.shape == (size,) and (groups is None or groups.shape == (size,))
+            assert np.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).any()
         self._weights, self._groups = weights, groups
         kind = np.int32 if self.size < 2**31 else np.int64
         self._epoch = lru_cache(_EPOCHS_KEPT)(lambda stream, epoch: self._order(stream, epoch).astype(kind))
 
     def rows(self, stream: str, draw: int, batch_size: int) -> np.ndarray:
         """[batch_size] int64: the global batch of this draw, in order."""
-        if batch_size < 1 or draw < 0:
-            raise ValueError(f"draw {draw} with batch size {batch_size}; they begin at 0 and 1")
+        assert batch_size > 0 and draw >= 0
         start, stop = draw * batch_size, (draw + 1) * batch_size
         out = np.empty(batch_size, np.int64)
         for epoch in range(start // self.size, (stop - 1) // self.size + 1):

@@ -1,6 +1,6 @@
 """The loader that decodes through DALI, streamed or kept in memory, and the choice of the loader that a config asks for.
 
-The memory fills while training already runs. Flip and normalisation are the shared `batches.finish`, so a kept batch
+The memory fills while training already runs. Flip and normalisation are the shared `loader.finish`, so a kept batch
 equals a streamed one to the bit.
 """
 

@@ -220,7 +220,3 @@ def test_a_weight_of_zero_is_never_drawn():
         assert set(rows) == {1, 2}
 
 
-@pytest.mark.parametrize("weights", [[1, 1], [1, 1, -1, 1], [1, 1, float("nan"), 1], [0, 0, 0, 0]])
-def test_weights_that_mean_nothing_are_refused(weights):
-    with pytest.raises(ValueError, match="weights"):
-        Plan(4, 0, weights=np.array(weights, float))
