@@ -29,7 +29,7 @@ def balanced_weights(split: Split, shares: Shares) -> tuple[np.ndarray, np.ndarr
     machine, and groups [n] int64, equal for records whose labels of these attributes are equal.
 
     A target is a share of the records whose label is known. Values of a k-way attribute that are not named keep their
-    ratio. What is unknown keeps its weight under that attribute's target. Raises ValueError: no weights do.
+    ratio. What is unknown keeps its weight under that attribute's target. Raises ValueError where none can.
     """
     chosen = split.attributes.select(tuple(shares))
     targets = [_targets(attribute, shares[attribute.name]) for attribute in chosen]

@@ -36,7 +36,7 @@ class Compared:
 
 
 def read(source: str, split: str = "test", report: Path | None = None) -> Compared:
-    """Read a run by its folder, RUN@best or RUN@images-N, and its evaluation, where that is not the usual one of the split."""
+    """Read a run by its folder, RUN@best or RUN@images-N. report: its evaluation, where that is not the split's usual one."""
     run, which = models.parse_source(source)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{source} is no run's folder (config.yaml)")

@@ -17,8 +17,7 @@ from pipeline.models import Model, parse_source
 
 
 def file_name(specification: Specification, variant: str, split_records: int) -> str:
-    """Name a report's files, without their suffix: `evaluation-SPLIT` of all usual tables, the whole split and the newest
-    weights."""
+    """Name a report's files: `evaluation-SPLIT` of all usual tables, the whole split and the newest weights."""
     tables, records = specification.tables, specification.records(split_records)
     part = "" if set(USUAL_TABLES) <= set(tables) else "-" + "-".join(sorted(tables))
     first = f"-first-{records}" if records < split_records else ""

@@ -40,10 +40,11 @@ class Geometry:
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Of these rows [N], in the order of `kinds`:
 
-        start, shape: int32 [N, 2] (top, left) and (height, width) of the crop, of the picture as it is stored. size:
-        float32 [N, 2] (height, width) to which it is resized, as it is stored. corner: int32 [N, 2] (top, left) at which
-        the square begins, seen from the upright crop: zero or negative. turn: float32 [N, 2, 3], from (x, y) of the upright
-        crop to (x, y) of the stored one. turned: float32 [N, 2] (height, width) of the upright crop.
+        start, shape: int32 [N, 2] (top, left) and (height, width) of the crop, of the picture as it is stored.
+        size: float32 [N, 2] (height, width) to which it is resized, as it is stored.
+        corner: int32 [N, 2] (top, left) at which the square begins, seen from the upright crop: zero or negative.
+        turn: float32 [N, 2, 3], from (x, y) of the upright crop to (x, y) of the stored one.
+        turned: float32 [N, 2] (height, width) of the upright crop.
         """
         box = self.boxes[rows]
         sizes = self.preprocessing.resized(box)
