@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="RUN, RUN@best, RUN@images-N, exports, models:/…", metavar="RUN|MODEL...")],
-    judge: Annotated[list[str] | None, typer.Option(help="runs, exports or models:/…; else the model's own, or a panel")] = None,
+    judge: Annotated[list[str] | None, typer.Option(help="joined by commas; by default the model's own, else a panel")] = None,
     judge_images: Annotated[int | None, typer.Option(min=1, help="length of training of a judge where there is none")] = None,
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,
-    tables: Annotated[str, typer.Option(help="swap error fidelity leak distribution cost")] = "swap,fidelity,leak,cost",
+    tables: Annotated[str, typer.Option(help="of swap,error,fidelity,leak,distribution,cost")] = "swap,fidelity,leak,cost",
     checkpoint: Annotated[str, typer.Option(help="of runs: latest, best or images-N")] = "latest",
     raw: Annotated[bool, typer.Option("--raw", help="runs' weights as trained, not their moving averages")] = False,
     inception: Annotated[Path | None, typer.Option(help="TorchScript network for the distribution table")] = None,
