@@ -171,8 +171,10 @@ def _from_registry(address: str, ema: bool, own_judge: bool) -> Model:
         raise ValueError(f"{address}: write models:/NAME@ALIAS or models:/NAME/VERSION")
     with open_store(None) as mlflow, tempfile.TemporaryDirectory() as folder:
         version = version_of(mlflow, address, **match.groupdict())
-        path = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=folder)
-        cards = sorted(Path(path).rglob("card.json"), key=lambda card: len(card.parts))
+        place = f"models:/{version.name}/{version.version}"
+        if "artifacts" in {Path(entry.path).name for entry in mlflow.artifacts.list_artifacts(artifact_uri=place)}:
+            mlflow.artifacts.download_artifacts(f"{place}/artifacts", dst_path=folder)  # our code lies beside it
+        cards = sorted(Path(folder).rglob("card.json"), key=lambda card: len(card.parts))
         if not cards:
             raise ValueError(f"{address} holds no export (card.json); it was not registered by 'fader register'")
         model = _from_export(cards[0].parent, ema, own_judge)

@@ -395,6 +395,22 @@ def test_registering_again_makes_the_next_version_and_moves_the_alias(registered
     assert models.load("models:/judge_of_faces@challenger").card["registered"]["version"] == 2
 
 
+def test_a_version_that_another_tool_registered_is_refused_in_a_line(registered, tmp_path):
+    import mlflow
+
+    code = tmp_path / "echo.py"
+    code.write_text(
+        "import mlflow\n\n\nclass Echo(mlflow.pyfunc.PythonModel):\n"
+        "    def predict(self, context, model_input, params=None):\n        return model_input\n\n\nmlflow.models.set_model(Echo())\n"
+    )
+    client = mlflow.MlflowClient()
+    with mlflow.start_run(experiment_id=client.create_experiment("other", str(tmp_path / "artifacts"))):
+        mlflow.pyfunc.log_model(name="echo", python_model=str(code), registered_model_name="echo", pip_requirements=[])
+    with pytest.raises(ValueError, match="holds no export .* was not registered by 'fader register'"):
+        models.load("models:/echo/1")
+    client.delete_registered_model("echo")
+
+
 @pytest.mark.parametrize(
     ("address", "match"),
     [
