@@ -188,7 +188,7 @@ def _truth(reports: Sequence[Report]) -> Table:
             yield [t.attribute, f"{t.start} → {t.to}", _with_interval(t.inside), *outside, f"{t.records:,}"]
 
     note = (
-        "Against the same face drawn with the attribute changed; no judge is asked. inside: where photo and twin differ by more "
+        "Against the picture drawn with the attribute changed; no judge is asked. inside: where photo and twin differ by more "
         "than 8 grey levels, squared error over that of doing nothing: 0 = the twin, 1 = nothing done. outside: mean squared "
         "error against the photo, beside the reconstruction's."
     )
