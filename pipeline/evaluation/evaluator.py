@@ -14,12 +14,12 @@ from fader.methods.judge import refuse_judges_networks
 from pipeline.data.datasets.twins import Twins
 from pipeline.data.shards import ShardSet, Split
 from pipeline.evaluation import tables as made
+from pipeline.evaluation.cost import cost_of
 from pipeline.evaluation.distribution import class_definitions, conditional, distances, inception_features, judge_features
 from pipeline.evaluation.measure import OneProcess, Pass, Processes, Records, evaluating, makes_pictures, pillow_loader
 from pipeline.evaluation.probe import leaks
 from pipeline.evaluation.report import Leak, Report
 from pipeline.evaluation.specification import Specification
-from pipeline.evaluation.tables import cost_of
 from pipeline.evaluation.twins import TwinErrors, truths
 from pipeline.loading.loader import Loader
 from pipeline.models import Model, check_independent, check_judge, editor

@@ -8,7 +8,8 @@ MLflow pyfunc model "from code": a file of two lines that calls `served_model`, 
     sliders       what people write about attributes, read
     judges        which judge may speak about a model's pictures, and what it reads off them
     model         a method with its weights, and what is known about it
-    loading       from a run, an export or a registered version; what its card says of it
+    card          what is said of a model: its numbers and limits, its terms, the packages it needs
+    loading       from a run, an export or a registered version
     onnx          its encoder and decoder as ONNX
     versions      a model written to a folder, and registered as a version
     aliases       the champion, moved by one promotion at a time

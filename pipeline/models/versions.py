@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from pipeline import tracking
 from pipeline.config import addresses
 from pipeline.files import digest_of, replacing_folder
+from pipeline.models.card import requirements
 from pipeline.models.judges import check_judge
-from pipeline.models.loading import ALIAS, judge_folders, load, parse_source, requirements
+from pipeline.models.loading import ALIAS, judge_folders, load, parse_source
 from pipeline.models.model import Model
 from pipeline.models.serving import CODE, example, signature
 from pipeline.models.store import open_store

@@ -1,11 +1,9 @@
-"""MNIST and sets in its file format (EMNIST, Fashion-MNIST, …): idx files, gzipped or not, one k-way attribute; and the
-1,797 digits of scikit-learn, 8x8 in 17 grey levels.
+"""MNIST and sets in its file format (EMNIST, Fashion-MNIST, …): idx files, gzipped or not, one k-way attribute.
 
 An idx file: two zero bytes, the type of its numbers (8 = unsigned byte), how many dimensions, their sizes as big-endian
 32-bit numbers, then the numbers.
 
-Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits", yann.lecun.com/exdb/mnist; Alpaydin,
-Kaynak 1998, "Optical recognition of handwritten digits", UCI machine learning repository.
+Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits", yann.lecun.com/exdb/mnist.
 """
 
 import gzip
@@ -84,28 +82,3 @@ def _numbers(folder: Place, part: str, what: str, dimensions: int) -> tuple[str,
         much = f"{len(data):,} bytes" if len(data) < size else "more bytes than that"
         raise ValueError(f"{place} says it holds {size:,} bytes of numbers and holds {much}: damaged; fetch it again")
     return place.name, np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def read_digits(*, shares: Shares | None = None, skip_bad: bool = False) -> Dataset:
-    """The index of the set, which gives no splits: 80/10/10 by default. Raises ValueError: scikit-learn is not installed."""
-    pictures, labels = _digits()
-    index = Index(skip_bad)
-    for number in range(len(pictures)):
-        index.add(f"{number:04d}", f"{number:04d}", f"digits record {number}")
-    entry = {"name": "digit", "kind": "k-way", "categories": [str(value) for value in range(10)]}
-    return index.dataset("digits", {"package": "scikit-learn"}, [entry], labels, read_digit, shares)
-
-
-def read_digit(location: str) -> bytes:
-    return png_bytes(_digits()[0][int(location)])
-
-
-@lru_cache(maxsize=1)
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [n, 8, 8] uint8, the levels 0 to 16 spread over 0 to 255, and labels [n]."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError("the digits come with scikit-learn: pip install 'attribute-sliders[digits]'") from error
-    digits = load_digits()
-    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
