@@ -95,3 +95,4 @@ def test_a_built_wheel_holds_the_page(tmp_path):
     with zipfile.ZipFile(wheel) as built:
         for name, _ in server.FILES.values():
             assert built.read(f"pipeline/app/page/{name}") == (server.PAGE / name).read_bytes()
+        assert built.read("pipeline/evaluation/page.css"), "a report is drawn with it"
