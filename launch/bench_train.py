@@ -40,7 +40,7 @@ def train(
     seconds: Annotated[float, typer.Option(min=0.01, help="How long a turn is.")] = 2.0,
     to: Annotated[Path | None, typer.Option("--json", help="Write the figures there, too.", metavar="FILE")] = None,
 ) -> None:
-    """Images a second of a training step: the engine eager, captured and compiled, beside bare loops."""
+    """Images a second of a training step: the engine eager, captured, padded and compiled, beside bare loops."""
     import torch
 
     from pipeline import config
@@ -73,7 +73,7 @@ def train(
 
 
 def _possible(cuda: bool) -> list[str]:
-    return ["eager", "captured", "compiled", "bare", "bare bf16", "bare captured"] if cuda else ["eager", "bare"]
+    return ["eager", "captured", "padded", "compiled", "bare", "bare bf16", "bare captured"] if cuda else ["eager", "bare"]
 
 
 def _row(way: str, speed: Speed, speeds: dict[str, Speed], size: int, rate: float, bandwidth: float) -> str:

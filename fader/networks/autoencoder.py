@@ -118,6 +118,7 @@ class Decoder(nn.Module):
         widths = [layout.channels, *layout.widths[: layout.num_layers]][::-1]
         kinds = [deconv] * (layout.num_layers - 1) + [last or deconv]
         self.code_width = code_width
+        self.channel_multiple = 1
         self.num_skips = layout.num_skips
         self.layers = nn.ModuleList(
             Up(
@@ -142,6 +143,6 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             skip = latent.skips[i - 1] if 0 < i <= self.num_skips else None
             if skip is not None and self.gates:
-                skip = skip * torch.sigmoid(self.gates[i - 1](with_code(features, code, skip)))
-            features = layer(with_code(features, code, skip))
+                skip = skip * torch.sigmoid(self.gates[i - 1](with_code(features, code, skip, self.channel_multiple)))
+            features = layer(with_code(features, code, skip, self.channel_multiple))
         return features

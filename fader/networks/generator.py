@@ -62,7 +62,7 @@ class ConditionalDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         widths = widths_of(image_size, init_channels, max_channels)
-        self.condition = Condition(attributes)
+        self.condition, self.channel_multiple = Condition(attributes), 1
         self.first = Down(channels, widths[0], None)
         inputs = [widths[0] + self.condition.width, *widths[1:-1]]
         self.layers = nn.Sequential(*(Down(a, b, norm_kind) for a, b in zip(inputs, widths[1:])))
@@ -70,7 +70,8 @@ class ConditionalDiscriminator(nn.Module):
 
     def features(self, images: Tensor, code: Tensor) -> Tensor:
         """[N, F]: what the last layer reads."""
-        return self.layers(with_code(self.first(channels_last(images)), self.condition(code))).flatten(1)
+        maps = with_code(self.first(channels_last(images)), self.condition(code), multiple=self.channel_multiple)
+        return self.layers(maps).flatten(1)
 
     def forward(self, images: Tensor, code: Tensor) -> Tensor:
         return self.head(self.features(images, code))[:, 0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fader.draws import key_of
 from fader.method import Batch, Clock, Context, Method, Phase
+from fader.networks.padding import pad_channels
 from fader.schedules import ramp
 from pipeline.config import EngineConfig
 from pipeline.engine.capture import captured_steps, compile_networks
@@ -90,6 +91,8 @@ class Engine(Ranks):
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
+        if settings.channel_multiple > 1:
+            pad_channels(self.networks, settings.channel_multiple)
         self.compiled: set[str] = set()
         if settings.compile == "networks":
             self.compiled = compile_networks(self.networks, method.differentiated_twice(), self.world_size, self.is_main)

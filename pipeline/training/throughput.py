@@ -1,4 +1,4 @@
-"""How fast a training step is: the engine's eager, captured and compiled, beside bare loops over the same losses.
+"""How fast a training step is: the engine's eager, captured, padded and compiled, beside bare loops over the same losses.
 
 A bare loop has the method's networks, losses, backward, clipping and fused Adam, on batches that lie on the device; no guard,
 no report, no moving average. All take turns, round after round, so that what else the machine does meets all of them.
@@ -23,7 +23,10 @@ from fader.method import Batch, Clock, Context, Method, Phase
 from pipeline.config import Experiment, build_method
 from pipeline.engine import Engine
 
-ENGINE = {"eager": ("eager", "none"), "captured": ("captured", "none"), "compiled": ("auto", "networks")}
+ENGINE: dict[str, dict[str, Any]] = {
+    "eager": {"step": "eager"}, "captured": {"step": "captured"}, "padded": {"step": "auto", "channel_multiple": 8},
+    "compiled": {"step": "auto", "compile": "networks"},
+}
 BARE = {"bare": "fp32", "bare bf16": "bf16", "bare captured": "bf16"}
 WAYS = (*ENGINE, *BARE)
 Step = Callable[[int], None]  # makes step number k
@@ -81,8 +84,7 @@ class Work:
 
 def engine_stepper(work: Work, experiment: Experiment, way: str) -> Step:
     """Steps of the engine, as a run makes them but for loader, meter and validation."""
-    step, compiling = ENGINE[way]
-    settings = experiment.engine.model_copy(update={"step": step, "compile": compiling})
+    settings = experiment.engine.model_copy(update={"compile": "none", "channel_multiple": 1, **ENGINE[way]})
     engine = Engine(work.method, precision=experiment.precision, settings=settings)
 
     def make(number: int) -> None:
