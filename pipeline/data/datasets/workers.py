@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -65,23 +65,34 @@ def spread(
     """Call `function` with every job, in processes, or in threads where records are few; return its results in order.
 
     Reading, digests and decoding leave the interpreter's lock to others, so threads keep some cores busy at once; a process
-    takes as long to start as a thread takes for some 10,000 small pictures. few: fewer records than these get threads; 0
-    where `function`, which pickles and calls `tick()` once a record, holds the lock. workers: None: one for each core.
+    takes as long to start as a thread takes for some 10,000 small pictures. So this process takes jobs, too, from the
+    beginning on, and starts one process less than there are workers. few: fewer records than these get threads; 0 where
+    `function`, which pickles and calls `tick()` once a record, holds the lock. workers: None: one for each core.
 
     Raises what `function` raises, or KeyboardInterrupt, when all have stopped; OSError when one was killed.
     """
-    threads = workers == 1 or (workers is None and total < few)
+    few_records = workers is None and total < few
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))
-    context = multiprocessing.get_context("spawn")
-    count, stop = context.Value("q", 0), context.RawValue("b", 0)
-    executor: Executor
-    if threads or workers == 1:
-        executor = ThreadPoolExecutor(workers, "worker", _join, (count, stop))
-    else:
-        executor = ProcessPoolExecutor(workers, context, _join, (count, stop))
+    threads = few_records or workers == 1
+    context = multiprocessing.get_context("fork" if threads else "spawn")  # fork's lock needs no process that tracks it
+    shared = count, stop = context.Value("q", 0), context.RawValue("b", 0)
+    executor = ThreadPoolExecutor(workers, "worker", _join, shared)
+    processes = None if threads else ProcessPoolExecutor(workers - 1, context, _join, shared)
+    here = threading.Semaphore(1 if processes else workers)  # threads that may work in this process at once
+
+    def call(job: Job) -> Result:
+        if not here.acquire(blocking=False):
+            return processes.submit(function, job).result()
+        try:
+            return function(job)
+        finally:
+            here.release()
+
     try:
-        with _ignoring_interrupts():
-            futures = [executor.submit(function, job) for job in jobs]
+        if processes:
+            with _ignoring_interrupts():
+                processes.submit(silent, 0, 0)  # starts them all
+        futures = [executor.submit(call, job) for job in jobs]
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -95,3 +106,5 @@ def spread(
     finally:
         stop.value = 1
         executor.shutdown(wait=True, cancel_futures=True)
+        if processes:
+            processes.shutdown()
