@@ -16,22 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.data.datasets import SPLITS, Dataset
 from pipeline.data.datasets.workers import Progress, silent, spread
 from pipeline.data.shards.files import DESCRIPTION, FIXED_COLUMNS, FORMAT, MANIFEST, ORIENTATION, WORK
-from pipeline.data.shards.manifest import data_digest, labels_of, untaught
+from pipeline.data.shards.manifest import data_digest, manifest_of, untaught
 from pipeline.data.shards.reading import ShardSet
 from pipeline.data.shards.writing import ShardJob, Written, finished_shard, write_shard
 from pipeline.files import digest_of, flush, replacing, write_json, write_whole
 from pipeline.images import Check
 from pipeline.ownership import owned
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _FLUSHING_THREADS = 4
 
@@ -196,24 +193,25 @@ def _describe_set(
 ) -> ShardSet:
     """Write the manifest and dataset.json of shards that are written, each job's result beside it."""
     left_out = [*dataset.left_out, *(entry for written in results for entry in written.left_out)]
-    shards = [(job, written) for job, written in zip(jobs, results, strict=True) if written.rows]
+    shards = [(job, written) for job, written in zip(jobs, results, strict=True) if written.columns]
     for name in {job.name for job in jobs} - {job.name for job, _ in shards}:
         (out / name).unlink()
     if not shards:
         raise ValueError(f"{dataset.name}: every record is bad, beginning with {left_out[0].reason}")
 
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     with ThreadPoolExecutor(_FLUSHING_THREADS) as pool:
         list(pool.map(flush, [out / job.name for job, _ in shards]))
-    table, splits = _manifest(dataset.attribute_list, shards), {}
+    columns, all_labels = _columns(shards)
+    table, splits = manifest_of(dataset.attribute_list, columns, all_labels), {}
+    split_of = np.array(columns["split"])
     for split in SPLITS:
-        labels = labels_of(table.filter(pc.equal(table["split"], split)), dataset.attribute_list)
+        labels = all_labels[split_of == split]
         for words in untaught(dataset.attribute_list, labels) if split == "train" and len(labels) else ():
             logger.warning("train: %s: nothing can be learnt of it", words)
         files = [
-            {"file": job.name, "records": len(written.rows), "size": written.size, "digest": written.digest}
+            {"file": job.name, "records": len(written.columns["record"]), "size": written.size, "digest": written.digest}
             for job, written in shards
             if job.name.startswith(split)
         ]
@@ -236,26 +234,19 @@ def _describe_set(
     return ShardSet.open(out)
 
 
-def _manifest(attribute_list: list[dict[str, Any]], shards: list[tuple[ShardJob, Written]]) -> pa.Table:
-    import pyarrow as pa
-
-    kinds = {"offset": pa.int64(), "size": pa.int64(), "digest": pa.string(), "width": pa.int32(), "height": pa.int32()}
-    kinds |= {"extension": pa.string(), ORIENTATION: pa.int8()}
+def _columns(shards: list[tuple[ShardJob, Written]]) -> tuple[dict[str, list[Any]], np.ndarray]:
+    """The columns of the manifest, and labels [n, A], of all records in the order of the tars."""
     columns: dict[str, list[Any]] = {name: [] for name in (*FIXED_COLUMNS, ORIENTATION)}
     labels = []
     for job, written in shards:
-        records, *others = zip(*written.rows)
+        records = written.columns["record"]
         columns["key"] += [job.data.keys[record] for record in records]
         columns["split"] += [job.name.partition("-")[0]] * len(records)
         columns["shard"] += [job.name] * len(records)
-        for name, values in zip(kinds, others, strict=True):
-            columns[name] += values
-        labels.append(job.data.labels[list(records)])
-    arrays = {name: pa.array(values, kinds.get(name, pa.string())) for name, values in columns.items()}
-    for entry, column in zip(attribute_list, np.concatenate(labels).T):
-        kind = np.float32 if entry["kind"] == "continuous" else np.int8
-        arrays[entry["name"]] = pa.array(np.ascontiguousarray(column, kind))
-    return pa.table(arrays)
+        for name in columns.keys() & written.columns.keys():
+            columns[name] += written.columns[name]
+        labels.append(job.data.labels[records])
+    return columns, np.concatenate(labels)
 
 
 def _counts(attribute_list: list[dict[str, Any]], labels: np.ndarray) -> dict[str, dict[str, float]]:

@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.data.datasets import Dataset, LeftOut
 from pipeline.data.datasets.workers import tick
-from pipeline.data.shards.files import EXTENSIONS, FORMAT, WORK, TarWriter, label_members, sha256
+from pipeline.data.shards.files import EXTENSIONS, FORMAT, ORIENTATION, WORK, TarWriter, label_members, sha256
 from pipeline.files import digest_of, replacing
 from pipeline.images import Check, Checked, check
 
@@ -36,15 +37,18 @@ class ShardJob:
         return sha256(json.dumps(content).encode() + np.ascontiguousarray(self.data.labels, "<f4").tobytes())
 
 
+COLUMNS = ("record", "offset", "size", "digest", "width", "height", "extension", ORIENTATION)
+"""What a note says of each record; `record` is its number among those that were dealt to the shard."""
+
+
 @dataclass(frozen=True)
 class Written:
-    """A shard as it stands on the disk. rows: (number among the job's records, offset, size, digest, width, height,
-    extension, orientation) of every record in it."""
+    """A shard as it stands on the disk. columns: what `COLUMNS` names of every record in it; empty when it has none."""
 
     job: str
     size: int
     digest: str
-    rows: list[tuple[int, int, int, str, int, int, str, int]]
+    columns: dict[str, list[Any]]
     left_out: list[LeftOut]
 
 
@@ -84,7 +88,8 @@ def write_shard(job: ShardJob) -> Written:
             offset = tar.add(key, EXTENSIONS[kind], content, labels)
             rows.append((record, offset, len(content), sha256(content), width, height, EXTENSIONS[kind], orientation))
         tar.end()
-    written = Written(job.digest(), tar.size, tar.digest.hexdigest(), rows, left_out)
+    columns = dict(zip(COLUMNS, map(list, zip(*rows))))
+    written = Written(job.digest(), tar.size, tar.digest.hexdigest(), columns, left_out)
     with replacing(job.note, job.out / WORK, durable=False) as file:
         file.write(json.dumps(vars(written)).encode())
     return written
@@ -97,14 +102,11 @@ def finished_shard(job: ShardJob, short: bool = False) -> Written | None:
     """
     try:
         entries = json.loads(job.note.read_text())
-        rows, left_out = [tuple(row) for row in entries["rows"]], [LeftOut(*entry) for entry in entries["left_out"]]
-        written = Written(**{**entries, "rows": rows, "left_out": left_out})
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
-        return None
-    if any(len(row) != 8 for row in rows):  # of a version that did not read which way up a picture is
+        written = Written(**{**entries, "left_out": [LeftOut(*entry) for entry in entries["left_out"]]})
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # not there, or an earlier version's, which had rows
         return None
     tar = job.out / job.name
-    if (left_out and not short) or written.job != job.digest() or not tar.is_file() or digest_of(tar) != written.digest:
+    if (written.left_out and not short) or written.job != job.digest() or not tar.is_file() or digest_of(tar) != written.digest:
         return None
     tick(len(job.data))
     return written
