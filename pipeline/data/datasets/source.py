@@ -17,6 +17,7 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
+_SMALL = 1 << 16  # bytes; the size of a file that has fewer need not be asked
 RETRIES, FIRST_WAIT_SECONDS = 6, 0.5  # 15 seconds of pauses in all
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 """Extensions of what counts as a picture when a folder is listed."""
@@ -197,11 +198,13 @@ def tell_not_taken(source: Place, names: Iterable[str]) -> None:
 
 
 def read_in(folder: Place, name: str) -> bytes:
-    if folder.remote or is_remote(name) or name.startswith("~"):
+    path = os.path.join(folder.address, name)
+    if is_remote(path) or is_remote(name) or name.startswith("~"):
         return (folder / name).read_bytes()
-    handle = os.open(os.path.join(folder.address, name), os.O_RDONLY)  # `open` takes twice as long for a small file
+    handle = os.open(path, os.O_RDONLY)  # `open` takes twice as long for a small file
     try:
-        return os.read(handle, os.fstat(handle).st_size)
+        data = os.read(handle, _SMALL)
+        return data if len(data) < _SMALL else data + os.read(handle, os.fstat(handle).st_size)
     finally:
         os.close(handle)
 
