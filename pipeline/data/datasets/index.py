@@ -42,7 +42,7 @@ class Index:
         self.locations.append(location)
         self.places.append(place)
         self._splits.append(given)
-        self._groups.append(None if is_unknown(group) else plain(group))
+        self._groups.append(plain(group) if group and not is_unknown(group) else None)
         return True
 
     def dataset(

@@ -51,9 +51,9 @@ class Dataset:
             raise ValueError(f"labels are {self.labels.shape}; {shape[0]} records with {shape[1]} attributes need {shape}")
         if len({*self.keys}) < len(self.keys) or not {*self.splits} <= {*SPLITS}:
             raise ValueError(f"{self.name}: a key stands twice, or a split is none of {', '.join(SPLITS)}")
-        for key, place in zip(self.keys, self.places, strict=True):
-            if fault := key_fault(key):
-                raise ValueError(f"{place}: {fault}")
+        if not all(map(_KEY.fullmatch, self.keys)):
+            fault, place = next((key_fault(key), place) for key, place in zip(self.keys, self.places) if key_fault(key))
+            raise ValueError(f"{place}: {fault}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -87,7 +87,8 @@ def key_from_name(name: str) -> str:
     A name with other letters than a key may have, or a long one, gets a digest, so that no other name gives the same key.
     """
     folder, _, last = name.rpartition("/")
-    stem = f"{folder}/{last.rpartition('.')[0] or last}" if folder else last.rpartition(".")[0] or last
+    stem = last.rpartition(".")[0] or last
+    stem = f"{folder}/{stem}" if folder else stem
     plain = stem.replace("/", "__")
     if not key_fault(plain) and "__" not in stem:
         return plain

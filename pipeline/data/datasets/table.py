@@ -46,12 +46,13 @@ def read_table(
     columns = choose(header, attributes, kinds, others)
     index = Index(skip_bad, grouped=bool(group))
     at = {column: number for number, column in enumerate(header)}
+    file, path_at, numbered = source.name, at[path], [(column, at[column.name]) for column in columns]
     for number, cells in rows:
-        place = f"{source.name} line {number}"
+        place = f"{file} line {number}"
         if len(cells) != len(header):
             index.fault(None, place, f"{len(cells)} cells for {len(header)} columns")
             continue
-        location = text_of(cells[at[path]])
+        location = text_of(cells[path_at])
         if is_unknown(location) or "\0" in location:
             index.fault(None, place, f"no picture path in column {path}")
             continue
@@ -61,11 +62,11 @@ def read_table(
             continue
         given = text_of(cells[at[split]]) if split and not shares else None
         if index.add(name_of, location, place, given, text_of(cells[at[group]]) if group else ""):
-            for column in columns:
-                column.add(cells[at[column.name]])
+            for column, cell_at in numbered:
+                column.add(cells[cell_at])
     read = partial(read_in, Place(images) if images else source.parent)
     entries, labels, bad = finished(columns, len(index.keys))
-    return index.dataset(name, {source.name: _sha256(source)}, entries, labels, read, shares, bad)
+    return index.dataset(name, {file: _sha256(source)}, entries, labels, read, shares, bad)
 
 
 def read_header(source: Place) -> list[str]:
