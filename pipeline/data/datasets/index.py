@@ -52,20 +52,21 @@ class Index:
         """Return the set, without records whose key an earlier record has. labels: [N, A] of the records that were taken,
         of one attribute also [N]. bad: what else is wrong, by the number of the record."""
         bad, first = dict(bad or {}), dict[str, int]()
-        for row, key in enumerate(self.keys):
+        for row, key in enumerate(self.keys if len({*self.keys}) < len(self.keys) else ()):
             if row not in bad and first.setdefault(key, row) != row:
                 bad[row] = f"{key!r} stands at {self.places[first[key]]} already"
         for row in sorted(bad):
             self.fault(self.keys[row], self.places[row], bad[row])
-        rows = [row for row in range(len(self.keys)) if row not in bad]
-        keys, locations, places, given, groups = (
-            [part[row] for row in rows] for part in (self.keys, self.locations, self.places, self._splits, self._groups)
-        )
+        columns = [self.keys, self.locations, self.places, self._splits, self._groups]
+        labels = np.asarray(labels, np.float32).reshape(len(self.keys), len(attribute_list))
+        if bad:
+            rows = [row for row in range(len(self.keys)) if row not in bad]
+            columns, labels = [[column[row] for row in rows] for column in columns], labels[rows]
+        keys, locations, places, given, groups = columns
         splits, how = assign(
             keys, given=None if None in given else given, groups=groups if self.grouped else None, shares=shares
         )
         return Dataset(
             name=name, source={**source, "split": how}, attribute_list=attribute_list, keys=keys, splits=splits,
-            locations=locations, labels=np.asarray(labels, np.float32).reshape(len(self.keys), len(attribute_list))[rows],
-            places=places, read=read, left_out=self.left_out,
+            locations=locations, labels=labels, places=places, read=read, left_out=self.left_out,
         )

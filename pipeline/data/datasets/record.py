@@ -90,7 +90,7 @@ def key_from_name(name: str) -> str:
     stem = last.rpartition(".")[0] or last
     stem = f"{folder}/{stem}" if folder else stem
     plain = stem.replace("/", "__")
-    if not key_fault(plain) and "__" not in stem:
+    if "__" not in stem and _KEY.fullmatch(plain):
         return plain
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
     return f"{re.sub('[^A-Za-z0-9_-]+', '-', plain).strip('-')[-70:]}-{digest}"
