@@ -185,7 +185,7 @@ def check(data: bytes, depth: Check = "full") -> Checked:
     """
     # Most pictures of a set begin with the same bytes, up to the first that may start the pixels.
     plain = _plain_jpeg(data[: data.find(_PIXELS) + 10]) if depth == "header" else None
-    if plain and _has_end(data, "JPEG"):
+    if plain and (data.endswith(_JPEG_END) or _has_end(data, "JPEG")):
         return plain
     try:
         image = _open(data)
@@ -231,6 +231,7 @@ def _plain_jpeg(data: bytes) -> Checked | None:
 
 
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # not the zero or the restart that may stand inside a scan
+_JPEG_END = b"\xff\xd9"
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -240,7 +241,7 @@ def _has_end(data: bytes, kind: str | None) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
     if kind == "PNG":
         return _PNG_END in data
-    if kind not in ("JPEG", "MPO") or data.endswith(b"\xff\xd9"):
+    if kind not in ("JPEG", "MPO") or data.endswith(_JPEG_END):
         return True
     marker = _MARKER.search(data, 2)
     while marker and data[marker.end() - 1] != 0xD9:  # segment by segment: a thumbnail inside one has an end of its own

@@ -198,8 +198,8 @@ def tell_not_taken(source: Place, names: Iterable[str]) -> None:
 
 
 def read_in(folder: Place, name: str) -> bytes:
-    path = os.path.join(folder.address, name)
-    if is_remote(path) or is_remote(name) or name.startswith("~"):
+    path = name if name.startswith("/") else f"{folder.address}/{name}"
+    if "://" in path or name.startswith("~"):
         return (folder / name).read_bytes()
     handle = os.open(path, os.O_RDONLY)  # `open` takes twice as long for a small file
     try:

@@ -193,7 +193,7 @@ def _describe_set(
 ) -> ShardSet:
     """Write the manifest and dataset.json of shards that are written, each job's result beside it."""
     left_out = [*dataset.left_out, *(entry for written in results for entry in written.left_out)]
-    shards = [(job, written) for job, written in zip(jobs, results, strict=True) if written.columns]
+    shards = [(job, written) for job, written in zip(jobs, results, strict=True) if written.columns["record"]]
     for name in {job.name for job in jobs} - {job.name for job, _ in shards}:
         (out / name).unlink()
     if not shards:

@@ -1,6 +1,7 @@
 """Writing one shard: a tar of pictures and labels, and a note on it; or taking what an earlier run left of both."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ COLUMNS = ("record", "offset", "size", "digest", "width", "height", "extension",
 
 @dataclass(frozen=True)
 class Written:
-    """A shard as it stands on the disk. columns: what `COLUMNS` names of every record in it; empty when it has none."""
+    """A shard as it stands on the disk. columns: what `COLUMNS` names of every record in it."""
 
     job: str
     size: int
@@ -52,12 +53,11 @@ class Written:
     left_out: list[LeftOut]
 
 
-def _picture(job: ShardJob, record: int) -> tuple[bytes, Checked] | str:
-    """The bytes of a record's picture and what `check` says of them; or what is wrong with it."""
-    location = job.data.locations[record]
+def _picture(read: Callable[[str], bytes], location: str, depth: Check) -> tuple[bytes, Checked] | str:
+    """The bytes of a picture and what `check` says of them; or what is wrong with it."""
     try:
-        data = job.data.read(location)
-        checked = check(data, job.check)
+        data = read(location)
+        checked = check(data, depth)
     except FileNotFoundError as error:
         return f"picture {location} is missing ({error.filename})"
     except (OSError, ValueError) as error:
@@ -72,23 +72,25 @@ def write_shard(job: ShardJob) -> Written:
     tar that differs from its note is written again, and all tars are flushed before the set is described."""
     if written := finished_shard(job):
         return written
-    rows, left_out, data = [], [], job.data
+    said, left_out, data = [], [], job.data
     members = label_members(*job.names_and_kinds, data.labels)
     with replacing(job.out / job.name, job.out / WORK, durable=False) as file:
         tar = TarWriter(file)
-        for record, (key, place, labels) in enumerate(zip(data.keys, data.places, members, strict=True)):
+        records = zip(data.keys, data.locations, data.places, members, strict=True)
+        for record, (key, location, place, labels) in enumerate(records):
             tick()
-            picture = _picture(job, record)
+            picture = _picture(data.read, location, job.check)
             if isinstance(picture, str):
                 if not job.skip_bad:
                     raise ValueError(f"{place}: {picture}; mend it, or leave such records out with --skip-bad")
                 left_out.append(LeftOut(key, f"{place}: {picture}"))
                 continue
             content, (width, height, orientation, kind) = picture
-            offset = tar.add(key, EXTENSIONS[kind], content, labels)
-            rows.append((record, offset, len(content), sha256(content), width, height, EXTENSIONS[kind], orientation))
+            extension = EXTENSIONS[kind]
+            offset = tar.add(key, extension, content, labels)
+            said += (record, offset, len(content), sha256(content), width, height, extension, orientation)
         tar.end()
-    columns = dict(zip(COLUMNS, map(list, zip(*rows))))
+    columns = {name: said[number :: len(COLUMNS)] for number, name in enumerate(COLUMNS)}
     written = Written(job.digest(), tar.size, tar.digest.hexdigest(), columns, left_out)
     with replacing(job.note, job.out / WORK, durable=False) as file:
         file.write(json.dumps(vars(written)).encode())
