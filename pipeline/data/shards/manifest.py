@@ -62,18 +62,14 @@ def manifest_of(
     import pyarrow as pa
 
     kinds = dict(offset=np.int64, size=np.int64, width=np.int32, height=np.int32) | {ORIENTATION: np.int8}
-    arrays = {}
-    for name in (*FIXED_COLUMNS, ORIENTATION):
-        arrays[name] = _numbers(np.array(columns[name], kinds[name])) if name in kinds else _words(columns[name])
+    numbers = {name: np.array(columns[name], kind) for name, kind in kinds.items()}
     for entry, column in zip(attribute_list, labels.T, strict=True):
-        arrays[entry["name"]] = _numbers(column.astype(np.float32 if entry["kind"] == "continuous" else np.int8))
-    return pa.Table.from_arrays(list(arrays.values()), list(arrays))
-
-
-def _numbers(column: np.ndarray) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [None, pa.py_buffer(column)])
+        numbers[entry["name"]] = column.astype(np.float32 if entry["kind"] == "continuous" else np.int8)
+    arrays = {name: _words(columns[name]) for name in (*FIXED_COLUMNS, ORIENTATION) if name not in kinds}
+    for name, column in numbers.items():
+        arrays[name] = pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [None, pa.py_buffer(column)])
+    names = [*FIXED_COLUMNS, ORIENTATION, *(entry["name"] for entry in attribute_list)]
+    return pa.Table.from_arrays([arrays[name] for name in names], names)
 
 
 def _words(words: Sequence[str]) -> pa.ChunkedArray:
