@@ -183,10 +183,15 @@ def check(data: bytes, depth: Check = "full") -> Checked:
     depth: "header" reads of a JPEG or WebP only the header and looks for the end, at a fifth of the time: a picture that was cut
         short is found, one that is damaged inside is not.
     """
-    # Most pictures of a set begin with the same bytes, up to the first that may start the pixels.
-    plain = _plain_jpeg(data[: data.find(_PIXELS) + 10]) if depth == "header" else None
-    if plain and (data.endswith(_JPEG_END) or _has_end(data, "JPEG")):
-        return plain
+    if depth == "header":
+        head, plain = _last_plain[0]
+        if not data.startswith(head):
+            head = data[: data.find(_PIXELS) + 10]
+            plain = _plain_jpeg(head)
+            if plain:
+                _last_plain[0] = head, plain
+        if plain and (data.endswith(_JPEG_END) or _has_end(data, "JPEG")):
+            return plain
     try:
         image = _open(data)
         width, height = image.size
@@ -206,6 +211,8 @@ def check(data: bytes, depth: Check = "full") -> Checked:
 _FRAMES = (0xC0, 0xC1, 0xC2)  # SOF of a baseline, extended or progressive JPEG
 _PIXELS = b"\xff\xda"
 _PLAIN = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # before it: Huffman and quantisation tables, restarts, JFIF, comments
+_last_plain: list[tuple[bytes, Checked | None]] = [(_PIXELS, None)]
+"""What the last plain JPEG began with, up to its pixels, because most pictures of a set begin alike."""
 
 
 @functools.lru_cache(maxsize=256)
