@@ -211,8 +211,7 @@ def check(data: bytes, depth: Check = "full") -> Checked:
 _FRAMES = (0xC0, 0xC1, 0xC2)  # SOF of a baseline, extended or progressive JPEG
 _PIXELS = b"\xff\xda"
 _PLAIN = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # before it: Huffman and quantisation tables, restarts, JFIF, comments
-_last_plain: list[tuple[bytes, Checked | None]] = [(_PIXELS, None)]
-"""What the last plain JPEG began with, up to its pixels, because most pictures of a set begin alike."""
+_last_plain: list[tuple[bytes, Checked | None]] = [(_PIXELS, None)]  # up to its pixels; most pictures of a set begin alike
 
 
 @functools.lru_cache(maxsize=256)
