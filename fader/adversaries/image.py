@@ -25,7 +25,7 @@ class ImageSettings(AdversarySettings):
     ramp_images: int = setting(0, "images over which the weight rises", least=0)
     warmup_images: int = setting(0, "images before that, in which only the discriminator learns from it", least=0)
     rise: Literal["linear", "cosine", "step", "constant"] = setting("linear", "shape of the rise")
-    reading: float = setting(2.0, "of the attributes that are asked for, beside 1 for being taken for real", least=0)
+    reading: float = setting(2.0, "of what is asked for, added up over attributes, beside 1 for being taken for real", least=0)
     changed: float = setting(1.0, "what an attribute that is changed counts there, beside 1 for one that stays", least=0)
     emphasis: tuple[float, ...] = setting((), "what each attribute counts there, in the order of the code; none given = 1 each")
     own_reading: float = setting(0.25, "of real images' attributes in the discriminator's own loss", least=0)
