@@ -55,7 +55,7 @@ def part(
     _part.set(Part(task or 0, tasks or 0, finish, check))
 
 Out = Annotated[Path, typer.Argument(help="Folder for the shards: absent, empty, or one that an interrupted run left.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core, or threads for few records.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong and list it in dataset.json.")]
 ShardRecords = Annotated[int, typer.Option(min=1, help="Records a tar.")]
 Split = Annotated[str | None, typer.Option(help="Split anew, by a hash of the key: percent of train/valid/test, as 80/10/10.")]

@@ -113,7 +113,7 @@ class EngineConfig(Part):
     reference_batch_size: int = Field(32, ge=1, description="the batch size that the learning rates were chosen for")
     warmup_images: int = Field(0, ge=0, description="images of each stage over which learning rates grow from 0")
     step: Literal["auto", "eager", "captured"] = Field("auto", description="captured: in CUDA graphs; auto: that on one GPU")
-    channel_multiple: int = Field(1, ge=1, description="of what convolutions compute with, zeros added; 8 on tensor cores")
+    channel_multiple: int = Field(1, ge=1, description="convolutions pad channels to one of these; 8 on tensor cores")
     compile: Literal["none", "networks"] = Field("none", description="by torch.compile, but for what is differentiated twice")
 
 

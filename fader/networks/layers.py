@@ -39,8 +39,8 @@ def doubling(first: int, most: int, count: int) -> list[int]:
 
 
 def with_code(features: Tensor, code: Tensor, skip: Tensor | None = None, multiple: int = 1) -> Tensor:
-    """[N, C, H, W] features, [N, K] code spread over constant planes, and a skip, joined along the channels; and zeros up to the
-    next multiple of channels, unless pixels are so few that a convolution is a matrix product."""
+    """[N, C, H, W] features, [N, K] code spread over constant planes, and a skip, joined along the channels.
+    Zeros follow up to the next multiple of channels, but not up to 4×4 pixels, where a matrix product may take the maps."""
     planes = code.to(features.dtype)[:, :, None, None].expand(-1, -1, *features.shape[2:])
     parts = [features, planes] if skip is None else [features, planes, skip.to(features.dtype)]
     if (more := -sum(part.shape[1] for part in parts) % multiple) and features.shape[-1] > 4:

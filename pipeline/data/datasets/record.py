@@ -52,8 +52,8 @@ class Dataset:
         if len({*self.keys}) < len(self.keys) or not {*self.splits} <= {*SPLITS}:
             raise ValueError(f"{self.name}: a key stands twice, or a split is none of {', '.join(SPLITS)}")
         if not all(map(_KEY.fullmatch, self.keys)):
-            fault, place = next((key_fault(key), place) for key, place in zip(self.keys, self.places) if key_fault(key))
-            raise ValueError(f"{place}: {fault}")
+            row = next(row for row, key in enumerate(self.keys) if key_fault(key))
+            raise ValueError(f"{self.places[row]}: {key_fault(self.keys[row])}")
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -198,9 +198,9 @@ def tell_not_taken(source: Place, names: Iterable[str]) -> None:
 
 
 def read_in(folder: Place, name: str) -> bytes:
-    path = name if name.startswith("/") else f"{folder.address}/{name}"
-    if "://" in path or name.startswith("~"):
+    if folder.remote or is_remote(name) or name.startswith("~"):
         return (folder / name).read_bytes()
+    path = name if name.startswith("/") else f"{folder.address.rstrip('/')}/{name}"  # `os.path.join` takes longer
     handle = os.open(path, os.O_RDONLY)  # `open` takes twice as long for a small file
     try:
         data = os.read(handle, _SMALL)

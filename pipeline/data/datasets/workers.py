@@ -1,11 +1,10 @@
 """Work spread over threads or processes of one machine, with progress, Ctrl-C and a killed worker handled once."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -45,17 +44,9 @@ def _join(count: Any, stop: Any) -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C from their first instruction on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _begin_thread(count: Any, stop: Any) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes that it starts never see Ctrl-C; the main thread does
+    _join(count, stop)
 
 
 def spread(
@@ -65,8 +56,8 @@ def spread(
     """Call `function` with every job, in processes, or in threads where records are few; return its results in order.
 
     Reading, digests and decoding leave the interpreter's lock to others, so threads keep some cores busy at once; a process
-    takes as long to start as a thread takes for some 10,000 small pictures. So this process takes jobs, too, from the
-    beginning on, and starts one process less than there are workers. few: fewer records than these get threads; 0 where
+    takes as long to start as a thread takes for some 10,000 small pictures. So this process takes jobs from the start, and one
+    process fewer is started than there are workers. few: fewer records than these get threads; 0 where
     `function`, which pickles and calls `tick()` once a record, holds the lock. workers: None: one for each core.
 
     Raises what `function` raises, or KeyboardInterrupt, when all have stopped; OSError when one was killed.
@@ -76,7 +67,7 @@ def spread(
     threads = few_records or workers == 1
     context = multiprocessing.get_context("fork" if threads else "spawn")  # fork's lock needs no process that tracks it
     shared = count, stop = context.Value("q", 0), context.RawValue("b", 0)
-    executor = ThreadPoolExecutor(workers, "worker", _join, shared)
+    executor = ThreadPoolExecutor(workers, "worker", _begin_thread, shared)
     processes = None if threads else ProcessPoolExecutor(workers - 1, context, _join, shared)
     here = threading.Semaphore(1 if processes else workers)  # threads that may work in this process at once
 
@@ -89,9 +80,6 @@ def spread(
             here.release()
 
     try:
-        if processes:
-            with _ignoring_interrupts():
-                processes.submit(silent, 0, 0)  # starts them all
         futures = [executor.submit(call, job) for job in jobs]
         pending = set(futures)
         while pending:

@@ -73,7 +73,7 @@ def manifest_of(
 
 
 def _words(words: Sequence[str]) -> pa.ChunkedArray:
-    """Words in ASCII."""
+    """Return ASCII words as a column of Arrow's."""
     import pyarrow as pa
 
     pieces = []

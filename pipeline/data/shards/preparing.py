@@ -123,8 +123,7 @@ def _write(jobs: list[ShardJob], how: Settings) -> list[Written]:
         if f"{stale.name.partition('.tar')[0]}.tar" in names:
             stale.unlink()
     records, few = sum(len(job.data) for job in jobs), 50_000 if how.check == "full" else 10_000
-    one = how.check == "header" and records < few  # threads would wait for the interpreter's lock, which it mostly holds
-    return spread(write_shard, jobs, how.workers or (1 if one else None), records, how.progress, few)
+    return spread(write_shard, jobs, how.workers, records, how.progress, few)
 
 
 def _jobs_of(dataset: Dataset, out: Path, how: Settings) -> list[ShardJob]:

@@ -72,3 +72,16 @@ def test_a_decoder_joins_its_planes_and_the_zeros_in_one_copy(monkeypatch):
     encoder = padded.networks["encoder"]
     decoder(encoder(torch.rand(2, 3, 32, 32)), torch.rand(2, decoder.code_width))
     assert read == [-(-width // 8) * 8 for width in widths] and read != widths
+
+
+def test_wrong_channels_are_refused_as_without_padding_and_other_convolutions_are_left_alone():
+    layer = nn.Conv2d(3, 5, 3)
+    pad_channels(layer, 8)
+    for channels in (1, 4, 20):
+        with pytest.raises(RuntimeError, match="channels"):
+            layer(torch.rand(1, channels, 8, 8))
+    for settings in ({"groups": 3, "out_channels": 6}, {"dilation": 2}, {"padding_mode": "reflect", "padding": 1}):
+        other = nn.Conv2d(**{"in_channels": 3, "out_channels": 5, "kernel_size": 3, **settings})
+        before = other(torch.ones(1, 3, 8, 8))
+        pad_channels(other, 8)
+        assert torch.equal(other(torch.ones(1, 3, 8, 8)), before)
