@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -223,8 +224,8 @@ def only_at_the_bottleneck(patch: Patch) -> None:
     """Attributes enter the decoder once, at the latent."""
     real = fader.networks.layers.with_code
 
-    def once(features: Tensor, code: Tensor, skip: Tensor | None = None) -> Tensor:
-        return real(features, code if features.shape[-1] == 4 else torch.zeros_like(code), skip)
+    def once(features: Tensor, code: Tensor, *others: Any) -> Tensor:
+        return real(features, code if features.shape[-1] == 4 else torch.zeros_like(code), *others)
 
     patch.setattr(fader.networks.autoencoder, "with_code", once)
 
@@ -232,8 +233,8 @@ def only_at_the_bottleneck(patch: Patch) -> None:
 def only_at_the_last_layer(patch: Patch) -> None:
     real = fader.networks.layers.with_code
 
-    def late(features: Tensor, code: Tensor, skip: Tensor | None = None) -> Tensor:
-        return real(features, code if features.shape[-1] == 16 else torch.zeros_like(code), skip)
+    def late(features: Tensor, code: Tensor, *others: Any) -> Tensor:
+        return real(features, code if features.shape[-1] == 16 else torch.zeros_like(code), *others)
 
     patch.setattr(fader.networks.autoencoder, "with_code", late)
 
