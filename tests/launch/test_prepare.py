@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -80,17 +81,27 @@ def alive(process: str) -> bool:
         return False
 
 
+def children_of(process: int) -> list[str]:
+    """The processes that a process started; each stands with the thread that did."""
+    found = []
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += (thread / "children").read_text().split()
+    return found
+
+
 def test_workers_of_a_killed_command_die_with_it(source, tmp_path):
-    process = start("celeba", source, tmp_path / "set", "--shard-records", 16, "--workers", 2)
-    wait_for(tmp_path / "set", 1, process)
-    threads = Path(f"/proc/{process.pid}/task").iterdir()  # a child stands with the thread that started it
-    children = [child for thread in threads for child in (thread / "children").read_text().split()]
+    process = start("celeba", source, tmp_path / "set", "--shard-records", 16, "--workers", 3)
+    children: list[str] = []
+    while process.poll() is None and len(children) < 3:  # two workers, and what tracks the memory that they share
+        children = children_of(process.pid)
+        time.sleep(0.002)
     process.kill()
     process.communicate(timeout=60)  # ends only when no child holds the pipes any more
     until = time.monotonic() + 20
     while any(map(alive, children)) and time.monotonic() < until:
         time.sleep(0.01)
-    assert len(children) >= 2 and not any(map(alive, children))
+    assert len(children) == 3 and not any(map(alive, children))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
