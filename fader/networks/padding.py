@@ -18,8 +18,9 @@ def pad_channels(network: nn.Module, multiple: int) -> None:
 
 
 def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
-    more = any(layer.output_padding) or layer.dilation != (1, 1)
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not more
+    """Whether `_padded` knows all that the layer does."""
+    alone = layer.groups == 1 and layer.dilation == (1, 1)
+    return alone and layer.padding_mode == "zeros" and not any(layer.output_padding)
 
 
 def _padded(layer: nn.Conv2d | nn.ConvTranspose2d, multiple: int, maps: Tensor) -> Tensor:
@@ -34,4 +35,3 @@ def _padded(layer: nn.Conv2d | nn.ConvTranspose2d, multiple: int, maps: Tensor) 
         weight = F.pad(layer.weight, (0, 0, 0, 0, 0, inputs, 0, outputs))
         maps = F.conv2d(maps, weight, bias, layer.stride, layer.padding)
     return maps[:, : layer.out_channels]
-

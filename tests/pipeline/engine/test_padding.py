@@ -60,7 +60,7 @@ def test_every_convolution_sees_channels_by_the_multiple(layer, monkeypatch):
     assert seen and set(seen) == {(0, 0, 0)}
 
 
-def test_a_decoder_joins_its_planes_and_the_zeros_in_one_copy(monkeypatch):
+def test_a_decoder_joins_its_planes_and_the_zeros_in_one_copy():
     """No convolution but the first and the last layer's has to pad what it reads."""
     _, padded = engines("fader", "upsampling")
     decoder = padded.networks["decoder"]
