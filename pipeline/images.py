@@ -183,15 +183,10 @@ def check(data: bytes, depth: Check = "full") -> Checked:
     depth: "header" reads of a JPEG or WebP only the header and looks for the end, at a fifth of the time: a picture that was cut
         short is found, one that is damaged inside is not.
     """
-    if depth == "header":
-        head, plain = _last_plain[0]
-        if not data.startswith(head):
-            head = data[: data.find(_PIXELS) + 10]
-            plain = _plain_jpeg(head)
-            if plain:
-                _last_plain[0] = head, plain
-        if plain and (data.endswith(_JPEG_END) or _has_end(data, "JPEG")):
-            return plain
+    # Most pictures of a set begin with the same bytes, up to the first that may start the pixels.
+    plain = _plain_jpeg(data[: data.find(_PIXELS) + 10]) if depth == "header" else None
+    if plain and _has_end(data, "JPEG"):
+        return plain
     try:
         image = _open(data)
         width, height = image.size
@@ -211,7 +206,6 @@ def check(data: bytes, depth: Check = "full") -> Checked:
 _FRAMES = (0xC0, 0xC1, 0xC2)  # SOF of a baseline, extended or progressive JPEG
 _PIXELS = b"\xff\xda"
 _PLAIN = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # before it: Huffman and quantisation tables, restarts, JFIF, comments
-_last_plain: list[tuple[bytes, Checked | None]] = [(_PIXELS, None)]  # up to its pixels; most pictures of a set begin alike
 
 
 @functools.lru_cache(maxsize=256)
@@ -237,7 +231,6 @@ def _plain_jpeg(data: bytes) -> Checked | None:
 
 
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # not the zero or the restart that may stand inside a scan
-_JPEG_END = b"\xff\xd9"
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -247,7 +240,7 @@ def _has_end(data: bytes, kind: str | None) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
     if kind == "PNG":
         return _PNG_END in data
-    if kind not in ("JPEG", "MPO") or data.endswith(_JPEG_END):
+    if kind not in ("JPEG", "MPO") or data.endswith(b"\xff\xd9"):
         return True
     marker = _MARKER.search(data, 2)
     while marker and data[marker.end() - 1] != 0xD9:  # segment by segment: a thumbnail inside one has an end of its own
