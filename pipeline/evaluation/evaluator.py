@@ -22,7 +22,7 @@ from pipeline.evaluation.report import Leak, Report
 from pipeline.evaluation.specification import Specification
 from pipeline.evaluation.twins import TwinErrors, truths
 from pipeline.loading.loader import Loader
-from pipeline.models import Model, check_independent, check_judge, editor
+from pipeline.models import PANEL_SIZE, Model, check_independent, check_judge, editor
 from pipeline.models import judge as judge_of
 
 FID_RECORDS = 2048  # features of the Inception network: with fewer records its covariance is singular
@@ -131,6 +131,9 @@ def _opened(model: Model, judges: Sequence[Model], split: Split, specification: 
         report.warnings.append(f"{records:,} of the {len(split):,} records of the {split.name} split")
     if any("classifier" in names for names in model.method.optimizers()) and makes_pictures(model.method):
         report.warnings.append("a classifier was among its losses, and what pleases that one may please a judge of its build")
+    for judge in judges:
+        if (size := judge.preprocessing.image_size) < min(report.image_size, PANEL_SIZE):
+            report.warnings.append(f"the judge {judge.source} sees pictures reduced to {size} pixels, and nothing finer")
     trained_on = model.card.get("data_digest")
     if trained_on and trained_on != data_digest:
         digests = f"digest {trained_on[:12]}, here {data_digest[:12]}"

@@ -18,7 +18,7 @@ from pipeline.images import Preprocessing
 from pipeline.models import capabilities
 from pipeline.models.model import Model
 
-PANEL_SIZE = 128  # pixels a side: pictures of a larger model are reduced to it
+PANEL_SIZE = 128  # pixels a side, at most: pictures of a larger model are reduced to it
 BLUR = 1.0  # sigma of the second reading, in pixels of a picture of 64
 
 
@@ -71,10 +71,11 @@ def _weights(method: Method) -> list[Tensor]:
 
 
 def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessing, source: str, partly: bool = False) -> None:
-    """Refuse (ValueError) a judge that cannot speak about the pictures of a model, which errors call `source`.
+    """Refuse (ValueError) a judge that cannot speak about the pictures of a model, which errors call `source`. Pictures that
+    are larger than a judge's are reduced to it.
 
     partly: it only reads the labels of photos that are edited, so it may lack attributes, whose values are then
-    estimated, and see smaller pictures.
+    estimated, and see more than `PANEL_SIZE` pixels.
     """
     if capabilities.judge(judge.method) is None:
         raise ValueError(f"{judge.source}: {judge.method.name} is not a judge; name a run or model of method 'judge'")
@@ -90,14 +91,12 @@ def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessi
                 f"the judge {judge.source} knows {attribute.name} as {kind_of(known[attribute.name])}, "
                 f"{source} as {kind_of(attribute)}; train a judge on the same attributes"
             )
-    if not partly:
-        preprocessing = dataclasses.replace(preprocessing, image_size=min(preprocessing.image_size, PANEL_SIZE))
-    elif judge.preprocessing.image_size <= preprocessing.image_size:  # it reads what is reduced
-        preprocessing = dataclasses.replace(preprocessing, image_size=judge.preprocessing.image_size)
-    if judge.preprocessing != preprocessing:
+    largest = preprocessing.image_size if partly else min(preprocessing.image_size, PANEL_SIZE)
+    seen = dataclasses.replace(preprocessing, image_size=min(largest, judge.preprocessing.image_size))
+    if judge.preprocessing != seen:
         raise ValueError(
             f"the judge {judge.source} sees images as {_describe(judge.preprocessing)}, {source} makes them as "
-            f"{_describe(preprocessing)} (reduced to {PANEL_SIZE} pixels at most); train a judge with the same preprocessing"
+            f"{_describe(preprocessing)}; train a judge with the same preprocessing, of {largest} pixels or fewer"
         )
 
 

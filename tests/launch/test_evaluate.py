@@ -191,6 +191,16 @@ def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(s
     assert code == 2 and f"error: the judge {other} sees images as image_size 32" in err.splitlines()[-1]
 
 
+def test_a_judge_of_fewer_pixels_sees_pictures_reduced_and_the_report_says_so(shards, tmp_path, capsys, monkeypatch):
+    judge = make_run(tmp_path / "judge", JUDGE, data={"path": str(shards), **DATA})
+    for size, words in ((SIZE, []), (2 * SIZE, [f"sees pictures reduced to {SIZE} pixels"])):
+        fader = make_run(tmp_path / f"fader{size}", FADER, data={"path": str(shards), **DATA, "image_size": size})
+        options = ("--judge", judge, "--tables", "swap,distribution", "--device", "cpu")
+        code, out, err = run(capsys, monkeypatch, fader, *options)
+        assert code == 0, err
+        assert all(word in out for word in words) and ("reduced" in out) == bool(words)
+
+
 def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_path, capsys, monkeypatch):
     data = {"path": str(shards), **DATA}
     judge = make_run(tmp_path / "judge", JUDGE, data=data)
