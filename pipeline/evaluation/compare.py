@@ -47,7 +47,7 @@ def read(source: str, split: str = "test", report: Path | None = None) -> Compar
     if (run / "spool" / "main.jsonl").is_file():
         losses = {point.name: point.value for point in tracking.points(run) if not point.superseded}
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    rests_on = {key: known[key] for key in ("judge", "split_digest", "records") if key in known}
+    rests_on = {key: known[key] for key in ("judge", "split_digest", "records", "image_size") if key in known}
     metrics, intervals = (_of_split(known.get(what, {}), split) for what in ("metrics", "intervals"))
     return Compared(source, settings, losses, metrics, known.get("images_seen"), rests_on, intervals)
 
@@ -59,7 +59,8 @@ def _of_split(metrics: Mapping[str, Any], split: str) -> dict[str, Any]:
 def warnings(runs: Sequence[Compared], split: str) -> list[str]:
     without = [run.name for run in runs if not run.metrics]
     words = [f"{name} was not evaluated on the {split} split: run 'fader evaluate'" for name in without]
-    for key, what in (("judge", "judges"), ("split_digest", "records"), ("records", "numbers of records")):
+    kinds = {"judge": "judges", "split_digest": "records", "records": "numbers of records", "image_size": "sizes of pictures"}
+    for key, what in kinds.items():
         if len({run.rests_on[key] for run in runs if key in run.rests_on}) > 1:
             words.append(f"the evaluations rest on different {what}: their numbers are not comparable")
     return words

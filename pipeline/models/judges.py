@@ -19,6 +19,7 @@ from pipeline.models import capabilities
 from pipeline.models.model import Model
 
 PANEL_SIZE = 128  # pixels a side, at most: pictures of a larger model are reduced to it
+LEAST_SIZE = 64  # pixels a side: a judge of fewer does not see of a larger picture what a person sees
 BLUR = 1.0  # sigma of the second reading, in pixels of a picture of 64
 
 
@@ -75,7 +76,7 @@ def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessi
     are larger than a judge's are reduced to it.
 
     partly: it only reads the labels of photos that are edited, so it may lack attributes, whose values are then
-    estimated, and see more than `PANEL_SIZE` pixels.
+    estimated, and see pictures of any smaller size.
     """
     if capabilities.judge(judge.method) is None:
         raise ValueError(f"{judge.source}: {judge.method.name} is not a judge; name a run or model of method 'judge'")
@@ -92,11 +93,12 @@ def check_judge(judge: Model, attributes: Attributes, preprocessing: Preprocessi
                 f"{source} as {kind_of(attribute)}; train a judge on the same attributes"
             )
     largest = preprocessing.image_size if partly else min(preprocessing.image_size, PANEL_SIZE)
-    seen = dataclasses.replace(preprocessing, image_size=min(largest, judge.preprocessing.image_size))
+    least = 1 if partly else min(LEAST_SIZE, largest)
+    seen = dataclasses.replace(preprocessing, image_size=min(largest, max(least, judge.preprocessing.image_size)))
     if judge.preprocessing != seen:
         raise ValueError(
             f"the judge {judge.source} sees images as {_describe(judge.preprocessing)}, {source} makes them as "
-            f"{_describe(preprocessing)}; train a judge with the same preprocessing, of {largest} pixels or fewer"
+            f"{_describe(preprocessing)}; train a judge with the same preprocessing, of {least} to {largest} pixels"
         )
 
 

@@ -1,5 +1,6 @@
 """The judges of an evaluation: those a user names, the model's own, or a panel that is trained and kept for next time."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -16,11 +17,14 @@ from pipeline.training.run import Progress, train
 
 log = logging.getLogger(__name__)
 
-EPOCHS = 30  # at most: a small set has taught what it can by then
-PANEL: dict[str, dict[str, Any]] = {  # the judges nobody named, by preset; seeds that no run has
-    "residual": {"images": 112_000, "learning_rate": 2e-3, "betas": [0.9, 0.99], "dropout": 0.2, "ema_half_life": 20_000},
-    "official": {"images": 120_000, "learning_rate": 1e-3, "dropout": 0.3},
+EPOCHS = 40  # at most: a small set has taught what it can by then
+PANEL: dict[str, dict[str, Any]] = {  # the judges nobody named, by preset: as configs/celeba_judge.yaml and celeba_residual_judge.yaml
+    "residual": {"images": 112_000, "learning_rate": 2e-3, "dropout": 0.2},
+    "official": {"images": 224_000, "learning_rate": 1.5e-3, "dropout": 0.1},
 }
+SHARED = {"betas": [0.9, 0.99], "ema_half_life": 20_000}
+BATCH_SIZES = {"residual": 64, "official": 32}
+STEADY = 2 / 7  # the share of the images before the learning rate falls
 SEEDS = {"official": 7001, "residual": 7002}
 AUGMENT = {
     "rotation_degrees": 6.0, "translation": 0.06, "brightness": 0.2, "contrast": 0.3, "saturation": 0.5, "hue": 0.03,
@@ -49,7 +53,7 @@ def panel_of(evaluated: Sequence[Model], shards: ShardSet, specification: Specif
 
 def _kept(preset: str, model: Model, shards: ShardSet, specification: Specification, ranks: Ranks) -> Model:
     """Return the judge that is kept beside a model's run (or in runs/), trained first, or to its end, where needed.
-    It knows every attribute of the data, so that it serves other models of the same size and crop, too."""
+    It knows every attribute of the data, and is asked for the model's."""
     experiment = _experiment(preset, model, shards, specification.judge_images)
     folder = experiment.folder
     started = (folder / "run.json").is_file()
@@ -68,22 +72,26 @@ def _kept(preset: str, model: Model, shards: ShardSet, specification: Specificat
 
 def _experiment(preset: str, model: Model, shards: ShardSet, images: int | None) -> Experiment:
     """Return the experiment of such a judge: the data as the model sees them, all attributes, and faint things taken away.
-    Its folder is named after the digest of the data, because another set may lie in a folder of the same name."""
+    Its folder is named after the digests of the data, because another set may lie in a folder of the same name, and of the
+    settings, because judges of other settings or attributes may lie beside it."""
     sees = model.preprocessing
     size = min(sees.image_size, PANEL_SIZE)
     theirs: dict[str, Any] = model.card.get("config") or {}
     loading = {key: value for key, value in (theirs.get("data") or {}).items() if key in ("loader", "flip", "threads")}
-    method = {"name": "judge", "preset": preset, **PANEL[preset]}
+    asked = model.attributes.names if len(model.attributes) < len(shards.attributes) else ()
+    method = {"name": "judge", "preset": preset, **SHARED, **PANEL[preset], "asked": list(asked)}
+    settings = hashlib.sha256(json.dumps([method, AUGMENT]).encode()).hexdigest()[:6]
     method["images"] = images or min(method["images"], EPOCHS * len(shards.split("train")))
-    method |= {"decay_from": method["images"] // 2, "decay_images": method["images"] - method["images"] // 2}
-    name = f"judge_{shards.digest[:12]}_{sees.crop}{size}{'_grey' if sees.channels == 1 else ''}_{preset}"
+    method["decay_from"] = round(STEADY * method["images"])
+    method["decay_images"] = method["images"] - method["decay_from"]
+    name = f"judge_{shards.digest[:12]}_{sees.crop}{size}{'_grey' if sees.channels == 1 else ''}_{preset}_{settings}"
     seen = {"attributes": ["*"], "image_size": size, "crop": sees.crop, "channels": sees.channels}
     tree = {
         "name": name,
         "seed": SEEDS[preset],
         "method": method,
         "data": {**loading, **seen, "path": str(shards.path), "augment": AUGMENT},
-        "batch_size": 64,
+        "batch_size": BATCH_SIZES[preset],
         "run": {"folder": str((model.run.parent if model.run else Path("runs")) / name), "picture_images": 0},
         "tracking": theirs.get("tracking") or {},
     }

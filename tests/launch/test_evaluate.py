@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -15,12 +16,13 @@ from PIL import Image
 from launch.command import main
 from launch.evaluate import evaluate
 from pipeline import models as registry
-from pipeline import tracking
+from pipeline import config, tracking
 from pipeline.data.datasets import Dataset
 from pipeline.data.shards import ShardSet, prepare
 from pipeline.images import Preprocessing, to_uint8
 from pipeline.models import checkpoint
 from pipeline.ownership import owned
+from pipeline.training import judges
 from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Oracle, Seer, levels, painted
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run
 from tests.warm import forked
@@ -192,13 +194,16 @@ def test_a_run_is_evaluated_by_the_judge_its_config_names_and_keeps_its_report(s
 
 
 def test_a_judge_of_fewer_pixels_sees_pictures_reduced_and_the_report_says_so(shards, tmp_path, capsys, monkeypatch):
-    judge = make_run(tmp_path / "judge", JUDGE, data={"path": str(shards), **DATA})
-    for size, words in ((SIZE, []), (2 * SIZE, [f"sees pictures reduced to {SIZE} pixels"])):
-        fader = make_run(tmp_path / f"fader{size}", FADER, data={"path": str(shards), **DATA, "image_size": size})
-        options = ("--judge", judge, "--tables", "swap,distribution", "--device", "cpu")
-        code, out, err = run(capsys, monkeypatch, fader, *options)
+    sizes = {size: {"path": str(shards), **DATA, "image_size": size} for size in (SIZE, 64, 128)}
+    small, judge = (make_run(tmp_path / f"judge{size}", JUDGE, data=sizes[size]) for size in (SIZE, 64))
+    for size, words in ((64, []), (128, ["sees pictures reduced to 64 pixels"])):
+        fader = make_run(tmp_path / f"fader{size}", FADER, data=sizes[size])
+        options = ("--tables", "swap,distribution", "--device", "cpu", "--limit", "20", "--judge")
+        code, out, err = run(capsys, monkeypatch, fader, *options, judge)
         assert code == 0, err
         assert all(word in out for word in words) and ("reduced" in out) == bool(words)
+        code, _, err = run(capsys, monkeypatch, fader, *options, small)
+        assert code == 2 and "with the same preprocessing, of 64 " in err.splitlines()[-1], "too few pixels to see a streak"
 
 
 def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_path, capsys, monkeypatch):
@@ -228,6 +233,20 @@ def test_a_tracked_runs_numbers_and_its_page_go_to_its_mlflow_run(shards, tmp_pa
     assert code == 2 and "models:/x@y is none: name its run" in err
 
 
+def test_a_panel_that_nobody_named_is_trained_as_the_shipped_judges_are(shards, tmp_path):
+    some = [ATTRIBUTES.names[0]]
+    model = registry.load(make_run(tmp_path / "fader", FADER, data={"path": str(shards), **DATA, "attributes": some}))
+    shipped = {"residual": "celeba_residual_judge", "official": "celeba_judge"}
+    for preset, name in shipped.items():
+        theirs = config.load(f"configs/{name}.yaml")
+        ours = judges._experiment(preset, model, ShardSet.open(shards), theirs.method.images)
+        assert ours.method == dataclasses.replace(theirs.method, asked=tuple(some))
+        assert (ours.batch_size, ours.seed, ours.data.augment) == (theirs.batch_size, theirs.seed, theirs.data.augment)
+        all_of_them = registry.load(make_run(tmp_path / preset, FADER, data=DATA))
+        whole = judges._experiment(preset, all_of_them, ShardSet.open(shards), 128)
+        assert not whole.method.asked and whole.folder.name != ours.folder.name
+
+
 def test_without_judges_a_panel_is_trained_and_kept_for_next_time_by_the_digest_of_its_data(
     shards, tmp_path, capsys, monkeypatch, caplog
 ):
@@ -236,7 +255,10 @@ def test_without_judges_a_panel_is_trained_and_kept_for_next_time_by_the_digest_
     caplog.set_level("INFO")
     words = [fader, "--judge-images", "128", "--tables", "swap", "--device", "cpu"]
     digest = ShardSet.open(shards).digest[:12]
-    kept = [tmp_path / f"judge_{digest}_center16_{preset}" for preset in ("residual", "official")]
+    model = registry.load(fader)
+    experiments = [judges._experiment(preset, model, ShardSet.open(shards), 128) for preset in judges.PANEL]
+    kept = [experiment.folder for experiment in experiments]
+    assert [folder.name[:-7] for folder in kept] == [f"judge_{digest}_center16_{preset}" for preset in ("residual", "official")]
     kept[0].mkdir()
     with owned(kept[0] / "owner", str(kept[0])):  # as while another evaluation trains it
         code, _, err = run(capsys, monkeypatch, *words)
