@@ -18,7 +18,7 @@ from pipeline.training.run import Progress, train
 log = logging.getLogger(__name__)
 
 EPOCHS = 40  # at most: a small set has taught what it can by then
-PANEL: dict[str, dict[str, Any]] = {  # the judges nobody named, by preset: as configs/celeba_judge.yaml and celeba_residual_judge.yaml
+PANEL: dict[str, dict[str, Any]] = {  # the judges nobody named, by preset, as configs/celeba_*judge.yaml are
     "residual": {"images": 112_000, "learning_rate": 2e-3, "dropout": 0.2},
     "official": {"images": 224_000, "learning_rate": 1.5e-3, "dropout": 0.1},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -59,6 +60,8 @@ def test_what_differs_stands_side_by_side(runs, tmp_path):
     assert rows["swap_accuracy"] == ["0.7", "0.9"] and rows["mse"] == ["0.01", "0.02"]
     assert list(rows) == ["images_seen", "mse", "swap_accuracy", "swap_accuracy.Smiling_to_1"]
     assert found[0].intervals["swap_accuracy"] == pytest.approx((0.69, 0.71)) and not comparison.warnings(found, "test")
+    of_sizes = [dataclasses.replace(run, rests_on={"image_size": size}) for run, size in zip(found, (64, 128))]
+    assert "different sizes of pictures: their numbers are not comparable" in comparison.warnings(of_sizes, "test")[0]
 
 
 def test_the_command_writes_the_plot_and_says_what_cannot_be_compared(runs, tmp_path, capsys, monkeypatch):

@@ -15,8 +15,8 @@ from PIL import Image
 
 from launch.command import main
 from launch.evaluate import evaluate
-from pipeline import models as registry
 from pipeline import config, tracking
+from pipeline import models as registry
 from pipeline.data.datasets import Dataset
 from pipeline.data.shards import ShardSet, prepare
 from pipeline.images import Preprocessing, to_uint8
