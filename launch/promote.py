@@ -76,7 +76,7 @@ def _promote(
         raise ValueError(f"{candidate} is version {version}, which is the champion already")
     shards = specification.open(models[0])
     judges = find_judges(models, shards, specification, ranks)
-    known = quantities(models[0], judges, specification.tables)
+    known = quantities(models[0], judges, shards, specification)
     bounds = [promotion.parse_bound(word, option, known) for word, option in words]
     by = promotion.quantity(by, known) if by else None
     reports = [measure(model, judges, shards, specification, ranks) for model in models]

@@ -21,6 +21,7 @@ from pipeline.evaluation.probe import leaks
 from pipeline.evaluation.report import Leak, Report
 from pipeline.evaluation.specification import Specification
 from pipeline.evaluation.twins import TwinErrors, truths
+from pipeline.images import Preprocessing
 from pipeline.loading.loader import Loader
 from pipeline.models import PANEL_SIZE, Model, check_independent, check_judge, editor
 from pipeline.models import judge as judge_of
@@ -58,8 +59,7 @@ def evaluate(
         if "distribution" in tables:
             inception = specification.inception
             pass_.describe_with(inception_features(inception, device) if inception else judge_features(judges[0]), definitions)
-        if "fidelity" in tables and pass_.editor and (twins := Twins(shards.path, split.name)):
-            pass_.compare_with(TwinErrors(twins, split.keys, attributes, model.preprocessing))
+        _compare_with_twins(pass_, shards, split, model.preprocessing)
         if set(tables) != {"cost"}:
             records.read(split, report.records, pass_.measure)
         rows, measured = pass_.rows.gathered(ranks.reduce_sum)
@@ -98,14 +98,21 @@ def fitting(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> tup
     return judges, tuple(tables)
 
 
-def quantities(model: Model, judges: Sequence[Model], tables: Sequence[str]) -> list[str]:
+def _compare_with_twins(pass_: Pass, shards: ShardSet, split: Split, preprocessing: Preprocessing) -> None:
+    """Have a pass compare swaps with the split's twins, where they are kept and the tables show it."""
+    if "fidelity" in pass_.tables and pass_.editor and (twins := Twins(shards.path, split.name)):
+        pass_.compare_with(TwinErrors(twins, split.keys, pass_.attributes, preprocessing))
+
+
+def quantities(model: Model, judges: Sequence[Model], shards: ShardSet, specification: Specification) -> list[str]:
     """Name every number that a report with these tables may hold: those of a report on records that nobody measured."""
-    judges, tables = fitting(model, judges, tables)
+    judges, tables = fitting(model, judges, specification.tables)
     attributes = model.attributes
     records = max((attribute.k for attribute in attributes), default=1)
     labels = torch.arange(records)[:, None] % torch.tensor([attribute.k for attribute in attributes])  # each value once
     device = next((p.device for network in model.method.networks.values() for p in network.parameters()), "cpu")
     pass_ = Pass(model, judges, torch.device(device), tables, records)
+    _compare_with_twins(pass_, shards, shards.split(specification.split), model.preprocessing)
     pass_.rows.results["measured"] += 1
     rows, _ = pass_.rows.gathered(lambda tensor: tensor)
     report = Report(model.source, model.method.name, None, "", "", records, records, 0, None, 0)

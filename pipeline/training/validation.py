@@ -175,7 +175,7 @@ class Validation:
             raise ValueError(f"{name} reconstructs nothing, so it needs a judge: name one with judge=RUN")
         for judge in self.judges:
             self.specification.place(judge)
-        known = evaluation.quantities(self.model, self.judges, self.specification.tables)
+        known = evaluation.quantities(self.model, self.judges, self.shards, self.specification)
         return BestSoFar(run, next(name for name in (*USUAL, *known) if name in known), known)
 
     def measure(self, images: int) -> Measured:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import math
+import tarfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fader.attributes import Attribute, Attributes
 from fader.method import Batch, Method
 from pipeline import evaluation, metrics, models
+from pipeline.data.datasets.faces import jpeg_bytes
 from pipeline.evaluation import Specification, distribution, evaluate, measure, probe, published
 from pipeline.evaluation.measure import OneProcess
 from pipeline.evaluation.report import IMAGES
@@ -165,6 +169,22 @@ def planted(name: str = "test", records: int = 120, seed: int = 0, unknown: floa
     return Split(name, labels, ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1))
 
 
+def twinned(folder: Path, split: Split) -> Path:
+    """A folder with twins of every record: its picture with another grey level in one band, stored as a shard set does."""
+    (folder / "source" / "twins").mkdir(parents=True)
+    with tarfile.open(folder / "source" / "twins" / f"{split.name}-000000.tar", "w") as tar:
+        for key, pixels, labels in zip(split.keys, split.pixels, split.labels):
+            for j, attribute in enumerate(ATTRIBUTES):
+                for value in {*attribute.values} - {int(labels[j])}:
+                    twin = pixels.clone()
+                    twin[:, band(ATTRIBUTES, j)] = round(float(levels(attribute)[value] + 1) * 127.5)
+                    data = jpeg_bytes(Image.fromarray(twin.numpy()))
+                    entry = tarfile.TarInfo(f"{key}.{attribute.name}.{value}.0.jpg")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return folder
+
+
 class MemoryLoader:
     def __init__(self, split, attributes, device="cpu"):
         self.split, self.device = split, device
@@ -177,13 +197,13 @@ class MemoryLoader:
             yield finish(request, pixels, self.labels, rows, seed=0, rank=0, world_size=1)
 
 
-def run(model, judge=None, split=None, train=None, ranks=OneProcess(), **asked):
-    """Evaluate a method or a model on planted records, with the tables and so on that are asked for."""
+def run(model, judge=None, split=None, train=None, ranks=OneProcess(), path=Shards.path, **asked):
+    """Evaluate a method or a model on planted records, with the tables and so on that are asked for; path: see `twinned`."""
     model = model if isinstance(model, models.Model) else Model(model)
     judges = judge if isinstance(judge, list) else [judge] if judge else []
     judges = [one if isinstance(one, models.Model) else Model(one, source="runs/seer") for one in judges]
     split = planted() if split is None else split
-    shards = Shards({split.name: split, "train": train} | ({} if train is not None else {"train": split}))
+    shards = Shards({split.name: split, "train": train} | ({} if train is not None else {"train": split}), path=path)
     specification = Specification(**{"tables": ("swap",), "batch_size": 50, "split": split.name} | asked)
 
     model, judges = specification.place(model), [specification.place(one) for one in judges]
@@ -774,17 +794,21 @@ def test_a_record_that_does_not_decode_is_left_out_and_its_stand_in_counts_once(
 
 
 @pytest.mark.parametrize("tables", [("swap", "error"), ("swap", "fidelity", "leak"), ("error",), ("leak", "fidelity")])
-@pytest.mark.parametrize("kind", ["fader", "fader alone", "sampler", "judge"])
-def test_every_number_is_named_before_it_is_measured(kind, tables):
+@pytest.mark.parametrize("kind", ["fader", "fader alone", "sampler", "judge", "fader of twins"])
+def test_every_number_is_named_before_it_is_measured(kind, tables, tmp_path):
     method = {"sampler": Noise, "judge": Seer}.get(kind, fader)()
-    judge = Seer() if kind in ("fader", "sampler") else None
+    judge, path = Seer() if kind in ("fader", "sampler") else None, Shards.path
+    if kind == "fader of twins":
+        judge, path = Seer(), twinned(tmp_path, planted())
+    shards = Shards({"test": planted()}, path=path)
     if kind == "sampler" and tables == ("error",) or kind == "fader alone" and "swap" in tables:
         with pytest.raises(ValueError, match="reconstructs nothing: no error table|no judge"):
-            evaluation.quantities(Model(method), [Model(judge)] if judge else [], tables)
+            evaluation.quantities(Model(method), [Model(judge)] if judge else [], shards, Specification(tables=tables))
         return
-    report = run(method, judge, train=planted("train", 150, seed=1), tables=tables)
-    names = evaluation.quantities(Model(method), [Model(judge)] if judge else [], tables)
+    report = run(method, judge, train=planted("train", 150, seed=1), path=path, tables=tables)
+    names = evaluation.quantities(Model(method), [Model(judge)] if judge else [], shards, Specification(tables=tables))
     assert {name.partition("/")[2] for name in report.metrics()} == set(names) != set()
+    assert ("twin_inside.Hair_black_to_grey" in names) == (kind == "fader of twins" and "fidelity" in tables)
 
 
 # --- a method that samples and does not encode ------------------------------------------------------------------------

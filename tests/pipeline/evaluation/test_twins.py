@@ -8,14 +8,16 @@ import torch
 
 from fader.method import Method
 from pipeline import evaluation
+from pipeline.config import RunConfig
 from pipeline.data.datasets.faces import LOOKS, draw_face, face_labels, jpeg_bytes, read_faces
 from pipeline.data.datasets.fruit import FRUIT, draw_one, fruit_label, read_fruit
 from pipeline.data.datasets.twins import Twins, keep_twins
 from pipeline.data.datasets.workers import silent
 from pipeline.data.shards import ShardSet, prepare
-from pipeline.evaluation import Report, Specification, markdown
+from pipeline.evaluation import Report, Specification, markdown, promotion
 from pipeline.evaluation.measure import OneProcess, Records, pillow_loader
 from pipeline.images import Preprocessing, decode, preprocess, to_float
+from pipeline.training.validation import BestSoFar, Measured
 from tests.pipeline.evaluation.test_evaluation import Model, NoSettings
 
 SIGHT = Preprocessing(64, "celeba")
@@ -84,18 +86,41 @@ def test_a_twin_is_the_face_with_one_attribute_changed_in_each_look_that_the_pho
                     assert stored == [jpeg_bytes(draw_face(SEED, index, **{name: value}))]
 
 
-def test_the_twin_itself_scores_0_in_any_look_and_nothing_done_1(shards):
-    for look in (0, -1):
-        oracle = truth(shards, lambda photo, looks: looks[look])
-        assert {t.attribute for t in oracle.truth} == {*shards.attributes.names}
-        for t in (t for t in oracle.truth if t.records):
+@pytest.fixture(scope="module")
+def oracle(shards) -> Report:
+    return truth(shards, lambda photo, looks: looks[0])
+
+
+@pytest.fixture(scope="module")
+def identity(shards) -> Report:
+    return truth(shards, lambda photo, looks: photo)
+
+
+def test_the_twin_itself_scores_0_in_any_look_and_nothing_done_1(shards, oracle, identity):
+    for report in (oracle, truth(shards, lambda photo, looks: looks[-1])):
+        assert {t.attribute for t in report.truth} == {*shards.attributes.names}
+        for t in (t for t in report.truth if t.records):
             assert t.inside.value < 1e-9 and t.outside.value < 1e-3 and t.reconstruction_outside.value == 0
-    identity = truth(shards, lambda photo, looks: photo)
     for t in (t for t in identity.truth if t.records):
         assert t.inside.value == pytest.approx(1) and t.outside.value == t.reconstruction_outside.value == 0
     assert sum(t.records for t in identity.truth) == 6 * len(shards.split("test")), "each swap of each record counts once"
     assert identity.metrics()["test/twin_inside.Wearing_Hat_0_to_1"] == pytest.approx(1)
     assert "The truth, without a judge" in markdown([identity])
+
+
+def test_a_number_of_the_twins_bounds_a_promotion_and_may_choose_the_best(shards, oracle, identity):
+    model = Model(Editor(shards, None), SIGHT)
+    known = evaluation.quantities(model, [], shards, Specification(tables=("fidelity",)))
+    bound = promotion.parse_bound("Wearing_Hat_0_to_1.twin_inside=0.6", "--max", known)
+    assert promotion.reasons_against(oracle, None, [bound], bound.quantity) == []
+    (reason,) = promotion.reasons_against(identity, None, [bound])
+    assert reason == "twin_inside.Wearing_Hat_0_to_1 is 1; it must be at most 0.6"
+    (reason,) = promotion.reasons_against(identity, oracle, [], bound.quantity)
+    assert "is not better than" in reason and promotion.reasons_against(oracle, identity, [], bound.quantity) == []
+    assert not [name for name in evaluation.quantities(model, [], shards, Specification(tables=("error",))) if "twin" in name]
+    best = BestSoFar(RunConfig(best="twin_outside.Smiling_1_to_0", best_mse_factor=0.0), "mse", known)
+    values = [{"twin_outside.Smiling_1_to_0": value} for value in (0.2, 0.3, 0.1)]
+    assert [best.note(Measured(k, value)) for k, value in enumerate(values)] == [True, False, True]
 
 
 def test_an_apple_is_held_against_the_orange_in_its_place(tmp_path):
