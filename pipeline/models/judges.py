@@ -54,8 +54,10 @@ def readers_of(judges: Sequence[Model], attributes: Attributes) -> tuple[Reader,
 
 
 def check_independent(judge: Model, seed: int | None, source: str, method: Method | None = None) -> None:
-    """Refuse (ValueError) a judge whose networks started where those of a run did, or that gave the run its weights. seed:
-    the run's, where it is known. source: what errors call the run. method: the run's, where it is made."""
+    """Refuse (ValueError) a judge whose networks started where those of a run did, or that gave the run its weights.
+
+    Weights are told by being equal to the last bit: a judge's weights that the run trained on are not found out.
+    seed: the run's, where it is known. source: what errors call the run. method: the run's, where it is made."""
     theirs, ours = (_weights(one) if one else [] for one in (judge.method, method))
     if any(a.shape == b.shape and torch.equal(a, b) for a in theirs for b in ours):
         raise ValueError(f"{source} has weights of the judge {judge.source}, which then judges itself; name another judge")

@@ -37,8 +37,8 @@ def panel_of(evaluated: Sequence[Model], shards: ShardSet, specification: Specif
 
     There are none where all models are judges, and where no table needs one and none is named.
     ranks: all of them train a missing judge together.
-    Raises ValueError: a judge named cannot be loaded; the models do not say what they see; the training fails. Interrupted: as
-    `train`; the same call goes on with it.
+    Raises ValueError: a judge named cannot be loaded; the models do not say what they see; one has a panel's seed; the training
+    fails. Interrupted: as `train`; the same call goes on with it.
     """
     judged = [model for model in evaluated if makes_pictures(model.method)]
     if judged and specification.judges:
@@ -47,8 +47,20 @@ def panel_of(evaluated: Sequence[Model], shards: ShardSet, specification: Specif
         return ()
     else:
         own = next((model.judges for model in judged if model.judges), ())
+        for model in () if own else judged:
+            _check_seed(model)
         judges = own or tuple(_kept(preset, judged[0], shards, specification, ranks) for preset in PANEL)
     return tuple(specification.place(judge) for judge in judges)
+
+
+def _check_seed(model: Model) -> None:
+    """Refuse (ValueError) a model that started as a judge of the panel would, before that judge is trained."""
+    seed = (model.card.get("config") or {}).get("seed")
+    if seed in SEEDS.values():
+        raise ValueError(
+            f"{model.source} was trained with seed {seed}, which a judge of the panel has: their networks start alike; "
+            "name judges of other seeds (--judge), or train it anew with another seed"
+        )
 
 
 def _kept(preset: str, model: Model, shards: ShardSet, specification: Specification, ranks: Ranks) -> Model:

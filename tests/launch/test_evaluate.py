@@ -282,6 +282,14 @@ def test_without_judges_a_panel_is_trained_and_kept_for_next_time_by_the_digest_
         assert card["data_digest"].startswith(digest), "another set in a folder of the same name gets judges of its own"
 
 
+@pytest.mark.parametrize("seed", [7001, 7002])
+def test_a_run_with_a_seed_of_the_panel_is_refused_before_a_judge_is_trained(seed, shards, tmp_path, capsys, monkeypatch):
+    fader = make_run(tmp_path / "fader", FADER, data={"path": str(shards), **DATA}, seed=seed)
+    code, _, err = run(capsys, monkeypatch, fader, "--tables", "swap", "--device", "cpu")
+    assert code == 2 and f"{fader} was trained with seed {seed}, which a judge of the panel has" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["fader"], "no judge was begun"
+
+
 def test_one_of_a_runs_checkpoints_is_evaluated_into_files_of_its_own(shards, tmp_path, capsys, monkeypatch):
     data = {"path": str(shards), **DATA}
     judge = make_run(tmp_path / "judge", JUDGE, data=data)

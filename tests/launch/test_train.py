@@ -189,6 +189,9 @@ def test_a_folder_that_holds_a_run_is_not_written_over(config, tmp_path):
     for others in ("[Blond_Hair, Smiling]", "[Smiling, Eyeglasses]"):  # networks of the same shape
         done = forked("launch.train", "--resume", run, f"data.attributes={others}", code=2)
         assert "learns Smiling, Blond_Hair, and" in done.stderr and (run / "config.yaml").read_bytes() == before
+    done = forked("launch.train", "--resume", run, "seed=5", "method.images=160", code=2)
+    assert f"error: {run} cannot go on with seed 5: its weights started from seed 0" in done.stderr
+    assert (run / "config.yaml").read_bytes() == before and len(checkpoints(run)) == 1
 
 
 def test_settings_that_the_first_update_refuses_leave_the_folder_as_it_was(config, tmp_path):
