@@ -120,7 +120,7 @@ def next_commands(photo: Path, model: str, out: Path) -> str:
             "  mlflow ui --port 5000            # the runs and the registered model, at http://127.0.0.1:5000",
             "  fader prepare celeba FOLDER_WITH_THE_OFFICIAL_FILES data/celeba",
             "  fader train configs/celeba_judge.yaml && fader train configs/celeba_residual_judge.yaml",
-            "  fader train configs/celeba_fader.yaml judge=runs/celeba_judge,runs/celeba_residual_judge",
+            "  fader train configs/celeba_fader.yaml",
         ]
     )
 
