@@ -131,6 +131,7 @@ def _opened(model: Model, judges: Sequence[Model], split: Split, specification: 
         model=model.source, method=model.method.name, judge=", ".join(judge.source for judge in judges) or None,
         split=split.name, split_digest=split.digest, records=records, split_records=len(split),
         image_size=model.preprocessing.image_size, images_seen=model.card.get("images_seen"), seed=specification.seed,
+        judge_digests=[judge.digest() for judge in judges],
     )
     if split.name == "train":
         report.warnings.append("evaluated on TRAINING images: the numbers say nothing about pictures it has not seen")

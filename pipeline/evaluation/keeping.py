@@ -13,7 +13,7 @@ from pipeline.evaluation.presentation import markdown
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.specification import USUAL_TABLES, Specification
 from pipeline.files import write_whole
-from pipeline.models import Model, parse_source
+from pipeline.models import Model, parse_source, readers_of
 
 
 def file_name(specification: Specification, variant: str, split_records: int) -> str:
@@ -53,11 +53,13 @@ def track(model: Model, report: Report, files: Sequence[Path]) -> tracking.Addit
 
 
 def is_kept(path: Path, model: Model, judges: Sequence[Model], shards: ShardSet, specification: Specification) -> bool:
-    """Whether a report lies there that rests on the same weights, judges and records."""
+    """Whether a report lies there that rests on as many images seen, and on the same judges, readings and records."""
     split = shards.split(specification.split)
     rests_on = {
         "images_seen": model.card["images_seen"],
         "judge": ", ".join(judge.source for judge in judges) or None,
+        "judge_digests": [judge.digest() for judge in judges],
+        "readers": [one.name for one in readers_of(judges, model.attributes)] if "swap" in specification.tables else [],
         "split_digest": split.digest,
         "records": specification.records(len(split)),
     }

@@ -157,7 +157,8 @@ class Conditional:
 class Report:
     """Everything that `evaluate` measured of one model. Parts that were not asked for are empty. scores: for each number
     the lowest of the readers'; readings: every reader's own. flattered: None where numbers have no intervals.
-    look_at_grid: attributes whose lowest reader reads swaps better than real pictures, whose labels may be noisy."""
+    look_at_grid: attributes whose lowest reader reads swaps better than real pictures, whose labels may be noisy.
+    judge_digests: of the weights of each judge."""
 
     model: str
     method: str
@@ -170,6 +171,7 @@ class Report:
     images_seen: int | None
     seed: int
     warnings: list[str] = field(default_factory=list)
+    judge_digests: list[str] = field(default_factory=list)
     readers: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     readings: list[Score] = field(default_factory=list)

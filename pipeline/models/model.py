@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ class Model:
         images = to_float(torch.from_numpy(pixels[None].copy()))
         edited = editing.edit(images, editing.labels(images)[0], [moves])[:, 0]
         return Image.fromarray(to_uint8(edited.expand(-1, 3, -1, -1))[0].numpy())
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all weights by name, which a run and its export share."""
+        digest = hashlib.sha256()
+        for name, network in sorted(self.method.networks.items()):
+            for key, tensor in network.state_dict().items():
+                digest.update(f"{name}/{key}".encode())
+                digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline import config, tracking
 from pipeline import models as registry
 from pipeline.data.datasets import Dataset
 from pipeline.data.shards import ShardSet, prepare
+from pipeline.evaluation import Specification, keeping
 from pipeline.images import Preprocessing, to_uint8
 from pipeline.models import checkpoint
 from pipeline.ownership import owned
@@ -280,6 +282,34 @@ def test_without_judges_a_panel_is_trained_and_kept_for_next_time_by_the_digest_
     for folder in kept:
         card = json.loads((folder / "run.json").read_text())
         assert card["data_digest"].startswith(digest), "another set in a folder of the same name gets judges of its own"
+
+
+def test_a_report_is_kept_while_its_judge_has_the_same_weights_and_was_read_as_now(shards, tmp_path, capsys, monkeypatch):
+    data = {"path": str(shards), **DATA}
+    judge = make_run(tmp_path / "judge", JUDGE, data=data)
+    fader = make_run(tmp_path / "fader", FADER, data=data, judge=str(judge))
+    specification = Specification(models=(str(fader),), tables=("swap",))
+    path = fader / "report" / "evaluation-test-swap.json"
+
+    def kept() -> bool:
+        [model] = specification.load()
+        return keeping.is_kept(path, model, model.judges, ShardSet.open(shards), specification)
+
+    assert not kept()
+    assert run(capsys, monkeypatch, fader, "--tables", "swap", "--device", "cpu")[0] == 0 and kept()
+    text = path.read_text()
+    for key in ("readers", "judge_digests"):  # as before there was a panel
+        path.write_text(json.dumps({name: value for name, value in json.loads(text).items() if name != key}))
+        assert not kept()
+    path.write_text(text)
+    shutil.rmtree(judge)
+    make_run(judge, JUDGE, data=data)
+    assert kept(), "the same weights again"
+    registry.export(judge, tmp_path / "export")
+    assert registry.load(tmp_path / "export").digest() == registry.load(judge).digest()
+    shutil.rmtree(judge)
+    make_run(judge, JUDGE | {"hidden_channels": 12}, data=data)
+    assert not kept(), "another judge lies at the same address"
 
 
 @pytest.mark.parametrize("seed", [7001, 7002])
