@@ -20,7 +20,7 @@ def promote(
     most: Annotated[list[str] | None, typer.Option("--max", help="at most: mse=0.03", metavar="NAME=VALUE")] = None,
     better_than: Annotated[str | None, typer.Option(help="an alias or version that must be beaten, as champion")] = None,
     by: Annotated[str | None, typer.Option(help="the number in which it must be beaten; by default the swaps'")] = None,
-    judge: Annotated[str | None, typer.Option(help="of both, joined by commas; by default as fader evaluate")] = None,
+    judge: Annotated[str | None, typer.Option(help="JUDGE,JUDGE of two builds; default: as fader evaluate")] = None,
     data: Annotated[Path | None, typer.Option(help="a shard set; by default the one the model was trained on")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="use the first so many records of the split", min=1)] = None,

@@ -124,9 +124,13 @@ class TrackingConfig(Part):
 
 
 def addresses(named: str | Path | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the models that are named: none, one, some joined by commas, or a list."""
+    """Return the models that are named: none, one, some joined by commas, or a list.
+    Raises ValueError: one is named twice."""
     parts = str(named).split(",") if isinstance(named, (str, Path)) else named or ()
-    return tuple(str(part).strip() for part in parts if str(part).strip())
+    several = tuple(str(part).strip() for part in parts if str(part).strip())
+    if twice := [name for i, name in enumerate(several) if Path(name) in map(Path, several[:i])]:
+        raise ValueError(f"{twice[0]} is named twice; name it once, because it reads nothing anew the second time")
+    return several
 
 
 class Experiment(Part, arbitrary_types_allowed=True):

@@ -122,11 +122,18 @@ class Painter(Method):
         return torch.stack([-red, red, -green, green, -blue, torch.full_like(blue, -99), blue], 1)
 
 
+class OtherPainter(Painter):
+    """The painter as a judge of another build, which reads alike."""
+
+    name = "sham_other_painter"
+
+
 @contextlib.contextmanager
 def painter() -> Iterator[dict[str, str]]:
-    """The painter among METHODS; gives its `method:` settings."""
+    """The painters among METHODS; gives the `method:` settings of the first."""
     register(Painter)
+    register(OtherPainter)
     try:
         yield {"name": "sham_painter"}
     finally:
-        del METHODS["sham_painter"]
+        del METHODS["sham_painter"], METHODS["sham_other_painter"]

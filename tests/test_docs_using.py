@@ -25,12 +25,14 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, faces):
-    """The run of the page, its judge, a photo with a face in it, and a store."""
+    """The run of the page, its two judges, a photo with a face in it, and a store."""
     folder = tmp_path_factory.mktemp("using")
     data = {"path": str(faces), "attributes": ["Smiling", "Eyeglasses", "Beard"]}
     with painter() as method:
-        for name, judge in (("judge", {"seed": 7001}), ("celeba_fader", {"judge": str(folder / "runs/judge")})):
-            make_run(folder / "runs" / name, method, data=data, attributes=ShardSet.open(faces).attributes, **judge)
+        judges = [str(folder / "runs" / name) for name in ("judge", "other")]
+        for name, keys in (("judge", {"seed": 7001}), ("other", {"seed": 7002}), ("celeba_fader", {"judge": judges})):
+            made = {"name": "sham_other_painter"} if name == "other" else method
+            make_run(folder / "runs" / name, made, data=data, attributes=ShardSet.open(faces).attributes, **keys)
     photo = Image.new("RGB", (700, 600), (120, 130, 140))
     photo.paste(draw_face(0, 0).resize((356, 436), Image.Resampling.LANCZOS), (200, 90))
     photo.save(folder / "photo.jpg", quality=95)

@@ -162,6 +162,7 @@ def _fill(
         report.scores = made.scores(readings, report.readers)
         report.readings = made.beside(readings, report.readers)
         if "swap/0" in rows and specification.resamples:
+            report.builds = made.builds(judges)
             report.flattered = made.flatteries(attributes, readings, report.readers)
             report.look_at_grid = report.better_than_real()
         report.warnings += [*report.verdicts(), *made.missing_values(attributes, labels)]

@@ -57,6 +57,11 @@ def reasons_against(
     must be beaten, in `better_by`, by default the first of USUAL that there is. bounds: on the candidate's numbers."""
     reasons = [broken for bound in bounds if (broken := bound.broken(candidate))]
     reasons += [f"{f.attribute} is flattered: {f.pleased} reads swaps that {f.other} does not" for f in candidate.flattered or ()]
+    if not candidate.tells_flattery:
+        reasons.append(
+            f"whether its swaps are flattered is not known, because only judges of one build read them ({candidate.judge}): name "
+            "two of different builds (--judge JUDGE,OTHER; the build is a judge's method.preset, residual or official)"
+        )
     if champion is None:
         return reasons
     by = better_by or next(name for name in USUAL if name in candidate.quantities())

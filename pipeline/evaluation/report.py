@@ -156,9 +156,9 @@ class Conditional:
 @dataclass
 class Report:
     """Everything that `evaluate` measured of one model. Parts that were not asked for are empty. scores: for each number
-    the lowest of the readers'; readings: every reader's own. flattered: None where numbers have no intervals.
-    look_at_grid: attributes whose lowest reader reads swaps better than real pictures, whose labels may be noisy.
-    judge_digests: of the weights of each judge."""
+    the lowest of the readers'; readings: every reader's own. builds: of the judges' networks; whether swaps are flattered is not
+    known where they are not two. flattered: None where numbers have no intervals. look_at_grid: attributes whose lowest
+    reader reads swaps better than real pictures, whose labels may be noisy. judge_digests: of the weights of each judge."""
 
     model: str
     method: str
@@ -173,6 +173,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     judge_digests: list[str] = field(default_factory=list)
     readers: list[str] = field(default_factory=list)
+    builds: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     readings: list[Score] = field(default_factory=list)
     flattered: list[Flattery] | None = None
@@ -262,9 +263,19 @@ class Report:
         split = f"{self.split} split (digest {self.split_digest[:12]})"
         return f"{self.records:,} of {self.split_records:,} records of the {split}"
 
+    @property
+    def tells_flattery(self) -> bool:
+        """Whether judges of two builds read the swaps, where their numbers have intervals: one build alone is never found out."""
+        return self.flattered is None or len(self.builds) > 1
+
     def verdicts(self) -> list[str]:
-        """Say in words which attributes are flattered, and which a person should look at."""
+        """Say in words which attributes are flattered, or that nobody knows, and which a person should look at."""
         words = []
+        if not self.tells_flattery:
+            words.append(
+                f"whether swaps are flattered is NOT KNOWN: only judges of one build ({self.builds[0]}) read them, and what pleases "
+                "one may please them all; name one of another build beside it, as residual beside official (--judge JUDGE,OTHER)"
+            )
         for f in self.flattered or ():
             swaps, reals = (
                 " and ".join(f"{self.reading(reader, images, f.attribute):.2f} by {reader}" for reader in (f.pleased, f.other))
@@ -280,7 +291,8 @@ class Report:
         if self.flattered is None:
             return {}
         names = [f.attribute for f in self.flattered]
-        return {"flattered": ", ".join(names) or "none", "look_at_the_grid": ", ".join(self.look_at_grid) or "none"}
+        unnamed = "none" if self.tells_flattery else "not known"
+        return {"flattered": ", ".join(names) or unnamed, "look_at_the_grid": ", ".join(self.look_at_grid) or "none"}
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON; None stands for what is not a number."""

@@ -16,6 +16,7 @@ from fader.attributes import Attributes
 from pipeline import metrics
 from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Flattery, Measure, Preservation, Score, Slider, slider_values
 from pipeline.evaluation.specification import Specification
+from pipeline.models import Model
 
 MARGIN = 0.03  # by which two readers may differ on swaps more than on real pictures
 Key = tuple[str, str, str | None, str | None]  # images, attribute, start, to: what a `Score` is of
@@ -78,6 +79,11 @@ def beside(readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[
 def _score(key: Key, number: Number, reader: str) -> Score:
     records, mean, samples = number
     return Score(*key, records, float(mean), *metrics.interval(samples), reader)
+
+
+def builds(judges: Sequence[Model]) -> list[str]:
+    """Return the classes of the judges' networks: what is drawn to please one network often pleases all of its class."""
+    return sorted({type(judge.method.networks.get("classifier", judge.method)).__name__ for judge in judges})
 
 
 def flatteries(attributes: Attributes, readings: Sequence[dict[Key, Number]], names: Sequence[str]) -> list[Flattery]:

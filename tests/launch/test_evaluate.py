@@ -25,7 +25,7 @@ from pipeline.images import Preprocessing, to_uint8
 from pipeline.models import checkpoint
 from pipeline.ownership import owned
 from pipeline.training import judges
-from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Oracle, Seer, levels, painted
+from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Oracle, OtherSeer, Seer, levels, painted
 from tests.runs import ATTRIBUTES, FADER, JUDGE, make_run
 from tests.warm import forked
 
@@ -77,6 +77,7 @@ def shams(shards, monkeypatch) -> dict[str, registry.Model]:
 
     seer = model("seer", Seer(ATTRIBUTES))
     models = [model("oracle", Oracle(ATTRIBUTES), seer), model("models:/id@x", Identity(ATTRIBUTES)), seer]
+    models.append(model("other", OtherSeer(ATTRIBUTES)))
     table = {found.source: found for found in models}
     monkeypatch.setattr(registry, "load", lambda source, **_: table[str(source)])
     return table
@@ -130,8 +131,11 @@ def test_training_images_cannot_pass_for_test_images(shams, capsys, monkeypatch)
 
 
 def test_what_a_fair_evaluation_says(shams, capsys, monkeypatch):
-    code, out, _ = run(capsys, monkeypatch, "oracle", "--tables", "swap", "--device", "cpu")
+    words = ["oracle", "--tables", "swap", "--device", "cpu"]
+    code, out, _ = run(capsys, monkeypatch, *words, "--judge", "seer,other")
     assert code == 0 and "TRAINING" not in out and "note:" not in out
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0 and out.count("note: oracle: whether swaps are flattered is NOT KNOWN") == out.count("note:") == 1
 
 
 def test_a_judge_is_evaluated_alone(shams, capsys, monkeypatch):
@@ -144,6 +148,7 @@ def test_a_judge_is_evaluated_alone(shams, capsys, monkeypatch):
     ("words", "message"),
     [
         (["models:/id@x", "--judge", "oracle"], "oracle: sham is not a judge"),
+        (["oracle", "--judge", "seer", "--judge", "./seer"], "./seer is named twice"),
         (["oracle", "--split", "tset"], "unknown split 'tset'"),
         (["oracle", "--data", "/nowhere"], "/nowhere"),
         (["oracle", "--tables", "swap,swop"], "unknown table 'swop'"),

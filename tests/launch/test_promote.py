@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from launch.promote import promote
 from pipeline import models
@@ -11,26 +12,47 @@ from pipeline.evaluation import promotion
 from pipeline.images import Preprocessing
 from pipeline.models import aliases
 from tests.launch.test_evaluate import shards  # noqa: F401
-from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, OneWay, Oracle, Seer
+from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, OneWay, Oracle, OtherSeer, Seer, band
 from tests.runs import ATTRIBUTES, make_store
+
+
+class Winker(Identity):
+    """Changes nothing but a band that means nothing, which says the smile that was asked for."""
+
+    def decode(self, latent, code):
+        latent = latent.clone()
+        latent[..., band(self.world, len(self.world))] = code[:, 1, None, None, None] - code[:, 0, None, None, None]
+        return latent
+
+
+class Winked(Seer):
+    """Believes that band where it says something, and otherwise its eyes."""
+
+    def judge(self, images):
+        images, said = images.clone(), images[..., band(self.world, len(self.world))].mean((1, 2, 3), keepdim=True)
+        smile = images[..., band(self.world, 0)]
+        images[..., band(self.world, 0)] = torch.where(said.abs() > 0.5, said.sign(), smile)
+        return super().judge(images)
 
 
 @pytest.fixture
 def client(shards, tmp_path, monkeypatch):  # noqa: F811
-    """Three versions of `faces`: one that changes nothing, the challenger that obeys, and one that only ever adds a smile."""
+    """Four versions of `faces`: one that changes nothing, the challenger that obeys, one that only ever adds a smile,
+    and one that winks at a judge."""
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", make_store(tmp_path))
     client = MlflowClient()
     client.create_registered_model("faces")
     data = {"config": {"data": {"path": str(shards)}}, "data_digest": ShardSet.open(shards).digest, "images_seen": 1}
-    seer = models.Model(Seer(ATTRIBUTES), data, ATTRIBUTES, Preprocessing(SIZE, "center"), (), "seer")
-    table = {}
-    for number, method in enumerate((Identity, Oracle, OneWay), 1):
+    sight = Preprocessing(SIZE, "center")
+    seers = [models.Model(seer(ATTRIBUTES), data, ATTRIBUTES, sight, (), seer.__name__) for seer in (Seer, OtherSeer, Winked)]
+    table = {seer.source: seer for seer in seers}
+    for number, method in enumerate((Identity, Oracle, OneWay, Winker), 1):
         client.create_model_version("faces", str(tmp_path))
         card = data | {"registered": {"name": "faces", "version": number}}
         address = f"models:/faces/{number}"
-        table[address] = models.Model(method(ATTRIBUTES), card, ATTRIBUTES, seer.preprocessing, (seer,), address)
+        table[address] = models.Model(method(ATTRIBUTES), card, ATTRIBUTES, sight, tuple(seers[:2]), address)
     client.set_registered_model_alias("faces", "challenger", "2")
 
     def load(source, **_):
@@ -45,7 +67,7 @@ def test_a_challenger_that_holds_becomes_the_champion_with_its_figures(client, c
     code, said, _ = call(promote, "faces", "--min", "smiling.swap=0.9", "--max", "mse=0.01", "--better-than", "champion")
     assert code == 0 and "faces has no champion yet" in said and "faces@champion is version 2 now" in said
     tags = client.get_model_version("faces", "2").tags
-    assert tags["promotion.swap_accuracy.Smiling"] == "1 (1 to 1)" and tags["promotion.judge"] == "seer"
+    assert tags["promotion.swap_accuracy.Smiling"] == "1 (1 to 1)" and tags["promotion.judge"] == "Seer, OtherSeer"
     assert tags["promotion.records"] == "40 of test" and float(tags["promotion.mse"].split()[0]) < 0.01
     code, _, wrong = call(promote, "faces")
     assert code == 2 and "version 2, which is the champion already" in wrong
@@ -60,6 +82,19 @@ def test_one_that_does_not_hold_or_is_not_better_leaves_the_champion_alone(clien
     assert aliases.champion_of("faces") == 2 and not client.get_model_version("faces", "3").tags
     code, said, _ = call(promote, "faces", "--version", "1", "--better-than", "champion", "--by", "mse")
     assert code == 0 and "version 1 now, which replaces version 2" in said, "a picture left alone has the lower error"
+
+
+@pytest.mark.parametrize(
+    ("judges", "says"),
+    [
+        ("Seer", "not promoted: whether its swaps are flattered is not known, because only judges of one build read them"),
+        ("Seer,Winked", "not promoted: Smiling is flattered: Winked reads swaps that Seer does not"),
+    ],
+)
+def test_what_may_please_one_judge_alone_becomes_no_champion(client, call, judges, says):
+    code, said, wrong = call(promote, "faces", "--version", "4", "--judge", judges)
+    assert code == 1 and says in wrong and "1. Does it slide?" in said
+    assert ("Smiling is FLATTERED" in said) == ("Winked" in judges) and aliases.champion_of("faces") is None
 
 
 def test_the_champion_is_rolled_back(client, call):

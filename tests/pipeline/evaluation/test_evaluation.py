@@ -121,6 +121,10 @@ class Seer(Sham):
         return torch.cat(blocks, 1)
 
 
+class OtherSeer(Seer):
+    """A judge of another build, which reads alike."""
+
+
 def Model(method: Method, preprocessing=Preprocessing(SIZE, "center"), source: str = "runs/sham") -> models.Model:
     return models.Model(method, {"images_seen": 32_000}, method.attributes, preprocessing, (), source)
 
@@ -337,7 +341,7 @@ def test_training_images_are_evaluated_only_with_a_warning():
     report = run(Oracle(), Seer(), planted("train"))
     assert report.split == "train" and any("TRAINING" in warning for warning in report.warnings)
     assert "TRAINING" in evaluation.markdown([report]) and all(name.startswith("train/") for name in report.metrics())
-    fair = run(Oracle(), Seer(), planted("test"))
+    fair = run(Oracle(), [Seer(), Model(OtherSeer(), source="runs/other")], planted("test"))
     assert not fair.warnings and "of the test split" in evaluation.markdown([fair])
 
 

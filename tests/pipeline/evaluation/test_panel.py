@@ -20,7 +20,7 @@ from pipeline.images import Preprocessing, preprocess, to_float
 from pipeline.loading.augmentation import augmented
 from pipeline.training.validation import named_judges
 from tests.pipeline.evaluation.test_evaluation import Model as sham_model
-from tests.pipeline.evaluation.test_evaluation import NoSettings, Oracle, Seer, Split, run
+from tests.pipeline.evaluation.test_evaluation import NoSettings, Oracle, OtherSeer, Seer, Split, run
 from tests.runs import FADER, JUDGE, make_run
 
 SMILING = Attributes([Attribute("Smiling")])
@@ -133,6 +133,7 @@ def test_pictures_that_only_please_a_judges_eye_are_found_out(panel, twins):
     pleaser = model(Pleaser(twins, official))
     alone = run(pleaser, [official], twins[0])
     assert min(readings(alone)) >= 0.9 and not alone.flattered, "one judge alone is fooled, blurred or not"
+    check_that_nobody_knows(alone)
     report = run(pleaser, panel, twins[0])
     assert report.readers == ["residual", "residual, blurred", "official", "official, blurred"]
     assert readings(report)[2:] == readings(alone) and max(readings(report)[:2]) <= 0.2
@@ -146,10 +147,27 @@ def test_pictures_that_only_please_a_judges_eye_are_found_out(panel, twins):
     assert promotion.tags(report, [])["promotion.flattered"] == "Smiling"
 
 
+def check_that_nobody_knows(report) -> None:
+    [warning] = [warning for warning in report.warnings if warning.startswith("whether swaps are flattered is NOT KNOWN")]
+    assert warning in markdown([report])
+    assert report.tags()["flattered"] == promotion.tags(report, [])["promotion.flattered"] == "not known"
+    [reason] = promotion.reasons_against(report, None, [])
+    assert "flattered is not known" in reason and f"({report.judge}): name two of different builds (--judge JUDGE,OTHER" in reason
+
+
+def test_judges_of_one_build_cannot_tell_what_is_flattered():
+    for judges in ([Seer()], [Seer(), sham_model(Seer(), source="runs/copied")]):
+        check_that_nobody_knows(run(Oracle(), judges))
+    judging, sampled = run(Seer()), run(Oracle(), tables=("fidelity",))
+    assert judging.tags() == sampled.tags() == {} and not judging.warnings, "where nothing is swapped nobody is asked"
+    assert promotion.reasons_against(judging, None, []) == promotion.reasons_against(sampled, None, []) == []
+
+
 def test_true_twins_are_read_alike_by_all_readers(panel, twins):
     report = run(model(Redrawn(twins)), panel, twins[0])
     assert max(readings(report)) - min(readings(report)) <= 0.03 and min(readings(report)) >= 0.94, readings(report)
     assert report.flattered == [] and report.tags()["flattered"] == "none"
+    assert report.builds == ["Classifier", "ResidualClassifier"] and promotion.reasons_against(report, None, []) == []
 
 
 def test_a_lowest_reader_that_prefers_swaps_to_real_pictures_asks_for_a_look():
@@ -158,7 +176,7 @@ def test_a_lowest_reader_that_prefers_swaps_to_real_pictures_asks_for_a_look():
 
     split = planted(records=300)
     split.labels[::5, 0] = 1 - split.labels[::5, 0]
-    report = run(Oracle(), Seer(), split)
+    report = run(Oracle(), [Seer(), sham_model(OtherSeer(), source="runs/other")], split)
     assert report.look_at_grid == ["Smiling"] and "look at the grid" in markdown([report])
     assert promotion.reasons_against(report, None, []) == [], "labels may be noisy, so it blocks nothing"
 

@@ -116,7 +116,7 @@ name: drawing
 method: {name: sham_drawing, images: 640}
 data: {path: FACES, attributes: [Smiling, Blond_Hair], image_size: 32, threads: 1}
 batch_size: 16
-judge: judge
+judge: [judge, other]
 run: {folder: drawing, log_images: 160, checkpoint_images: 320, picture_images: 320, evaluate_images: 320, evaluate_records: 20}
 """
 
@@ -124,7 +124,9 @@ run: {folder: drawing, log_images: 160, checkpoint_images: 320, picture_images: 
 def test_the_commands_take_it_from_tars_to_a_champion(faces, tmp_path):
     """Trained with validation and pictures, evaluated with its page, registered, sampled from, promoted; not edited with."""
     data = {"path": str(faces), "attributes": ["Smiling", "Blond_Hair"]}
-    make_run(tmp_path / "judge", JUDGE, data=data, attributes=ShardSet.open(faces).attributes)
+    other = {"name": "judge", "preset": "small_residual", "init_channels": 4, "max_channels": 8}
+    for name, method in (("judge", JUDGE), ("other", other)):
+        make_run(tmp_path / name, method, data=data, attributes=ShardSet.open(faces).attributes)
     (tmp_path / "config.yaml").write_text(CONFIG.replace("FACES", str(faces)))
     here = {"cwd": tmp_path, "MLFLOW_TRACKING_URI": make_store(tmp_path)}
     run, address = tmp_path / "drawing", "models:/drawing@challenger"
