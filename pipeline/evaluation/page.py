@@ -115,11 +115,12 @@ def _html(report: Report, model: Model, above: Sequence[Section], below: Sequenc
     facts.append(f"judged by {report.judge}" if report.judge else "no judge")
     facts += [f"commit {str(model.card['commit'])[:20]}"] if model.card.get("commit") else []
     body = [f"<h1>{say(str(name))}</h1>", f"<p>{say(report.model)} · {say(' · '.join(facts))}</p>"]
-    body += [f'<div class="warning">{say(warning)}</div>' for warning in report.warnings]
+    verdicts = report.verdicts()
+    body += [_warning(words) for words in report.warnings if words not in verdicts]
     cards = "".join(f'<div class="card"><b>{say(n)}</b><span>{say(what)}</span></div>' for n, what in _headline(report))
     pictured = [*map(_block, above)]
     first = 1 if makes_pictures(model.method) else 0  # a reader looks at the swaps before he reads a number
-    body += [*pictured[:first], f'<div class="cards">{cards}</div>', *pictured[first:]]
+    body += [*pictured[:first], *map(_warning, verdicts), f'<div class="cards">{cards}</div>', *pictured[first:]]
     body.append(f"<section><h2>Tables</h2>{''.join(map(_table, as_tables([report])))}</section>")
     body += map(_block, below)
     if model.run is not None:
@@ -129,6 +130,10 @@ def _html(report: Report, model: Model, above: Sequence[Section], below: Sequenc
     head += f"<style>{Path(__file__).with_suffix('.css').read_text()}</style>"
     page = "\n".join(body)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>{page}</main></body></html>\n'
+
+
+def _warning(words: str) -> str:
+    return f'<div class="warning">{html.escape(words)}</div>'
 
 
 def _headline(report: Report) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from fader.method import Batch
 from pipeline import evaluation, models, tracking
 from pipeline.data.shards import ShardSet
 from pipeline.evaluation import page, pictures
+from pipeline.evaluation.report import Flattery
 from pipeline.images import Preprocessing, to_uint8
 from tests.launch.test_evaluate import shards  # noqa: F401  a shard set of planted pictures
 from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, Noise, Oracle, Seer
@@ -104,6 +106,17 @@ def test_the_page_shows_what_was_found(written):
     for table in evaluation.as_tables([report]):
         assert f"<h3>{table.title}</h3>" in text
     assert "balanced swap accuracy" in text and "<b>1.000</b>" in text and "name: planted" in text
+
+
+def test_no_verdict_stands_before_the_swaps(written):
+    _, report = written
+    flattery = Flattery("Smiling", *report.readers, 0.5, 0.4, 0.6)
+    flattered = dataclasses.replace(report, flattered=[flattery], builds=["one", "other"])
+    flattered.warnings = ["20 of the 40 records", *flattered.verdicts()]
+    sections = page.Section("Swaps"), page.Section("At a glance")
+    text = page._html(flattered, model(Oracle(ATTRIBUTES), "oracle"), sections, [])
+    order = ("20 of the 40 records", "<h2>Swaps", "Smiling is FLATTERED", 'class="cards"', "<h2>At a glance")
+    assert sorted(order, key=text.index) == list(order)
 
 
 def test_worst_and_best_are_by_the_judges_probability(shards):  # noqa: F811
