@@ -1,6 +1,7 @@
 """`fader demo`: the whole way in minutes, by the commands a user would type, on faces it draws itself."""
 
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -92,13 +93,13 @@ def _verdict(report: Mapping[str, Any]) -> tuple[bool, list[str]]:
     numbers = report["metrics"]
     rows = [f"{'':<14}{'real faces':>11}{'swaps':>8}{'to present':>12}{'to absent':>11}"]
     passed = True
-    for name in dict.fromkeys(truth["attribute"] for truth in report["truth"]):
-        judged, swapped = numbers[f"test/judge_accuracy.{name}"], numbers[f"test/swap_accuracy.{name}"]
-        both_ways = [f"test/twin_inside.{name}_{way}" for way in ("0_to_1", "1_to_0")]
-        twins = [numbers[way] for way in both_ways if way in numbers]
-        row = f"{name:<14}{judged:>11.3f}{swapped:>8.3f}" + "".join(f"{twin:>12.3f}" for twin in twins)
+    for name in dict.fromkeys([*(truth["attribute"] for truth in report["truth"]), *ASKED_FOR]):
+        names = (f"judge_accuracy.{name}", f"swap_accuracy.{name}", f"twin_inside.{name}_0_to_1", f"twin_inside.{name}_1_to_0")
+        judged, swapped, *twins = cells = [numbers.get(f"test/{number}", math.nan) for number in names]
+        widths = zip(cells, (11, 8, 12, 11))
+        row = f"{name:<14}" + "".join(f"{'–' if math.isnan(cell) else f'{cell:.3f}':>{width}}" for cell, width in widths)
         if name in ASKED_FOR:
-            good = judged >= ASKED_OF_JUDGES and swapped >= ASKED_OF_SWAPS and max(twins) < ASKED_OF_TWINS
+            good = judged >= ASKED_OF_JUDGES and swapped >= ASKED_OF_SWAPS and all(twin < ASKED_OF_TWINS for twin in twins)
             passed &= good
             row += "" if good else "  <- short"
         rows.append(row)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from pipeline.evaluation import published
 from pipeline.evaluation.report import IMAGES, SLIDER_POSITIONS, Leak, Measure, Report, Score
@@ -86,7 +87,7 @@ def _summary(reports: Sequence[Report]) -> Table:
         [row, *(_cell(report, images, name) for name in names), _cell(report, images, "*")]
         for row, report, images in _rows_of(reports)
     ]
-    note = "Each number is the lowest of the readers': balanced accuracy (95% bootstrap interval), the mean over values of the "
+    note = "Each number is the lowest of the readers', so that a mean may lie above the lowest directions it is of: balanced accuracy (95% bootstrap interval), the mean over values of the "
     note += "share read as labelled"
     if _swapped(reports):
         note += "; for a swap the mean over ordered pairs of values of the share read as asked for, among the records that "
@@ -162,7 +163,8 @@ def _published(reports: Sequence[Report]) -> Iterator[Table]:
     for name, report in _labelled(reports):
         if published.THIRTEEN <= set(report.attributes()) and _swapped([report]):
             measured = (report.fidelity[m].value if m in report.fidelity else math.nan for m in ("psnr", "ssim"))
-            numbers[name] = (*(100 * report.score(images).value for images in ("real", "swap")), *measured)
+            means = (fmean(report.score(images, one).value for one in published.THIRTEEN) for images in ("real", "swap"))
+            numbers[name] = (*(100 * mean for mean in means), *measured)
     rows = [[name, *(_number(n, d) for n, d in zip(row, digits))] for name, row in numbers.items()]
     header = ["model", "real, %", "swaps, %", "PSNR, dB", "SSIM"]
     ours = len(numbers) > len(published.EDITORS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from launch.promote import promote
 from pipeline import models
@@ -12,27 +11,8 @@ from pipeline.evaluation import promotion
 from pipeline.images import Preprocessing
 from pipeline.models import aliases
 from tests.launch.test_evaluate import shards  # noqa: F401
-from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, OneWay, Oracle, OtherSeer, Seer, band
+from tests.pipeline.evaluation.test_evaluation import SIZE, Identity, OneWay, Oracle, OtherSeer, Seer, Winked, Winker
 from tests.runs import ATTRIBUTES, make_store
-
-
-class Winker(Identity):
-    """Changes nothing but a band that means nothing, which says the smile that was asked for."""
-
-    def decode(self, latent, code):
-        latent = latent.clone()
-        latent[..., band(self.world, len(self.world))] = code[:, 1, None, None, None] - code[:, 0, None, None, None]
-        return latent
-
-
-class Winked(Seer):
-    """Believes that band where it says something, and otherwise its eyes."""
-
-    def judge(self, images):
-        images, said = images.clone(), images[..., band(self.world, len(self.world))].mean((1, 2, 3), keepdim=True)
-        smile = images[..., band(self.world, 0)]
-        images[..., band(self.world, 0)] = torch.where(said.abs() > 0.5, said.sign(), smile)
-        return super().judge(images)
 
 
 @pytest.fixture

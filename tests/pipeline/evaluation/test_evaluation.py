@@ -121,6 +121,25 @@ class Seer(Sham):
         return torch.cat(blocks, 1)
 
 
+class Winker(Identity):
+    """Changes nothing but the last band, which means nothing, and there says which smile was asked for."""
+
+    def decode(self, latent, code):
+        latent = latent.clone()
+        latent[..., band(self.world, len(self.world))] = code[:, 1, None, None, None] - code[:, 0, None, None, None]
+        return latent
+
+
+class Winked(Seer):
+    """Believes that band where it says something, and otherwise its eyes."""
+
+    def judge(self, images):
+        images, said = images.clone(), images[..., band(self.world, len(self.world))].mean((1, 2, 3), keepdim=True)
+        smile = images[..., band(self.world, 0)]
+        images[..., band(self.world, 0)] = torch.where(said.abs() > 0.99, said.sign(), smile)
+        return super().judge(images)
+
+
 class OtherSeer(Seer):
     """A judge of another build, which reads alike."""
 
@@ -885,14 +904,19 @@ def test_tables_stand_side_by_side_with_real_images_once():
 
 def test_the_field_s_thirteen_attributes_stand_beside_what_was_published():
     report = run(Oracle(), Seer(), tables=("swap", "fidelity"))
-    renamed = [dataclasses.replace(report.score("swap"), attribute=name) for name in published.THIRTEEN]
+    accuracies = {"real": 0.875, "swap": 0.75}  # of these alone; the mean over all that the model changes is 1
+    renamed = [
+        dataclasses.replace(report.score(images), attribute=name, value=value)
+        for images, value in accuracies.items()
+        for name in published.THIRTEEN
+    ]
     title = "As published, in percent: thirteen attributes"
     assert title not in [table.title for table in evaluation.as_tables([report])]
     thirteen = dataclasses.replace(report, scores=[*report.scores, *renamed])
     rows = next(table.rows for table in evaluation.as_tables([thirteen]) if table.title == title)
     assert rows[0] == ["STGAN", "94.50", "86.05", "31.67", "0.948"]
     psnr, ssim = (report.fidelity[name].value for name in ("psnr", "ssim"))
-    assert rows[2][1:] == ["100.00", "100.00", f"{psnr:.2f}", f"{ssim:.3f}"]
+    assert rows[2][1:] == ["87.50", "75.00", f"{psnr:.2f}", f"{ssim:.3f}"]
 
 
 def test_a_number_that_is_not_there_is_asked_for():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from fader.attributes import Attribute, Attributes
-from pipeline.evaluation import Specification, tables
+from pipeline import models
+from pipeline.evaluation import Specification, keeping, tables
 from pipeline.evaluation.report import Flattery
+from tests.pipeline.evaluation.test_evaluation import Model, Seer, Winked, Winker, run
+from tests.runs import FADER, make_run
 
 SMILING = Attributes([Attribute("Smiling")])
 
@@ -60,3 +65,11 @@ def test_readers_that_err_on_the_same_records_have_a_narrow_interval():
 def test_of_several_readers_the_two_that_differ_most_are_named():
     [flattery] = flatteries((0.9, 0.9, 0.9), (0.7, 0.9, 0.5), 1000)
     assert (flattery.pleased, flattery.other, flattery.excess) == ("reader 1", "reader 2", pytest.approx(0.37))
+
+
+@pytest.mark.parametrize(("judges", "says"), [((Seer, Winked), "Smiling is FLATTERED"), ((Seer,), "flattered is NOT KNOWN")])
+def test_the_verdict_stands_among_the_limits_on_the_card(judges, says, tmp_path):
+    report = run(Winker(), [Model(judge(), source=judge.__name__) for judge in judges])
+    folder = make_run(tmp_path / "run", FADER)
+    keeping.keep(dataclasses.replace(Model(Winker()), run=folder), report, Specification())
+    assert [limit for limit in models.load(folder).card["limits"] if says in limit]
