@@ -87,8 +87,8 @@ def _summary(reports: Sequence[Report]) -> Table:
         [row, *(_cell(report, images, name) for name in names), _cell(report, images, "*")]
         for row, report, images in _rows_of(reports)
     ]
-    note = "Each number is the lowest of the readers', so that a mean may lie above the lowest directions it is of: balanced accuracy (95% bootstrap interval), the mean over values of the "
-    note += "share read as labelled"
+    note = "Each number is the lowest of the readers', so that a mean may lie above the lowest directions that it is of: "
+    note += "balanced accuracy (95% bootstrap interval), the mean over values of the share read as labelled"
     if _swapped(reports):
         note += "; for a swap the mean over ordered pairs of values of the share read as asked for, among the records that "
         note += "have the other value"

@@ -273,8 +273,8 @@ class Report:
         words = []
         if not self.tells_flattery:
             words.append(
-                f"whether swaps are flattered is NOT KNOWN: only judges of one build ({self.builds[0]}) read them, and what pleases "
-                "one may please them all; name one of another build beside it, as residual beside official (--judge JUDGE,OTHER)"
+                f"whether swaps are flattered is NOT KNOWN: only judges of one build ({self.builds[0]}) read them, and what "
+                "pleases one may please all; name one of another build beside it, as residual and official (--judge JUDGE,OTHER)"
             )
         for f in self.flattered or ():
             swaps, reals = (
