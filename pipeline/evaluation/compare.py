@@ -48,6 +48,8 @@ def read(source: str, split: str = "test", report: Path | None = None) -> Compar
         losses = {point.name: point.value for point in tracking.points(run) if not point.superseded}
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rests_on = {key: known[key] for key in ("judge", "split_digest", "records", "image_size") if key in known}
+    if known.get("judge_digests"):  # a judge may have been trained anew where it lies, and lie in two places
+        rests_on["judge"] = ", ".join(known["judge_digests"])
     metrics, intervals = (_of_split(known.get(what, {}), split) for what in ("metrics", "intervals"))
     return Compared(source, settings, losses, metrics, known.get("images_seen"), rests_on, intervals)
 

@@ -14,16 +14,16 @@ from pipeline.evaluation import compare as comparison
 from tests.runs import FADER, make_run
 
 
-def evaluated(run, swap, mse, judge="judge"):
+def evaluated(run, swap, mse, judge="judge", digests=()):
     content = {
-        "judge": judge,
+        "judge": judge, "judge_digests": list(digests),
         "split_digest": "d",
         "records": 40,
         "images_seen": 3200,
         "intervals": {"test/swap_accuracy": [swap - 0.01, swap + 0.01], "test/mse": [mse * 0.9, mse * 1.1]},
         "metrics": {"test/swap_accuracy": swap, "test/mse": mse, "test/swap_accuracy.Smiling_to_1": swap},
     }
-    (run / "report").mkdir()
+    (run / "report").mkdir(exist_ok=True)
     (run / "report" / "evaluation-test.json").write_text(json.dumps(content))
     return run
 
@@ -72,6 +72,8 @@ def test_the_command_writes_the_plot_and_says_what_cannot_be_compared(runs, tmp_
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [run["metrics"]["mse"] for run in json.loads(file.read_text())] == [0.01, 0.02, 0.03]
     assert "first" in out and "method.latent.weight" in out
+    third = evaluated(third, 0.5, 0.03, digests=["another"])
+    assert "different judges" in command(capsys, monkeypatch, *runs, third, "--plot", plot)[1], "one was trained anew at the same address"
     code, out, _ = command(capsys, monkeypatch, *runs, "--split", "valid")
     assert code == 0 and "was not evaluated on the valid split" in out and "no plot" in out
 
