@@ -53,7 +53,7 @@ class Run:
         _check_batch_size(experiment, self.engine.world_size)
         owner = _own(folder, self.engine, stack)
         _check_card(folder, resume, shards, method.attributes)  # again, because another process may have been here until now
-        point = (restore(self.engine, folder) if resume else None) or ResumePoint()
+        point = (restore(self.engine, folder, experiment.seed) if resume else None) or ResumePoint()
         self.loaders = Loaders(experiment, self.engine, point.quarantine)
         self.batches = Batches(experiment, self.engine, shards.split("train"), self.loaders)
         self.validation: Validation | None = None

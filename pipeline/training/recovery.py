@@ -55,7 +55,7 @@ class Recovery:
             if run.writer:
                 run.writer.forget_after(self.finite_at)  # a resume then begins before the trouble
             raise fault
-        point = restore(run.engine, run.folder, self.finite_at)
+        point = restore(run.engine, run.folder, run.experiment.seed, self.finite_at)
         if point is None:
             point = ResumePoint()
             run.engine.load(self._first_state())

@@ -15,10 +15,11 @@ from pipeline.training.steps import ResumePoint
 log = logging.getLogger(__name__)
 
 
-def restore(engine: Engine, run: Path, up_to: float = math.inf) -> ResumePoint | None:
+def restore(engine: Engine, run: Path, seed: int, up_to: float = math.inf) -> ResumePoint | None:
     """Load the newest sound checkpoint of at most `up_to` images seen, which the main rank chooses for all.
     Returns: Where the run stood, or None when there is no such checkpoint.
-    Raises ValueError: this rank does not see what the main rank chose; or the run began with another seed than the engine's."""
+    seed: the experiment's, which the engine's is no longer after a return to an older checkpoint.
+    Raises ValueError: this rank does not see what the main rank chose; or the run began with another seed."""
     newest = checkpoint.latest(run, up_to) if engine.is_main else None
     images = int(engine.largest(-1 if newest is None else checkpoint.images_of(newest)))
     if images < 0:
@@ -27,9 +28,9 @@ def restore(engine: Engine, run: Path, up_to: float = math.inf) -> ResumePoint |
     if chosen is None:
         raise ValueError(f"{run} has no checkpoint at {images:,} images here; all ranks must see the same folder")
     state, extra = checkpoint.read(chosen)
-    if (began := extra.get("seed", engine.seed)) != engine.seed:
+    if (began := extra.get("seed", seed)) != seed:
         why = f"its weights started from seed {began}, which says who may judge it"
-        raise ValueError(f"{run} cannot go on with seed {engine.seed}: {why}; resume it with seed={began}, or start a new run")
+        raise ValueError(f"{run} cannot go on with seed {seed}: {why}; resume it with seed={began}, or start a new run")
     engine.load(state)
     if extra["format"] < 2 and engine.is_main:
         log.warning(
