@@ -18,14 +18,12 @@ from pipeline.training.run import Progress, train
 log = logging.getLogger(__name__)
 
 EPOCHS = 40  # at most: a small set has taught what it can by then
+SHARED = {"name": "judge", "betas": [0.9, 0.99], "ema_half_life": 20_000}
 PANEL: dict[str, dict[str, Any]] = {  # the judges nobody named, by preset, as configs/celeba_*judge.yaml are
-    "residual": {"images": 112_000, "learning_rate": 2e-3, "dropout": 0.2},
-    "official": {"images": 224_000, "learning_rate": 1.5e-3, "dropout": 0.1},
+    "residual": {"seed": 7002, "batch_size": 64, "method": {"images": 112_000, "learning_rate": 2e-3, "dropout": 0.2}},
+    "official": {"seed": 7001, "batch_size": 32, "method": {"images": 224_000, "learning_rate": 1.5e-3, "dropout": 0.1}},
 }
-SHARED = {"betas": [0.9, 0.99], "ema_half_life": 20_000}
-BATCH_SIZES = {"residual": 64, "official": 32}
 STEADY = 2 / 7  # the share of the images before the learning rate falls
-SEEDS = {"official": 7001, "residual": 7002}
 AUGMENT = {
     "rotation_degrees": 6.0, "translation": 0.06, "brightness": 0.2, "contrast": 0.3, "saturation": 0.5, "hue": 0.03,
     "blur": 1.6, "rescaling": 0.56, "noise": 0.1,
@@ -56,7 +54,7 @@ def panel_of(evaluated: Sequence[Model], shards: ShardSet, specification: Specif
 def _check_seed(model: Model) -> None:
     """Refuse (ValueError) a model that started as a judge of the panel would, before that judge is trained."""
     seed = (model.card.get("config") or {}).get("seed")
-    if seed in SEEDS.values():
+    if any(seed == judge["seed"] for judge in PANEL.values()):
         raise ValueError(
             f"{model.source} was trained with seed {seed}, which a judge of the panel has: their networks start alike; "
             "name judges of other seeds (--judge), or train it anew with another seed"
@@ -91,7 +89,7 @@ def _experiment(preset: str, model: Model, shards: ShardSet, images: int | None)
     theirs: dict[str, Any] = model.card.get("config") or {}
     loading = {key: value for key, value in (theirs.get("data") or {}).items() if key in ("loader", "flip", "threads")}
     asked = model.attributes.names if len(model.attributes) < len(shards.attributes) else ()
-    method = {"name": "judge", "preset": preset, **SHARED, **PANEL[preset], "asked": list(asked)}
+    method = {**SHARED, "preset": preset, **PANEL[preset]["method"], "asked": list(asked)}
     settings = hashlib.sha256(json.dumps([method, AUGMENT]).encode()).hexdigest()[:6]
     method["images"] = images or min(method["images"], EPOCHS * len(shards.split("train")))
     method["decay_from"] = round(STEADY * method["images"])
@@ -99,11 +97,10 @@ def _experiment(preset: str, model: Model, shards: ShardSet, images: int | None)
     name = f"judge_{shards.digest[:12]}_{sees.crop}{size}{'_grey' if sees.channels == 1 else ''}_{preset}_{settings}"
     seen = {"attributes": ["*"], "image_size": size, "crop": sees.crop, "channels": sees.channels}
     tree = {
+        **PANEL[preset],
         "name": name,
-        "seed": SEEDS[preset],
         "method": method,
         "data": {**loading, **seen, "path": str(shards.path), "augment": AUGMENT},
-        "batch_size": BATCH_SIZES[preset],
         "run": {"folder": str((model.run.parent if model.run else Path("runs")) / name), "picture_images": 0},
         "tracking": theirs.get("tracking") or {},
     }

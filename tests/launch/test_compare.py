@@ -73,7 +73,8 @@ def test_the_command_writes_the_plot_and_says_what_cannot_be_compared(runs, tmp_
     assert [run["metrics"]["mse"] for run in json.loads(file.read_text())] == [0.01, 0.02, 0.03]
     assert "first" in out and "method.latent.weight" in out
     third = evaluated(third, 0.5, 0.03, digests=["another"])
-    assert "different judges" in command(capsys, monkeypatch, *runs, third, "--plot", plot)[1], "one was trained anew at the same address"
+    _, out, _ = command(capsys, monkeypatch, *runs, third, "--plot", plot)
+    assert "different judges" in out, "one was trained anew at the same address"
     code, out, _ = command(capsys, monkeypatch, *runs, "--split", "valid")
     assert code == 0 and "was not evaluated on the valid split" in out and "no plot" in out
 
